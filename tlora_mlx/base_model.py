@@ -1,0 +1,110 @@
+"""Loading the base model with mlx-lm, each failure told in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import yaml
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.files import check_safetensors, read_json
+
+# What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), and the card, which names what a
+# conversion was made from.
+FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"]
+FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as mlx-lm loads it.
+
+    Attributes:
+        name: the Hub repository, or the absolute path of the directory.
+        original: the repository that readers of an exported adapter should load: ``name`` itself,
+            or, for a quantized conversion, what its model card says it was made from; None where
+            that is not known.
+        config: the contents of ``config.json``.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    name: str
+    original: str | None
+    config: dict[str, Any]
+
+
+def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
+    """Load a model directory or Hub repository.
+
+    Raises:
+        UserError: it does not exist, is not whole, or is of a kind that mlx-lm does not load.
+    """
+    from mlx_lm.utils import load
+
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _download(name)
+    elif not path.is_dir():
+        raise UserError(f"model {name} is a file; give the directory that holds config.json")
+    else:
+        name = str(path.resolve())
+    config = read_json(path / "config.json", f"the configuration of model {name}")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    weights = sorted(path.glob("model*.safetensors"))
+    if not weights:
+        raise UserError(f"model {name} has no model*.safetensors in {path}")
+    for file in weights:
+        check_safetensors(file, "a weight file of the model")
+    try:
+        model, tokenizer = load(
+            str(path),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # mlx-lm and transformers raise whatever their parts raise
+        raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
+    model.eval()
+    return BaseModel(model, tokenizer, name, _original(name, path, config), config)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, from the first two lines: mlx-lm puts the tensors' names on the second."""
+    lines = str(error).strip().splitlines()[:2] or [type(error).__name__]
+    text = " ".join(line.strip() for line in lines)
+    text = text if len(text) <= 300 else text[:300] + " …"
+    return f"'{text}' is missing" if isinstance(error, KeyError) else text
+
+
+def _download(name: str) -> Path:
+    """The local snapshot of a Hub repository."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"model directory {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # the client's errors have no common base below Exception
+        raise UserError(
+            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
+    """The full-precision model's name: from the card of a quantized model, else the model's own."""
+    if not {"quantization", "quantization_config"} & config.keys():
+        return name
+    card = path / "README.md"
+    try:
+        _, front_matter, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+        base = yaml.safe_load(front_matter).get("base_model")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) and base else None

@@ -1,0 +1,364 @@
+"""One typed configuration per command: it makes the command line, reads the YAML and validates.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.version import __version__
+
+C = TypeVar("C")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] = (),
+    positional: bool = False,
+) -> Any:
+    """A field of a configuration: its default (``MISSING``: required), its help and its bounds."""
+    metadata = {
+        "help": help,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "choices": choices,
+        "positional": positional,
+    }
+    return (
+        field(metadata=metadata)
+        if default is MISSING
+        else field(default=default, metadata=metadata)
+    )
+
+
+class Config:
+    """Base of all configurations: every value is checked when one is made."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name), f"--{_dashed(item)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by their YAML names."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class PlanConfig(Config):
+    """What calibration and allocation need."""
+
+    model: str = option(MISSING, "model directory, or a Hub repository that mlx-lm loads")
+    data: str = option(
+        MISSING,
+        "directory with train.jsonl (and valid.jsonl, test.jsonl) in mlx-lm's formats, or a Hub "
+        "data set",
+    )
+    rank: int = option(
+        8,
+        "base rank: the budget is this times the number of target modules, spread by sensitivity",
+        at_least=1,
+    )
+    alpha: float | None = option(
+        None,
+        "base alpha: a module's scale is at least alpha / rank; default: the rank, as in the "
+        "paper (scales from 1 up; mlx-lm's one scale is 20)",
+        above=0.0,
+    )
+    max_rank: int | None = option(
+        None, "no module gets a higher rank; what is cut off goes to the others", at_least=1
+    )
+    target_modules: list[str] | None = option(
+        None,
+        "last name components of the layers to adapt, such as q_proj v_proj; default: every linear "
+        "layer in the transformer blocks",
+    )
+    num_layers: int = option(
+        -1,
+        "adapt only the last so many blocks; -1: all (mlx-lm: 16), since the ranks are placed by "
+        "sensitivity anyway",
+        at_least=-1,
+    )
+    calibration_samples: int = option(
+        256, "training samples to calibrate on, drawn by --seed; all if there are fewer", at_least=1
+    )
+    batch_size: int = option(4, "samples per batch", at_least=1)
+    max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
+    mask_prompt: bool | None = option(
+        None,
+        "leave the prompt out of the loss; default: yes where the data has prompts, as in the "
+        "paper (mlx-lm: no)",
+    )
+    seed: int = option(0, "seed of sampling and data order", at_least=0)
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers == 0:
+            raise UserError("--num-layers must be -1 (all) or at least 1, not 0")
+        if self.alpha is None:
+            self.alpha = self.rank
+
+
+@dataclass(kw_only=True)
+class PlanCommand(PlanConfig):
+    """``python -m tlora_mlx.plan``."""
+
+    output: str = option("plan.json", "where the plan goes; a picture beside it with matplotlib")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(PlanConfig):
+    """``python -m tlora_mlx.train``."""
+
+    adapter_path: str = option("adapters", "run directory to make")
+    iters: int = option(
+        1000, "optimizer updates (each takes --grad-accumulation-steps batches)", at_least=1
+    )
+    epochs: int | None = option(
+        None, "train for so many passes over the data instead of --iters", at_least=1
+    )
+    optimizer: str = option(
+        "adamw", "with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
+    )
+    learning_rate: float = option(
+        1e-4,
+        "peak learning rate of B (mlx-lm: 1e-5 at scale 20; here scales start at 1)",
+        above=0.0,
+    )
+    lr_schedule: str = option(
+        "cosine",
+        "after the warm-up; the paper trains with cosine or linear (mlx-lm: constant)",
+        choices=("cosine", "linear", "constant"),
+    )
+    warmup: float = option(
+        0.03,
+        "share of the updates in which the rate rises from 0, as in the paper",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    weight_decay: float = option(0.0, "adamw's weight decay of B", at_least=0.0)
+    grad_accumulation_steps: int = option(
+        1, "batches per optimizer update, weighted by their tokens", at_least=1
+    )
+    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
+    val_batches: int = option(25, "validation batches per evaluation; -1: all", at_least=-1)
+    steps_per_report: int = option(10, "updates between reports of the training loss", at_least=1)
+    steps_per_eval: int = option(200, "updates between validations", at_least=1)
+    save_every: int = option(100, "updates between checkpoints", at_least=1)
+    test: bool = option(False, "report the loss on test.jsonl before and after training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_batches == 0:
+            raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(Config):
+    """``python -m tlora_mlx.export``."""
+
+    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    format: str = option("peft", "what to write", choices=("peft",))
+    output: str | None = option(None, "directory to make; default: RUN-peft")
+    layout: str = option(
+        "portable",
+        "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
+        "by rank_pattern and alpha_pattern, PEFT only",
+        choices=("portable", "compact"),
+    )
+    dtype: str = option(
+        "float32", "dtype of the tensors", choices=("float32", "float16", "bfloat16")
+    )
+    base_model: str | None = option(
+        None, "the base model's Hub repository, for readers; default: the run's own"
+    )
+
+
+@dataclass(kw_only=True)
+class GenerateCommand(Config):
+    """``python -m tlora_mlx.generate``."""
+
+    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    prompt: str = option(MISSING, "what to complete; '-' reads it from standard input")
+    max_tokens: int = option(100, "tokens to generate at most", at_least=1)
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+
+def parse(
+    config_class: type[C],
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    also_known: type | None = None,
+) -> C:
+    """Make a configuration from the command line and, with ``-c``, a YAML file; flags win.
+
+    Args:
+        config_class: a subclass of ``Config``.
+        prog: the command's name in the help.
+        description: its first line.
+        argv: the arguments; those of the process where it is None.
+        also_known: a configuration whose options the YAML may hold too, to no effect.
+
+    Raises:
+        UserError: an argument, a key or a value is not right; it names the flag or the file.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"tlora_mlx {__version__}")
+    if issubclass(config_class, PlanConfig):
+        parser.add_argument(
+            "-c", "--config", metavar="FILE", help="YAML file with the same options; flags win"
+        )
+    for item in fields(config_class):
+        _add_argument(parser, item, typing.get_type_hints(config_class)[item.name])
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    values: dict[str, Any] = {}
+    if path := given.pop("config", None):
+        values = _read_yaml(Path(path), config_class, also_known)
+    values |= given
+    missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise UserError(f"{' and '.join(_shown(f) for f in missing)} must be given; see --help")
+    hints = typing.get_type_hints(config_class)
+    return config_class(
+        **{
+            name: _convert(value, hints[name], f"--{name.replace('_', '-')}")
+            for name, value in values.items()
+        }
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _dashed(item: dataclasses.Field) -> str:
+    return item.name.replace("_", "-")
+
+
+def _shown(item: dataclasses.Field) -> str:
+    return item.name.upper() if item.metadata["positional"] else f"--{_dashed(item)}"
+
+
+def _kind(hint: Any) -> Any:
+    """The type behind an optional one: int of ``int | None``."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)]
+    return options[0] if options and typing.get_origin(hint) is not list else hint
+
+
+def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: Any) -> None:
+    """Every value arrives as text (or a flag's True or False); ``_convert`` gives it its type."""
+    text = item.metadata["help"].replace("%", "%%")
+    if item.default is not MISSING and item.default is not None and item.default is not False:
+        text += f" (default: {item.default})"
+    kind = _kind(hint)
+    if item.metadata["positional"]:
+        parser.add_argument(item.name, nargs="?", metavar=item.name.upper(), help=text)
+    elif kind is bool:
+        action = "store_true" if hint is bool else argparse.BooleanOptionalAction
+        parser.add_argument(f"--{_dashed(item)}", action=action, default=None, help=text)
+    elif typing.get_origin(kind) is list:
+        parser.add_argument(f"--{_dashed(item)}", nargs="+", metavar="NAME", help=text)
+    else:
+        metavar = "|".join(item.metadata["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT")
+        parser.add_argument(f"--{_dashed(item)}", metavar=metavar, help=text)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value``, from a flag (text) or YAML (text or typed), as the option's type.
+
+    PyYAML reads 1e-4 as text, so numbers are accepted as text from both.
+    """
+    kind = _kind(hint)
+    if value is None:
+        if kind is hint:
+            raise UserError(f"{name} must have a value")
+        return None
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(isinstance(i, str) and i for i in items):
+            raise UserError(f"{name} must be a list of names, not {value!r}")
+        return items
+    if kind in (str, bool):
+        if type(value) is not kind:
+            what = "a text" if kind is str else "true or false"
+            raise UserError(f"{name} must be {what}, not {value!r}")
+        return value
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value)
+        if number != float(value) and math.isfinite(float(value)):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} must be {what}, not {value!r}") from None
+
+
+def _check(item: dataclasses.Field, value: Any, name: str) -> None:
+    """Hold a value against its field's bounds and choices."""
+    rules = item.metadata
+    if value is None:
+        return
+    if rules["choices"] and value not in rules["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if rules["at_least"] is not None and value < rules["at_least"]:
+        raise UserError(f"{name} must be at least {rules['at_least']}, not {value}")
+    if rules["above"] is not None and value <= rules["above"]:
+        raise UserError(f"{name} must be above {rules['above']:g}, not {value}")
+    if rules["at_most"] is not None and value > rules["at_most"]:
+        raise UserError(f"{name} must be at most {rules['at_most']:g}, not {value}")
+
+
+def _read_yaml(path: Path, config_class: type, also_known: type | None) -> dict[str, Any]:
+    """The options that a YAML file gives for ``config_class``."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"the configuration file {path} is not valid YAML{line}: "
+            f"{getattr(error, 'problem', None) or error}"
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"the configuration file {path} must hold options as 'name: value' lines")
+    own = {item.name for item in fields(config_class)}
+    known = own | ({item.name for item in fields(also_known)} if also_known else set())
+    values = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{path} has an unknown option '{key}'; the nearest known is '{nearest}'"
+            )
+        if name in own:
+            values[name] = value
+    return values

@@ -1,0 +1,54 @@
+"""The two ways a command fails, and how a failure becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that says what is wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """A failure while running (disk full, loss not a number): nothing half-written is left."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; ``exit_code`` is 130 or 143."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says of its failure, cut to its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command; print its failure as one sentence on stderr and return the exit code.
+
+    A failure that is none of ours and not the system's is a bug: its traceback is what a bug
+    report needs, so it is let through.
+    """
+    try:
+        command()
+        return 0
+    except (UserError, RunError, Interrupted) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted before there was anything to save", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or first_line(error)}{where}", file=sys.stderr)
+        return 1

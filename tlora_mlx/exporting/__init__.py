@@ -1,0 +1,1 @@
+"""From a run directory to the formats that other tools read."""

@@ -1,0 +1,35 @@
+"""MLX module names against Hugging Face's, as data per family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Families whose MLX module paths are Hugging Face's, with 2-D weights unchanged. Each is tested by
+# a round trip through transformers and PEFT (tests/test_export.py).
+SAME_NAMES = {
+    model_type: re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3")
+}
+
+
+def hf_module_name(model_type: str, name: str) -> str | None:
+    """The Hugging Face module path of an MLX module path; None where it is not known."""
+    pattern = SAME_NAMES.get(model_type)
+    return name if pattern and pattern.fullmatch(name) else None
+
+
+def unexportable(model_type: str, names: Iterable[str]) -> str | None:
+    """Why these modules cannot be exported, in one sentence; None where they can."""
+    if model_type not in SAME_NAMES:
+        return (
+            f"the Hugging Face names of model family '{model_type}' are not known "
+            f"(known: {', '.join(sorted(SAME_NAMES))})"
+        )
+    unknown = [name for name in names if hf_module_name(model_type, name) is None]
+    if unknown:
+        return (
+            f"the Hugging Face names of these modules of family '{model_type}' are not known: "
+            f"{', '.join(unknown)}"
+        )
+    return None

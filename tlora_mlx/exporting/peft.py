@@ -1,0 +1,147 @@
+"""A run as a PEFT adapter, in a layout that every reader gets right or in PEFT's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.exporting.names import hf_module_name, unexportable
+from tlora_mlx.files import new_directory, write_json, write_tensors
+from tlora_mlx.run_directory import Run
+
+# Ranks that vLLM has kernels for (vllm/config/lora.py, MaxLoRARanks).
+PORTABLE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def export_peft(
+    run: Run,
+    output: Path,
+    layout: str = "portable",
+    dtype: str = "float32",
+    base_model: str | None = None,
+) -> Path:
+    """Write a run as a directory that ``PeftModel.from_pretrained`` loads.
+
+    ``portable``: every module is padded with zeros to one rank R, ``r = lora_alpha = R``, and its
+    scale is folded into B in float32, so that each reader's formula (``lora_alpha / r``, or over
+    the tensor's rank) gives 1. Modules of rank 0 are zeros, so that no reader misses one.
+    ``compact``: exact ranks with ``rank_pattern`` and ``alpha_pattern``, which PEFT alone reads;
+    modules of rank 0 are left out.
+
+    Args:
+        run: what ``read_run`` read.
+        output: directory to make; must not exist, or be empty.
+        layout: ``portable`` or ``compact``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
+        base_model: the ``base_model_name_or_path`` for readers; the run's own where it is None.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: the family or a module has no known Hugging Face name, the original of a
+            quantized base is not known, the largest rank is above 512 (portable), a value
+            overflows ``dtype``, or ``output`` is taken.
+        RunError: it could not be written; nothing is left of it.
+    """
+    if reason := unexportable(run.config["model_type"], run.plan.modules):
+        raise UserError(f"cannot export {run.path}: {reason}")
+    base_model = base_model or run.config.get("base_model")
+    if not base_model:
+        raise UserError(
+            f"the base model {run.config['model']} is quantized and its card names no original; "
+            "name the full-precision Hub repository with --base-model"
+        )
+    write = {"portable": _portable, "compact": _compact}[layout]
+    tensors, config = write(run, DTYPES[dtype])
+    overflown = [key for key, value in tensors.items() if not mx.isfinite(value).all().item()]
+    if overflown:
+        raise UserError(f"{', '.join(overflown)} overflow {dtype}; use --dtype bfloat16 or float32")
+    config = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+        **config,
+    }
+    with new_directory(output) as beside:
+        write_tensors(beside / "adapter_model.safetensors", tensors, {"format": "pt"})
+        write_json(beside / "adapter_config.json", config)
+    return output
+
+
+def _hf_names(run: Run) -> dict[str, str]:
+    """MLX module name -> Hugging Face module name, of all target modules."""
+    model_type = run.config["model_type"]
+    return {name: hf_module_name(model_type, name) for name in run.plan.modules}
+
+
+def _keys(hf_name: str) -> tuple[str, str]:
+    prefix = f"base_model.model.{hf_name}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the portable layout."""
+    largest = max(module.rank for module in run.plan.modules.values())
+    if largest > PORTABLE_RANKS[-1]:
+        raise UserError(
+            f"the plan's largest rank {largest} is above {PORTABLE_RANKS[-1]}, the most that vLLM "
+            "serves; use --layout compact, or train with --max-rank 512"
+        )
+    rank = next(r for r in PORTABLE_RANKS if r >= largest)
+    names = _hf_names(run)
+    tensors = {}
+    for name, module in run.plan.modules.items():
+        a, b = mx.zeros((rank, module.in_features)), mx.zeros((module.out_features, rank))
+        if module.rank:
+            a[: module.rank] = run.tensors[f"{name}.lora_a"].T.astype(mx.float32)
+            b[:, : module.rank] = module.scale * run.tensors[f"{name}.lora_b"].T.astype(mx.float32)
+        for key, value in zip(_keys(names[name]), (a, b), strict=True):
+            tensors[key] = value.astype(dtype)
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names.values()})
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": suffixes,
+    }
+    blocks = sorted({int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name in names.values()})
+    if blocks[0] > 0:
+        # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
+        config |= {"layers_to_transform": blocks, "layers_pattern": "layers"}
+    return tensors, config
+
+
+def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the compact layout."""
+    names = _hf_names(run)
+    tensors, ranks, alphas = {}, {}, {}
+    for name, module in run.plan.adapted().items():
+        a_key, b_key = _keys(names[name])
+        tensors[a_key] = run.tensors[f"{name}.lora_a"].T.astype(dtype)
+        tensors[b_key] = run.tensors[f"{name}.lora_b"].T.astype(dtype)
+        # PEFT matches r"(.*\.)?(key)$": anchored and escaped, so that layers.1 is not layers.11's.
+        pattern = f"^{re.escape(names[name])}$"
+        ranks[pattern] = module.rank
+        alphas[pattern] = module.scale * module.rank
+    return tensors, {
+        "r": run.plan.rank,
+        "lora_alpha": run.plan.alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": sorted(names[name] for name in run.plan.adapted()),
+    }

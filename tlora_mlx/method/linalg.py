@@ -1,0 +1,48 @@
+"""The only caller of ``mx.linalg``: float32, on the CPU stream, evaluated before it returns.
+
+MLX has no factorisation on the GPU, float64 raises there, and a GPU operation that waits for a slow
+CPU-stream operation of the same evaluation dies of the GPU's time-out. So each function here casts
+to float32, names the CPU stream and evaluates its result.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def qr(matrix: mx.array) -> tuple[mx.array, mx.array]:
+    """Reduced QR factorisation.
+
+    Args:
+        matrix: (m, n), any float dtype.
+
+    Returns:
+        Q (m, min(m, n)) with orthonormal columns and R (min(m, n), n), float32, evaluated.
+    """
+    q, r = mx.linalg.qr(matrix.astype(mx.float32), stream=mx.cpu)
+    mx.eval(q, r)
+    return q, r
+
+
+def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Thin singular value decomposition, singular values in descending order.
+
+    ``mx.linalg.svd`` has no thin mode: for (m, n) it builds full (m, m) and (n, n) factors. A QR
+    step first leaves a square matrix of the smaller side, with the same singular values.
+
+    Args:
+        matrix: (m, n), any float dtype, finite.
+
+    Returns:
+        U (m, k), S (k,) and Vᵀ (k, n) with k = min(m, n), float32, evaluated.
+    """
+    rows, columns = matrix.shape
+    if rows < columns:
+        u, s, vt = svd(matrix.T)
+        return vt.T, s, u.T
+    q, r = qr(matrix)
+    u, s, vt = mx.linalg.svd(r, stream=mx.cpu)
+    mx.eval(u, s, vt)
+    u = q @ u
+    mx.eval(u)
+    return u, s, vt

@@ -1,0 +1,77 @@
+"""``python -m tlora_mlx.plan``: calibrate and allocate only, to look before training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlora_mlx.config import PlanCommand, TrainConfig, parse
+from tlora_mlx.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from tlora_mlx.method.allocation import RankPlan
+
+DESCRIPTION = "Calibrate a model on task samples and show how TLoRA would spread its ranks."
+
+
+def plan(config: PlanCommand) -> RankPlan:
+    """Calibrate and allocate as configured, write the plan as JSON and, with matplotlib, a picture.
+
+    Raises:
+        UserError: the configuration, the model or the data are not right.
+        RunError: it failed while running.
+    """
+    from tlora_mlx import pipeline
+    from tlora_mlx.files import write_json
+    from tlora_mlx.training.progress import print_plan, say
+
+    output = Path(config.output).expanduser()
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output} must be a file in a directory that exists")
+    base, data, targets = pipeline.load(config)
+    _, result = pipeline.calibrate_and_plan(config, base, data["train"], targets)
+    print_plan(result)
+    write_json(output, result.to_dict())
+    written = [str(output)]
+    if find_spec("matplotlib"):
+        written.append(str(draw_plan(result, output.with_suffix(".png"))))
+    say(f"plan written to {' and '.join(written)}")
+    return result
+
+
+def draw_plan(rank_plan: RankPlan, path: Path) -> Path:
+    """Draw the plan, blocks × module kinds with the rank as colour, and return ``path``."""
+    from matplotlib.figure import Figure
+
+    from tlora_mlx.files import replace_file
+    from tlora_mlx.training.progress import plan_grid
+
+    blocks, kinds, cells = plan_grid(rank_plan)
+    ranks = [
+        [rank_plan.modules[cells[b, k]].rank if (b, k) in cells else float("nan") for k in kinds]
+        for b in blocks
+    ]
+    figure = Figure(figsize=(2 + 0.8 * len(kinds), 1.5 + 0.3 * len(blocks)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(ranks, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
+    axes.set_yticks(range(len(blocks)), blocks)
+    axes.set_ylabel("block")
+    axes.set_title(f"TLoRA ranks, base rank {rank_plan.rank}")
+    figure.colorbar(image, label="rank")
+    replace_file(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(
+        lambda: plan(parse(PlanCommand, "tlora plan", DESCRIPTION, argv, also_known=TrainConfig))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

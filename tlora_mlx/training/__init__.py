@@ -1,0 +1,1 @@
+"""Data, the training loop and what it shows on the terminal."""

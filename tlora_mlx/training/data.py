@@ -1,0 +1,264 @@
+"""Rows to token ids to batches; the formats and chat templates are mlx-lm's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import create_dataset
+
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.method.calibration import Batch
+
+SPLITS = ("train", "valid", "test")
+# Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).
+PAD_TO = 32
+# Batches of like length are cut from shuffled windows of so many batches.
+WINDOW = 64
+
+
+class Sample(NamedTuple):
+    """Token ids, and the first position that counts as a target (after a masked prompt, else 1)."""
+
+    tokens: list[int]
+    first_target: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's samples, and what was done to rows that did not fit.
+
+    Attributes:
+        left_out: rows with no token to learn from: empty, or the completion was cut away whole.
+        truncated: samples that were cut to the maximal length.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    left_out: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def load_data(
+    data: str, tokenizer: TokenizerWrapper, max_seq_length: int, mask_prompt: bool | None
+) -> dict[str, Split]:
+    """Read and tokenize all splits; a split without a file is empty.
+
+    Args:
+        data: a directory with ``train.jsonl`` and maybe ``valid.jsonl`` and ``test.jsonl``, or the
+            name of a Hub data set with splits of these names.
+        tokenizer: the model's.
+        max_seq_length: in tokens; longer samples are cut.
+        mask_prompt: None: wherever the rows have a prompt.
+
+    Raises:
+        UserError: no such data, a line that is not JSON, a row without the expected keys, a split
+            or a training set without rows (file and line are named).
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        rows = {s: _read_jsonl(path / f"{s}.jsonl") for s in SPLITS}
+        where = {split: f"{path / split}.jsonl, line" for split in SPLITS}
+        if rows["train"] is None:
+            raise UserError(f"the data directory {path} has no train.jsonl")
+    elif path.exists():
+        raise UserError(f"data {path} is a file; give the directory that holds train.jsonl")
+    else:
+        rows = _download_rows(data)
+        where = {split: f"data set {data}, split {split}, row" for split in SPLITS}
+    tokenized = {}
+    for split, numbered in rows.items():
+        tokenized[split] = (
+            Split()
+            if numbered is None
+            else _tokenize(numbered, where[split], tokenizer, max_seq_length, mask_prompt)
+        )
+    if not tokenized["train"].samples:
+        raise UserError(
+            f"no row of {data}'s training split has a token to learn from within "
+            f"--max-seq-length {max_seq_length}"
+        )
+    return tokenized
+
+
+def _read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
+    """The rows with their line numbers; None where there is no such file."""
+    if not path.exists():
+        return None
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {number} is not valid JSON: {first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it first") from None
+    if not rows:
+        raise UserError(f"{path} is empty; delete it or put one JSON object a line into it")
+    return rows
+
+
+def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
+    """The rows of a Hub data set, with their numbers."""
+    if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith("/"):
+        raise UserError(f"data directory {data} does not exist")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"data {data} is no directory here, and a Hub data set needs the package 'datasets': "
+            "pip install datasets"
+        ) from None
+    try:
+        dataset = load_dataset(data)
+    except Exception as error:  # as many kinds as there are ways to fail
+        raise UserError(
+            f"data {data} is no directory here, and the Hugging Face Hub did not provide it: "
+            f"{first_line(error)}"
+        ) from None
+    if "train" not in dataset:
+        raise UserError(f"data set {data} has no split 'train', only {', '.join(dataset)}")
+    return {s: list(enumerate(dataset[s], 1)) if s in dataset else None for s in SPLITS}
+
+
+def _tokenize(
+    rows: list[tuple[int, Any]],
+    where: str,
+    tokenizer: TokenizerWrapper,
+    max_seq_length: int,
+    mask_prompt: bool | None,
+) -> Split:
+    """All rows of a split as samples; the first row decides on the format, as in mlx-lm."""
+    for number, row in rows:
+        _check_row(row, rows[0][1], f"{where} {number}")
+    has_prompt = "text" not in _format_keys(rows[0][1])
+    if mask_prompt and not has_prompt:
+        raise UserError("--mask-prompt needs rows with a prompt; rows with 'text' have none")
+    mask_prompt = has_prompt if mask_prompt is None else mask_prompt
+    process = _processor(rows[0][1], tokenizer, mask_prompt)
+    samples, left_out, truncated = [], 0, 0
+    for number, row in rows:
+        try:
+            tokens, offset = process(row)
+        except UserError:
+            raise
+        except Exception as error:  # a chat template may raise anything
+            raise UserError(f"{where} {number} cannot be tokenized: {first_line(error)}") from None
+        sample = Sample(tokens[:max_seq_length], max(offset, 1))
+        if len(sample.tokens) <= sample.first_target:
+            left_out += 1
+            continue
+        truncated += len(tokens) > max_seq_length
+        samples.append(sample)
+    return Split(samples, left_out, truncated)
+
+
+# The keys of each format, in the order in which mlx-lm's create_dataset looks for them.
+_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+
+
+def _format_keys(row: dict[str, Any]) -> tuple[str, ...]:
+    return next((keys for keys in _FORMATS if all(k in row for k in keys)), ())
+
+
+def _check_row(row: Any, first: Any, where: str) -> None:
+    """Raise a UserError unless ``row`` has the keys of the first row's format, well filled."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object")
+    found = ", ".join(repr(str(k)) for k in row) or "nothing"
+    keys = _format_keys(first) if isinstance(first, dict) else ()
+    if not keys:
+        raise UserError(
+            f"{where} has {found}; it needs 'text', or 'prompt' and 'completion', or 'messages'"
+        )
+    for key in keys:
+        kind, name = (list, "a list") if key == "messages" else (str, "a text")
+        if key not in row:
+            raise UserError(f"{where} has no '{key}' (it has {found}), but the first row has it")
+        if not isinstance(row[key], kind):
+            raise UserError(f"{where}: '{key}' is not {name} but {json.dumps(row[key])[:40]}")
+    if keys == ("messages",) and not (
+        row["messages"] and all(isinstance(m, dict) and "role" in m for m in row["messages"])
+    ):
+        raise UserError(f"{where}: 'messages' is not a list of objects with 'role' and 'content'")
+
+
+def _processor(row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool):
+    """The function that makes (token ids, prompt length) of a row of this row's format."""
+    keys = _format_keys(row)
+    if keys == ("prompt", "completion") and not tokenizer.has_chat_template:
+        return lambda row: _join(row, tokenizer, mask_prompt)
+    if keys == ("text",):
+        process = create_dataset([row], tokenizer, SimpleNamespace(mask_prompt=False)).process
+        return lambda row: process(row) if row["text"] else ([], 0)
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            "rows with 'messages' need a tokenizer with a chat template, and the model has none; "
+            "use rows with 'prompt' and 'completion' or a chat model"
+        )
+    return create_dataset([row], tokenizer, SimpleNamespace(mask_prompt=mask_prompt)).process
+
+
+def _join(
+    row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool
+) -> tuple[list[int], int]:
+    """Prompt, completion and end token, where there is no chat template (mlx-lm raises there).
+
+    The two are tokenized apart, as they are when the model is asked: the prompt alone, and what
+    follows grows token by token.
+    """
+    end = tokenizer.eos_token_id
+    prompt = tokenizer.encode(row["prompt"])
+    if prompt and prompt[-1] == end:
+        prompt = prompt[:-1]
+    completion = tokenizer.encode(row["completion"], add_special_tokens=False)
+    tokens = prompt + completion + ([] if end is None else [end])
+    return tokens, len(prompt) if mask_prompt else 0
+
+
+def collate(samples: Sequence[Sample], max_seq_length: int) -> Batch:
+    """Pad samples to one length: one more than a multiple of ``PAD_TO``, or ``max_seq_length``."""
+    longest = max(len(sample.tokens) for sample in samples)
+    width = min(1 + PAD_TO * -(-(longest - 1) // PAD_TO), max(max_seq_length, longest))
+    tokens = np.zeros((len(samples), width), np.int32)
+    for row, sample in zip(tokens, samples, strict=True):
+        row[: len(sample.tokens)] = sample.tokens
+    spans = np.array([(s.first_target, len(s.tokens)) for s in samples], np.int32)
+    return Batch(mx.array(tokens), mx.array(spans))
+
+
+def batches_in_order(
+    samples: Sequence[Sample], batch_size: int, max_seq_length: int
+) -> Iterator[Batch]:
+    """Every sample once, by length, so that little is padded; for calibration and evaluation."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
+    for start in range(0, len(order), batch_size):
+        yield collate([samples[i] for i in order[start : start + batch_size]], max_seq_length)
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as sample numbers: a function of its arguments alone.
+
+    Every sample comes exactly once, the last partial batch included. Samples are shuffled, cut
+    into windows of ``WINDOW`` batches, sorted by length in each window, cut into batches, and the
+    batches shuffled.
+    """
+    random = np.random.default_rng((seed, epoch))
+    shuffled = random.permutation(len(lengths))
+    window = WINDOW * batch_size
+    batches = []
+    for start in range(0, len(shuffled), window):
+        group = sorted(shuffled[start : start + window].tolist(), key=lengths.__getitem__)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]

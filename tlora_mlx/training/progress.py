@@ -1,0 +1,80 @@
+"""What a command shows on the terminal: bars, the plan as a table, lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tlora_mlx.method.allocation import RankPlan
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line of text, above the bar where one is shown; nothing in it is read as markup."""
+    console.print(text, markup=False)
+
+
+@contextmanager
+def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar; what it yields advances it: ``advance(steps, text)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total, text="")
+
+        def advance(steps: int = 1, text: str | None = None) -> None:
+            progress.update(task, advance=steps, **({} if text is None else {"text": text}))
+
+        yield advance
+
+
+def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
+    """Blocks, module kinds, and the full name at each (block, kind): how a plan is laid out.
+
+    ``model.layers.3.self_attn.q_proj`` is block ``3``, kind ``q_proj``.
+    """
+    cells = {}
+    for name in plan.modules:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        cells[parts[number], parts[-1]] = name
+    return (
+        list(dict.fromkeys(block for block, _ in cells)),
+        list(dict.fromkeys(kind for _, kind in cells)),
+        cells,
+    )
+
+
+def print_plan(plan: RankPlan) -> None:
+    """The plan as a table: blocks × module kinds, each with rank and scale."""
+    blocks, kinds, cells = plan_grid(plan)
+    table = Table(title="rank × scale of each module", title_justify="left")
+    table.add_column("block", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right", no_wrap=True)
+    for block in blocks:
+        names = [cells.get((block, kind)) for kind in kinds]
+        table.add_row(block, *(_cell(plan, name) for name in names))
+    console.print(table)
+    ranks = sum(module.rank for module in plan.modules.values())
+    say(
+        f"{len(plan.adapted())} of {len(plan.modules)} modules adapted, ranks add up to {ranks}, "
+        f"{plan.trained_parameters():,} trained parameters"
+    )
+
+
+def _cell(plan: RankPlan, name: str | None) -> str:
+    if name is None:
+        return ""
+    module = plan.modules[name]
+    return f"{module.rank} × {module.scale:g}" if module.rank else "–"
