@@ -13,7 +13,6 @@ _HOME = {
     "RunError": "errors",
     "UserError": "errors",
     "TrainConfig": "config",
-    "train": "train",
     "load_run": "run_directory",
     "read_run": "run_directory",
     "calibrate": "method.calibration",

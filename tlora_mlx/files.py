@@ -31,9 +31,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         _sync(path.parent)
     except Exception as error:
         beside.unlink(missing_ok=True)
-        # safetensors wraps the system's error in an exception of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = getattr(error, "strerror", None) or first_line(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or first_line(error)
             raise RunError(f"cannot write {path}: {reason}; what was there is unchanged") from None
         raise
 
@@ -99,21 +98,36 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole, in the order of the names: the same bytes each time."""
-    import mlx.core as mx
-    from safetensors import serialize_file
+    """Write a safetensors file whole, tensor by tensor; the same tensors give the same bytes.
 
-    names = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
-    data = {}
-    for name in sorted(tensors):
-        tensor = mx.contiguous(tensors[name])
-        mx.eval(tensor)
-        data[name] = {
-            "dtype": names[tensor.dtype],
+    MLX's own writer does not report a full disk, and the safetensors package takes no bfloat16 from
+    MLX. Order and alignment follow huggingface/safetensors (``tensor.rs::prepare``): wide dtypes
+    first, then by name, the header padded with spaces to a multiple of 8 bytes.
+    """
+    import mlx.core as mx
+
+    codes = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": codes[tensor.dtype],
             "shape": list(tensor.shape),
-            "data": bytes(memoryview(tensor.view(mx.uint8))) if tensor.size else b"",
+            "data_offsets": [start, end],
         }
-    replace_file(path, lambda beside: serialize_file(data, str(beside), dict(metadata)))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(memoryview(mx.contiguous(tensors[name]).view(mx.uint8)))
+
+    replace_file(path, write)
 
 
 def read_tensors(path: Path, what: str) -> dict[str, mx.array]:

@@ -70,15 +70,9 @@ class TLoRALinear(nn.Module):
         if lora_b is None:
             lora_b = mx.zeros((lora_a.shape[1], out_features))
         self.lora_b = lora_b.astype(mx.float32)
+        # New modules start unfrozen: without this A would be trained too.
         self.freeze()
-        self.unfreeze(recurse=False)
-
-    def unfreeze(self, *, recurse: bool = True, keys=None, strict: bool = False) -> nn.Module:
-        """Unfreeze ``lora_b`` at most: a frozen A is what makes this layer TLoRA's."""
-        super().unfreeze(recurse=recurse, keys=keys, strict=strict)
-        self.linear.freeze()
-        self.freeze(recurse=False, keys="lora_a")
-        return self
+        self.unfreeze(recurse=False, keys="lora_b")
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) -> (…, out), in the base layer's output dtype."""

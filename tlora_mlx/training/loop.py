@@ -119,7 +119,7 @@ def fit(
     mx.eval(state)
     loss_and_gradient = nn.value_and_grad(model, summed_loss)
 
-    @partial(mx.compile, inputs=[model.state])
+    @partial(mx.compile, inputs=[model.state], outputs=[model.state])
     def gradient(tokens: mx.array, spans: mx.array):
         (loss, n), gradients = loss_and_gradient(model, tokens, spans)
         return loss, n, gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -29,7 +30,8 @@ def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(description, total=total, text="")
 
         def advance(steps: int = 1, text: str | None = None) -> None:
@@ -58,10 +60,14 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
 def print_plan(plan: RankPlan) -> None:
     """The plan as a table: blocks × module kinds, each with rank and scale."""
     blocks, kinds, cells = plan_grid(plan)
-    table = Table(title="rank × scale of each module", title_justify="left")
-    table.add_column("block", justify="right")
-    for kind in kinds:
-        table.add_column(kind, justify="right", no_wrap=True)
+    table = Table(
+        title="rank × scale of each module",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("block", *kinds):
+        table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
         table.add_row(block, *(_cell(plan, name) for name in names))

@@ -1,0 +1,127 @@
+"""Tiny models and data made on the spot, and the commands as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLE = ROOT / "examples"
+ROWS = [
+    {"prompt": f"Add {i} and {j}.\n", "completion": f"def add():\n    return {i} + {j}\n"}
+    for i in range(6)
+    for j in range(3)
+]
+
+# Nothing in the tests may wait for a network that is not there.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def tiny_tokenizer(vocab_size=300):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["completion"] for row in ROWS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+# What differs from the tiny Llama, by model type.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"head_dim": 12},
+    "gemma": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 64},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+def save_model(path, family="llama", dtype="float32", chat_template=None, **settings):
+    """A random checkpoint of a family, as transformers writes it, with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **{**FAMILIES[family], **settings},
+    )
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    model.save_pretrained(path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_jsonl(path / "train.jsonl", ROWS[:13])
+    write_jsonl(path / "valid.jsonl", ROWS[13:])
+    write_jsonl(path / "test.jsonl", ROWS[13:])
+    return path
+
+
+def tlora(*arguments, **popen):
+    """Run ``python -m tlora_mlx.COMMAND …`` as a process of its own."""
+    command, *rest = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, "-m", f"tlora_mlx.{command}", *rest],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **popen,
+    )
+
+
+def quick_train(model, data, run, **options):
+    """Train in this process with small settings; returns the run directory."""
+    from tlora_mlx.config import TrainConfig
+    from tlora_mlx.train import train
+
+    settings = {"iters": 6, "rank": 4, "learning_rate": 1e-2, "batch_size": 4, **options}
+    return train(TrainConfig(model=str(model), data=str(data), adapter_path=str(run), **settings))
+
+
+@pytest.fixture(scope="session")
+def run_path(model_path, data_path, tmp_path_factory):
+    """A trained run on the tiny Llama."""
+    return quick_train(model_path, data_path, tmp_path_factory.mktemp("runs") / "run")

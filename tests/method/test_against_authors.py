@@ -1,0 +1,153 @@
+"""The method against what the authors' code gave on a small Llama (tests/golden)."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from conftest import GOLDEN
+from mlx_lm.utils import load_model
+
+from tlora_mlx.method.allocation import plan_ranks
+from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
+from tlora_mlx.method.subspace import task_subspace
+from tlora_mlx.training.data import Sample, collate
+
+CASES = ["expected_r4_a4", "expected_r6_a12"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN / "model")[0]
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rows = json.loads((GOLDEN / "samples.json").read_text())
+    return [Sample(row["ids"], row["prompt_tokens"]) for row in rows]
+
+
+def calibrate_in_batches(model, samples, size):
+    batches = [collate(samples[i : i + size], 512) for i in range(0, len(samples), size)]
+    return calibrate(model, target_linears(model), batches)
+
+
+@pytest.fixture(scope="module")
+def calibration(model, samples):
+    return calibrate_in_batches(model, samples, 5)
+
+
+@pytest.fixture(params=CASES)
+def expected(request):
+    numbers = json.loads((GOLDEN / f"{request.param}.json").read_text())
+    return numbers, mx.load(str(GOLDEN / f"{request.param}.safetensors"))
+
+
+def relative(value, reference):
+    return (mx.abs(value - reference).max() / mx.abs(reference).max()).item()
+
+
+def test_sensitivities(calibration, expected):
+    modules = expected[0]["modules"]
+    assert calibration.sensitivities.keys() == modules.keys()
+    for name, module in modules.items():
+        assert calibration.sensitivities[name] == pytest.approx(module["sensitivity"], rel=1e-4)
+
+
+def test_covariances(calibration, expected):
+    keys = [key for key in expected[1] if key.startswith("cov.")]
+    assert len(keys) == 7
+    for key in keys:
+        assert relative(calibration.covariances[key.removeprefix("cov.")], expected[1][key]) < 1e-5
+
+
+def test_ranks_and_scales(model, calibration, expected):
+    numbers = expected[0]
+    shapes = {name: linear_shape(module) for name, module in target_linears(model).items()}
+    plan = plan_ranks(calibration.sensitivities, shapes, numbers["rank"], numbers["alpha"])
+    for name, module in numbers["modules"].items():
+        assert plan.modules[name].rank == module["rank"], name
+        assert plan.modules[name].scale == module["scale"], name
+
+
+def test_task_subspaces(model, calibration, expected):
+    numbers, tensors = expected
+    targets = target_linears(model)
+    compared = 0
+    for name, module in numbers["modules"].items():
+        rank, singular_values = module["rank"], module["singular_values"]
+        if rank == 0:
+            continue
+        weight, covariance = dense_weight(targets[name]), calibration.covariances[name]
+        a = task_subspace(weight, covariance, rank)
+        assert relative(a @ a.T, mx.eye(rank)) < 1e-5
+        captured = mx.square(weight @ covariance @ a.T).sum().item()
+        best = sum(value**2 for value in singular_values[:rank])
+        assert captured / best > 0.9999, name
+        # The projector is only determined where the next singular value is clearly smaller.
+        if len(singular_values) > rank and singular_values[rank] < 0.99 * singular_values[rank - 1]:
+            theirs = tensors[f"A.{name}"]
+            assert mx.abs(a.T @ a - theirs.T @ theirs).max().item() < 1e-3, name
+            compared += 1
+    assert compared > 15
+
+
+@pytest.mark.parametrize("size", [2, 3, 12])
+def test_a_batch_gives_what_its_samples_give_one_by_one(model, samples, size):
+    one_by_one = calibrate_in_batches(model, samples, 1)
+    batched = calibrate_in_batches(model, samples, size)
+    assert batched.samples == one_by_one.samples == len(samples)
+    for name, value in one_by_one.sensitivities.items():
+        assert batched.sensitivities[name] == pytest.approx(value, rel=2e-6)
+        assert relative(batched.covariances[name], one_by_one.covariances[name]) < 2e-6
+
+
+def test_what_is_in_the_padding_has_no_effect(model, samples):
+    batch = collate(samples[:4], 512)
+    positions = mx.arange(batch.tokens.shape[1])
+    noisy = mx.where(positions < batch.spans[:, 1:2], batch.tokens, (positions * 7 + 3) % 128)
+    targets = target_linears(model)
+    clean = calibrate(model, targets, [batch])
+    changed = calibrate(model, targets, [batch._replace(tokens=noisy)])
+    assert changed.sensitivities == clean.sensitivities
+    for name, covariance in clean.covariances.items():
+        assert mx.array_equal(covariance, changed.covariances[name]), name
+
+
+def test_the_prompt_is_masked(model, samples):
+    unmasked = [sample._replace(first_target=1) for sample in samples]
+    targets = target_linears(model)
+    masked_result = calibrate(model, targets, [collate(samples, 512)])
+    unmasked_result = calibrate(model, targets, [collate(unmasked, 512)])
+    for name, value in masked_result.sensitivities.items():
+        assert abs(unmasked_result.sensitivities[name] / value - 1) > 1e-3
+        # The inputs are taken on all tokens either way.
+        covariance = masked_result.covariances[name]
+        assert relative(unmasked_result.covariances[name], covariance) < 1e-6
+
+
+def test_the_model_is_as_it_was(model, samples):
+    before = dict(model.named_modules())
+    tokens = mx.array([samples[0].tokens])
+    logits = model(tokens)
+    calibrate_in_batches(model, samples, 4)
+    after = dict(model.named_modules())
+    assert before.keys() == after.keys()
+    assert all(after[name] is module for name, module in before.items())
+    assert mx.array_equal(model(tokens), logits)
+
+
+def test_modules_that_read_the_same_input_share_a_covariance(calibration):
+    shared = calibration.covariances
+    block = "model.layers.1"
+    for same in (
+        [f"{block}.self_attn.{kind}_proj" for kind in "qkv"],
+        [f"{block}.mlp.{kind}_proj" for kind in ("gate", "up")],
+    ):
+        assert len({id(shared[name]) for name in same}) == 1
+    assert shared[f"{block}.self_attn.o_proj"] is not shared[f"{block}.self_attn.q_proj"]
+
+
+def test_no_samples(model):
+    with pytest.raises(ValueError, match="no sample"):
+        calibrate(model, target_linears(model), [])
