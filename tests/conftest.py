@@ -44,7 +44,8 @@ FAMILIES = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 12},
-    "gemma": {"head_dim": 12},
+    # mlx-lm computes the exact GELU; transformers' default, the tanh form, differs by 1e-3.
+    "gemma": {"head_dim": 12, "hidden_activation": "gelu"},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 64},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0]},

@@ -65,12 +65,28 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         model, tokenizer = load(
             str(path),
             tokenizer_config={"trust_remote_code": trust_remote_code},
+            model_config=_rope_settings(config),
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # mlx-lm and transformers raise whatever their parts raise
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
     model.eval()
     return BaseModel(model, tokenizer, name, _original(name, path, config), config)
+
+
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's base and scaling where mlx-lm looks for them.
+
+    transformers 5 writes them into ``rope_parameters``, which many of mlx-lm's models do not read:
+    they fall back to a default base without a word (ml-explore/mlx-lm issue 1563).
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    settings = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = rope
+    return {key: value for key, value in settings.items() if config.get(key) is None}
 
 
 def _reason(error: Exception) -> str:
