@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,6 @@ FAMILIES = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 12},
-    # mlx-lm computes the exact GELU; transformers' default, the tanh form, differs by 1e-3.
-    "gemma": {"head_dim": 12, "hidden_activation": "gelu"},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 64},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0]},
@@ -58,21 +57,20 @@ def save_model(path, family="llama", dtype="float32", chat_template=None, **sett
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=300,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        **{**FAMILIES[family], **settings},
-    )
+    common = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **{**common, **FAMILIES[family], **settings})
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     model.save_pretrained(path)
     tokenizer = tiny_tokenizer()
@@ -111,6 +109,19 @@ def tlora(*arguments, **popen):
         timeout=240,
         **popen,
     )
+
+
+@pytest.fixture
+def tlora_here(capsys):
+    """``tlora`` in this process, for cases that need no process of their own: no 3 s start."""
+
+    def run(command, *arguments):
+        capsys.readouterr()
+        code = import_module(f"tlora_mlx.{command}").main(list(map(str, arguments)))
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
+
+    return run
 
 
 def quick_train(model, data, run, **options):

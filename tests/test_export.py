@@ -211,7 +211,7 @@ def test_refusals(model_path, tmp_path):
         assert not (tmp_path / "peft").exists()
         return str(error.value)
 
-    assert "known: gemma" in refused("family 'gpt2' are not known", model_type="gpt2")
+    assert "known: gemma2" in refused("family 'gpt2' are not known", model_type="gpt2")
     # The base is a quantized conversion whose card names no original.
     refused("card names no original", base_model=None)
     big = make_run(tmp_path / "big", model_path, lambda i, shape: 2)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 # a round trip through transformers and PEFT (tests/test_export.py).
 SAME_NAMES = {
     model_type: re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3")
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3")
 }
 
 

@@ -1,0 +1,41 @@
+import json
+
+from conftest import tlora
+
+from tlora_mlx import RankPlan
+
+
+def test_the_plan_is_what_train_makes_of_the_same_options(
+    model_path, data_path, run_path, tmp_path
+):
+    out = tmp_path / "plan.json"
+    arguments = ["--model", model_path, "--data", data_path, "--rank", 4, "--output", out]
+    result = tlora("plan", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "rank × scale of each module" in result.stdout
+    assert out.read_text() == (run_path / "rank_plan.json").read_text()
+    assert RankPlan.from_dict(json.loads(out.read_text())).rank == 4
+    picture = out.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.png"]
+
+
+def test_the_options_reach_the_plan(model_path, data_path, tmp_path, tlora_here):
+    out = tmp_path / "plan.json"
+    arguments = ["--model", model_path, "--data", data_path, "--output", out]
+    options = ["--rank", 6, "--alpha", 12, "--max-rank", 7, "--num-layers", 1]
+    options += ["--target-modules", "q_proj", "v_proj", "--calibration-samples", 5]
+    assert tlora_here("plan", *arguments, *options).returncode == 0
+    plan = RankPlan.from_dict(json.loads(out.read_text()))
+    assert list(plan.modules) == [f"model.layers.1.self_attn.{k}_proj" for k in "qv"]
+    assert sorted(m.rank for m in plan.modules.values()) == [5, 7]
+    assert min(m.scale for m in plan.modules.values()) == 2.0
+
+
+def test_bad_output(model_path, data_path, tmp_path, tlora_here):
+    arguments = ["--model", model_path, "--data", data_path, "--output"]
+    for output in (tmp_path, tmp_path / "no" / "plan.json"):
+        result = tlora_here("plan", *arguments, output)
+        assert result.returncode == 2
+        assert "must be a file in a directory that exists" in result.stderr

@@ -1,0 +1,255 @@
+"""The command as a user runs it: what it writes, that it repeats, and how it fails."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import ROWS, quick_train, save_model, tlora, write_jsonl
+from mlx_lm.utils import load_model
+
+from tlora_mlx import load_run, read_run
+from tlora_mlx.method.layers import trained_parameters
+
+
+def arguments(model, data, run, *more):
+    required = ["--model", model, "--data", data, "--adapter-path", run]
+    return ["train", *required, "--iters", 4, "--rank", 4, *more]
+
+
+def assert_one_sentence(result, code, message):
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert result.stderr.strip().endswith(errors[0])
+
+
+def test_the_run_directory(model_path, data_path, tmp_path):
+    run = tmp_path / "run"
+    options = ["--test", "--save-every", 2, "--steps-per-report", 2, "--steps-per-eval", 2]
+    result = tlora(*arguments(model_path, data_path, run, *options))
+    assert result.returncode == 0, result.stderr
+    assert "rank × scale of each module" in result.stdout
+    assert "test loss" in result.stdout
+    assert f"next: python -m tlora_mlx.export {run} --format peft" in result.stdout
+    files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+    assert files == [
+        "adapter_config.json",
+        "adapters.safetensors",
+        "checkpoints/0000002/adapters.safetensors",
+        "metrics.jsonl",
+        "rank_plan.json",
+    ]
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert config["model"] == str(model_path)
+    assert (config["rank"], config["alpha"], config["model_type"]) == (4, 4, "llama")
+    assert config["versions"].keys() == {"tlora_mlx", "mlx", "mlx-lm", "transformers"}
+    plan = json.loads((run / "rank_plan.json").read_text())
+    assert (plan["rank"], plan["alpha"], len(plan["modules"])) == (4, 4, 14)
+    assert sum(module["rank"] for module in plan["modules"].values()) == 4 * 14
+    reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in reports if "val_loss" in r] == [0, 2, 4]
+    trained = [r for r in reports if "train_loss" in r]
+    assert [r["iteration"] for r in trained] == [2, 4]
+    assert trained[0].keys() == {
+        "iteration", "train_loss", "learning_rate", "iterations_per_second",
+        "tokens_per_second", "trained_tokens", "peak_memory",
+    }  # fmt: skip
+
+
+def test_training_learns(model_path, data_path, tmp_path):
+    run = quick_train(model_path, data_path, tmp_path / "run", iters=40)
+    losses = [
+        report["val_loss"]
+        for report in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "val_loss" in report
+    ]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_same_command_gives_the_same_run_bit_for_bit(model_path, data_path, tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for run, seed in zip(runs, (5, 5, 6), strict=True):
+        options = ["--seed", seed, "--calibration-samples", 8, "--learning-rate", "1e-2"]
+        assert tlora(*arguments(model_path, data_path, run, *options)).returncode == 0
+    first, again, other = [
+        [(run / name).read_bytes() for name in ("rank_plan.json", "adapters.safetensors")]
+        for run in runs
+    ]
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+
+
+def test_trained_parameters_before_and_after_a_save(run_path, model_path):
+    run = read_run(run_path)
+    base = load_run(run_path)
+    expected = sum(m.rank * m.out_features for m in run.plan.modules.values())
+    saved = sum(t.size for key, t in run.tensors.items() if key.endswith(".lora_b"))
+    assert trained_parameters(base.model) == expected == saved == run.plan.trained_parameters()
+    tokens = mx.array([[5, 6, 7]])
+    assert mx.abs(base.model(tokens) - load_model(model_path)[0](tokens)).max().item() > 1e-3
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+def test_a_quantized_base(data_path, tmp_path, bits, mode):
+    """A conversion by mlx-lm's own command, as users have them; exported onto its original."""
+    original = save_model(tmp_path / "original", hidden_size=64, intermediate_size=128)
+    converted = tmp_path / "converted"
+    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(original)]
+    command += ["--mlx-path", str(converted), "-q", "--q-bits", str(bits)]
+    command += ["--q-group-size", "32", "--q-mode", mode]
+    subprocess.run(command, check=True, capture_output=True)
+    (converted / "README.md").write_text("---\nbase_model: org/original\n---\n")
+    run = quick_train(converted, data_path, tmp_path / "run", iters=30)
+    reports = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    assert losses[-1] < 0.8 * losses[0]
+    out = tmp_path / "peft"
+    assert tlora("export", run, "--output", out).returncode == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/original"
+
+
+def test_generate_shows_base_and_adapter(run_path):
+    result = tlora("generate", run_path, "--prompt", "Add 1 and 2.\n", "--max-tokens", 5)
+    assert result.returncode == 0, result.stderr
+    base, adapted = result.stdout.split("--- with the adapter")
+    assert "--- base model" in base
+    assert base.split("\n", 1)[1].strip() != adapted.split("\n", 1)[1].strip()
+    piped = tlora("generate", run_path, "--prompt", "-", "--max-tokens", 5, input="Add 1 and 2.\n")
+    assert piped.stdout == result.stdout
+
+
+def test_interrupted(model_path, data_path, tmp_path):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = tmp_path / str(code)
+        command = ["-m", "tlora_mlx.train", "--model", model_path, "--data", data_path]
+        command += ["--adapter-path", run, "--iters", 10**6, "--rank", 4]
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        metrics = run / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() and "train_loss" in metrics.read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "interrupted after iteration" in errors
+        assert "Traceback" not in errors
+        assert read_run(run).tensors
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_models(model_path, data_path, tmp_path, tlora_here):
+    def broken(name, change):
+        path = tmp_path / name
+        shutil.copytree(model_path, path)
+        change(path)
+        return path
+
+    def cut(path):
+        file = path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+
+    def drop_tensor(path):
+        tensors = mx.load(str(path / "model.safetensors"))
+        del tensors["model.norm.weight"]
+        mx.save_safetensors(str(path / "model.safetensors"), tensors, {"format": "pt"})
+
+    def set_type(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+
+    cases = [
+        (tmp_path / "missing", "does not exist"),
+        (model_path / "config.json", "is a file"),
+        (data_path, "the configuration of model"),
+        (broken("cut", cut), "damaged or cut short"),
+        (broken("incomplete", drop_tensor), "norm.weight"),
+        (broken("weightless", lambda p: (p / "model.safetensors").unlink()), "has no model*.safe"),
+        (broken("garbled", lambda p: (p / "config.json").write_text("{")), "is not valid JSON"),
+        (broken("typeless", lambda p: (p / "config.json").write_text("{}")), "no 'model_type'"),
+        (broken("unknown", set_type), "nonesuch not supported"),
+        ("organisation/no-such-model", "the Hugging Face Hub did not provide it"),
+    ]
+    for model, message in cases:
+        result = tlora_here(*arguments(model, data_path, tmp_path / "run"))
+        assert_one_sentence(result, 2, message)
+        assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_and_targets(model_path, data_path, tmp_path, tlora_here):
+    bad = tmp_path / "bad"
+    write_jsonl(bad / "train.jsonl", ROWS[:2])
+    (bad / "valid.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    cases = [
+        ([model_path, bad], f"{bad / 'valid.jsonl'}, line 2 is not valid JSON"),
+        ([model_path, tmp_path / "missing"], "does not exist"),
+        ([model_path, data_path, "--target-modules", "qproj"], "its linear layers are down_proj"),
+        ([model_path, data_path, "--num-layers", "3"], "the model has only 2 blocks"),
+    ]
+    for (model, data, *options), message in cases:
+        result = tlora_here(*arguments(model, data, tmp_path / "run", *options))
+        assert_one_sentence(result, 2, message)
+        assert not (tmp_path / "run").exists()
+    (bad / "valid.jsonl").unlink()
+    result = tlora_here(*arguments(model_path, bad, tmp_path / "run", "--test"))
+    assert_one_sentence(result, 2, "--test needs samples")
+
+
+def test_a_directory_that_holds_another_run_is_left_alone(
+    model_path, data_path, run_path, tlora_here
+):
+    before = {p: p.read_bytes() for p in run_path.rglob("*") if p.is_file()}
+    result = tlora_here(*arguments(model_path, data_path, run_path))
+    assert_one_sentence(result, 2, "holds another run")
+    assert {p: p.read_bytes() for p in run_path.rglob("*") if p.is_file()} == before
+    result = tlora_here(*arguments(model_path, data_path, run_path / "metrics.jsonl"))
+    assert_one_sentence(result, 2, "is a file")
+
+
+def test_an_adapter_path_that_cannot_be_made(model_path, data_path, tmp_path, tlora_here):
+    (tmp_path / "file").write_text("")
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "file" / "run"))
+    assert_one_sentence(result, 1, "cannot write to --adapter-path")
+
+
+def test_a_full_disk(model_path, data_path, tmp_path):
+    """The system's own limit on file sizes stands in: a write fails part-way, as on a full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    run = tmp_path / "run"
+    result = tlora(*arguments(model_path, data_path, run), preexec_fn=limit)
+    assert_one_sentence(result, 1, f"cannot write {run / 'adapters.safetensors'}")
+    left = sorted(p.name for p in run.iterdir())
+    assert left == ["adapter_config.json", "metrics.jsonl", "rank_plan.json"]
+    other = arguments(model_path, data_path, tmp_path / "other", "--save-every", 1)
+    checkpoint = tlora(*other, preexec_fn=limit)
+    assert_one_sentence(checkpoint, 1, "cannot write")
+    assert not any(p.is_file() for p in (tmp_path / "other" / "checkpoints").rglob("*"))
+
+
+def test_a_base_model_that_is_not_finite(data_path, tmp_path, tlora_here):
+    model = save_model(tmp_path / "model")
+    tensors = mx.load(str(model / "model.safetensors"))
+    tensors["model.norm.weight"] *= mx.nan
+    mx.save_safetensors(str(model / "model.safetensors"), tensors, {"format": "pt"})
+    result = tlora_here(*arguments(model, data_path, tmp_path / "run"))
+    assert_one_sentence(result, 1, "the base model's loss is not finite on calibration samples 1")
