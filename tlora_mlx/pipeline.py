@@ -26,6 +26,8 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
     Raises:
         UserError: any of them is not as the configuration says.
     """
+    if limit := mx.device_info().get("max_recommended_working_set_size"):
+        mx.set_wired_limit(limit)  # keeps large models resident on Metal, as mlx-lm does
     base = load_base_model(config.model, config.trust_remote_code)
     blocks = len(base.model.layers)
     if config.num_layers > blocks:
@@ -88,13 +90,20 @@ def calibration_samples(samples: list[Sample], number: int, seed: int) -> list[S
 def initialise(
     plan: RankPlan, targets: Mapping[str, nn.Module], calibration: Calibration
 ) -> dict[str, mx.array]:
-    """``NAME.lora_a`` (in, rank) for every adapted module: its task subspace."""
+    """``NAME.lora_a`` (in, rank) for every adapted module: its task subspace.
+
+    Raises:
+        RunError: W·C of a module is not finite.
+    """
     adapted = plan.adapted()
     tensors = {}
     with bar("task subspaces", len(adapted)) as advance:
         for name, module in adapted.items():
             weight = dense_weight(targets[name])
-            a = task_subspace(weight, calibration.covariances[name], module.rank)
+            try:
+                a = task_subspace(weight, calibration.covariances[name], module.rank)
+            except ValueError as error:
+                raise RunError(f"the task subspace of {name} failed: {error}") from None
             tensors[f"{name}.lora_a"] = a.T
             advance()
     return tensors

@@ -39,7 +39,9 @@ class RunWriter:
         self.path = path
         if path.exists() and not path.is_dir():
             raise UserError(f"--adapter-path {path} is a file; choose a directory")
-        held = [name for name in (CONFIG, PLAN, ADAPTERS) if (path / name).exists()]
+        held = [n for n in (CONFIG, PLAN, ADAPTERS, CHECKPOINTS) if (path / n).exists()]
+        if (path / METRICS).exists() and (path / METRICS).stat().st_size:
+            held.append(METRICS)
         if held:
             raise UserError(
                 f"--adapter-path {path} holds another run ({', '.join(held)}); choose another "

@@ -1,0 +1,20 @@
+# Sourced by demo.sh and test.sh: a virtual environment in .venv with the package and what is named.
+# Set PYTHON to choose the interpreter (3.10 or newer).
+
+make_environment() { # make_environment REQUIREMENT...
+  local python="${PYTHON:-python3}"
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: $python is not Python 3.10 or newer; name one with PYTHON=…" >&2
+    exit 2
+  fi
+  if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+    echo "error: could not make a virtual environment; on Debian: apt-get install python3-venv" >&2
+    exit 2
+  fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+  # MLX's Linux wheel links the reference BLAS; OpenBLAS, where it is installed, is 20 times faster.
+  local openblas
+  for openblas in /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0; do
+    if [ -e "$openblas" ]; then export LD_PRELOAD="$openblas"; fi
+  done
+}
