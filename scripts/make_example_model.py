@@ -224,7 +224,8 @@ def main() -> None:
         path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(model_path)
     for split, rows in splits.items():
-        fitting = [row for row in rows if len(tokenizer.encode("".join(row.values()))) < MAX_TOKENS]
+        unique = {row["completion"]: row for row in rows}.values()
+        fitting = [r for r in unique if len(tokenizer.encode("".join(r.values()))) < MAX_TOKENS]
         random.Random(args.seed).shuffle(fitting)
         write_jsonl(data_path / f"{split}.jsonl", fitting[: ROWS[split]])
         print(f"{split}: {min(len(fitting), ROWS[split])} of {len(fitting)} rows")
