@@ -39,3 +39,20 @@ def test_bad_output(model_path, data_path, tmp_path, tlora_here):
         result = tlora_here("plan", *arguments, output)
         assert result.returncode == 2
         assert "must be a file in a directory that exists" in result.stderr
+
+
+def test_another_rank_from_saved_sensitivities(model_path, data_path, tmp_path, tlora_here):
+    arguments = ["--model", model_path, "--data", data_path]
+    first, direct, again = (tmp_path / f"{name}.json" for name in ("first", "direct", "again"))
+    assert tlora_here("plan", *arguments, "--rank", 4, "--output", first).returncode == 0
+    options = ["--rank", 7, "--alpha", 14, "--max-rank", 9, "--output"]
+    assert tlora_here("plan", *arguments, *options, direct).returncode == 0
+    result = tlora_here("plan", "--sensitivities", first, *options, again)
+    assert result.returncode == 0, result.stderr
+    assert again.read_text() == direct.read_text()
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"rank": 4}')
+    result = tlora_here("plan", "--sensitivities", bad)
+    assert result.returncode == 2
+    assert "has no table 'modules'" in result.stderr
+    assert "must be given, or --sensitivities" in tlora_here("plan", "--model", "m").stderr

@@ -253,3 +253,71 @@ def test_a_base_model_that_is_not_finite(data_path, tmp_path, tlora_here):
     mx.save_safetensors(str(model / "model.safetensors"), tensors, {"format": "pt"})
     result = tlora_here(*arguments(model, data_path, tmp_path / "run"))
     assert_one_sentence(result, 1, "the base model's loss is not finite on calibration samples 1")
+
+
+# ---------------------------------------------------------------- plans and covariances
+
+
+def test_a_plan_that_is_given(model_path, data_path, run_path, tmp_path, tlora_here):
+    """The plan that training would make, given: the same adapter, without the sensitivities."""
+    common = ["--learning-rate", "1e-2", "--iters", 6, "--seed", 0]
+    result = tlora_here(
+        *arguments(model_path, data_path, tmp_path / "run", *common),
+        "--plan", run_path / "rank_plan.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "calibrating" not in result.stdout
+    given, made = read_run(tmp_path / "run"), read_run(run_path)
+    assert given.plan == made.plan
+    for key, value in made.tensors.items():
+        a, b = (t @ t.T if key.endswith("_a") else t for t in (value, given.tensors[key]))
+        assert mx.abs(a - b).max().item() < (1e-3 if key.endswith("_a") else 1), key
+
+
+def test_a_plan_edited_by_hand(model_path, data_path, run_path, tmp_path, tlora_here):
+    plan = json.loads((run_path / "rank_plan.json").read_text())
+    names = list(plan["modules"])
+    plan["modules"] = {name: plan["modules"][name] for name in names[:3]}
+    plan["modules"][names[0]] |= {"rank": 0}
+    plan["modules"][names[1]] |= {"rank": 2, "scale": 3.0}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    run = tmp_path / "run"
+    assert tlora_here(*arguments(model_path, data_path, run, "--plan", path)).returncode == 0
+    assert sorted(read_run(run).plan.adapted()) == sorted(names[1:3])
+    assert read_run(run).tensors[f"{names[1]}.lora_a"].shape == (48, 2)
+
+
+def test_all_faults_of_a_plan_in_one_message(model_path, data_path, run_path, tmp_path, tlora_here):
+    plan = json.loads((run_path / "rank_plan.json").read_text())
+    first, second, *_ = plan["modules"]
+    plan["modules"][first]["rank"] = 49
+    plan["modules"][second]["in_features"] = 7
+    plan["modules"]["model.layers.9.mlp.up_proj"] = plan["modules"][first]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "run", "--plan", path))
+    assert_one_sentence(result, 2, "does not fit")
+    assert f"{first} has rank 49, above min(48, 48)" in result.stderr
+    assert f"{second} has shape (24, 48) in the model, (24, 7) in the plan" in result.stderr
+    assert "model.layers.9.mlp.up_proj is no target module of the model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "covariance: exact, 1 pass, about"),
+        (["--calibration-memory", "1e-5"], "covariance: streaming, about"),
+        (["--covariance", "exact", "--calibration-memory", "2e-5"], "covariance: exact, 6 passes"),
+        (["--covariance", "streaming"], "covariance: streaming, about"),
+    ],
+)
+def test_every_way_to_the_covariance(
+    model_path, data_path, run_path, tmp_path, tlora_here, options, said
+):
+    run = tmp_path / "run"
+    result = tlora_here(*arguments(model_path, data_path, run, *options))
+    assert result.returncode == 0, result.stderr
+    assert said in result.stdout
+    assert "peak memory" in result.stdout
+    assert read_run(run).plan == read_run(run_path).plan

@@ -105,6 +105,7 @@ class PlanConfig(Config):
         "paper (mlx-lm: no)",
     )
     seed: int = option(0, "seed of sampling and data order", at_least=0)
+    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
     def __post_init__(self) -> None:
@@ -119,7 +120,19 @@ class PlanConfig(Config):
 class PlanCommand(PlanConfig):
     """``python -m tlora_mlx.plan``."""
 
+    model: str | None = option(None, "model directory, or a Hub repository that mlx-lm loads")
+    data: str | None = option(None, "directory with train.jsonl, or a Hub data set, as for train")
+    sensitivities: str | None = option(
+        None,
+        "an earlier plan: allocate from its sensitivities by --rank, --alpha and --max-rank, "
+        "without model and data",
+    )
     output: str = option("plan.json", "where the plan goes; a picture beside it with matplotlib")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sensitivities is None and not (self.model and self.data):
+            raise UserError("--model and --data must be given, or --sensitivities; see --help")
 
 
 @dataclass(kw_only=True)
@@ -127,6 +140,22 @@ class TrainConfig(PlanConfig):
     """``python -m tlora_mlx.train``."""
 
     adapter_path: str = option("adapters", "run directory to make")
+    plan: str | None = option(
+        None, "take ranks and scales from this file of tlora plan, edited by hand or not"
+    )
+    covariance: str = option(
+        "auto",
+        "exact keeps covariances (in × in), in as many passes over the calibration samples as "
+        "--calibration-memory asks for; streaming keeps a few (in × (rank + 32)) per module "
+        "and takes some 5 passes forwards; auto: exact where the one pass will do",
+        choices=("auto", "exact", "streaming"),
+    )
+    calibration_memory: float | None = option(
+        None,
+        "GB that covariances may take; default: a quarter of the memory that the machine "
+        "recommends for the GPU",
+        above=0.0,
+    )
     iters: int = option(
         1000, "optimizer updates (each takes --grad-accumulation-steps batches)", at_least=1
     )
@@ -156,7 +185,6 @@ class TrainConfig(PlanConfig):
     grad_accumulation_steps: int = option(
         1, "batches per optimizer update, weighted by their tokens", at_least=1
     )
-    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
     val_batches: int = option(25, "validation batches per evaluation; -1: all", at_least=-1)
     steps_per_report: int = option(10, "updates between reports of the training loss", at_least=1)
     steps_per_eval: int = option(200, "updates between validations", at_least=1)

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from tlora_mlx.base_model import BaseModel, load_base_model
-from tlora_mlx.config import PlanConfig
+from tlora_mlx.config import PlanConfig, TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.exporting.names import unexportable
+from tlora_mlx.files import read_json
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
+from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
-from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
-from tlora_mlx.method.subspace import task_subspace
+from tlora_mlx.method.covariance import exact_bytes, groups_within, input_leaders
+from tlora_mlx.method.distributed import share
+from tlora_mlx.method.initialise import (
+    exact_subspaces,
+    grouped_subspaces,
+    streamed_bytes,
+    streamed_subspaces,
+)
+from tlora_mlx.method.layers import linear_shape, target_linears
 from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data
-from tlora_mlx.training.progress import bar, say
+from tlora_mlx.training.progress import bar, print_plan, say
 
 
 def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.Module]]:
@@ -41,6 +54,8 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
     data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
     for name, split in data.items():
         _say_split(name, split, config.max_seq_length)
+    if config.grad_checkpoint:
+        _enable_grad_checkpoint(base.model)
     return base, data, targets
 
 
@@ -54,8 +69,38 @@ def _say_split(name: str, split: Split, max_seq_length: int) -> None:
         say(text)
 
 
+def _enable_grad_checkpoint(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass (mlx-lm's own way)."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    for block in {type(block): block for block in model.layers}.values():
+        grad_checkpoint(block)
+
+
+def calibration_batches(config: PlanConfig, train: Split) -> list[Batch]:
+    """The calibration samples in batches: under ``mlx.launch``, this process's share of them."""
+    samples = calibration_samples(train.samples, config.calibration_samples, config.seed)
+    return list(batches_in_order(share(samples), config.batch_size, config.max_seq_length))
+
+
+def calibration_samples(samples: list[Sample], number: int, seed: int) -> list[Sample]:
+    """So many samples drawn at random without replacement; all of them if there are fewer."""
+    if len(samples) <= number:
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), number, replace=False)
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def _count(batches: list[Batch]) -> int:
+    return sum(batch.tokens.shape[0] for batch in batches)
+
+
 def calibrate_and_plan(
-    config: PlanConfig, base: BaseModel, train: Split, targets: Mapping[str, nn.Module]
+    config: PlanConfig,
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    batches: list[Batch],
+    covariance_of: Collection[str] = (),
 ) -> tuple[Calibration, RankPlan]:
     """Run the calibration samples through the model and allocate ranks and scales.
 
@@ -63,11 +108,9 @@ def calibrate_and_plan(
         UserError: a target module does not see its inputs sample by sample.
         RunError: the base model's loss or gradients are not finite on a sample.
     """
-    samples = calibration_samples(train.samples, config.calibration_samples, config.seed)
     try:
-        with bar("calibrating", len(samples)) as advance:
-            batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
-            calibration = calibrate(base.model, targets, batches, on_batch=advance)
+        with bar("calibrating", _count(batches)) as advance:
+            calibration = calibrate(base.model, targets, batches, covariance_of, advance)
         shapes = {name: linear_shape(module) for name, module in targets.items()}
         plan = plan_ranks(
             calibration.sensitivities, shapes, config.rank, config.alpha, config.max_rank
@@ -79,31 +122,90 @@ def calibrate_and_plan(
     return calibration, plan
 
 
-def calibration_samples(samples: list[Sample], number: int, seed: int) -> list[Sample]:
-    """So many samples drawn at random without replacement; all of them if there are fewer."""
-    if len(samples) <= number:
-        return samples
-    chosen = np.random.default_rng(seed).choice(len(samples), number, replace=False)
-    return [samples[i] for i in sorted(chosen.tolist())]
-
-
-def initialise(
-    plan: RankPlan, targets: Mapping[str, nn.Module], calibration: Calibration
-) -> dict[str, mx.array]:
-    """``NAME.lora_a`` (in, rank) for every adapted module: its task subspace.
+def read_plan(path: str, targets: Mapping[str, nn.Module] | None = None) -> RankPlan:
+    """Read a plan and, where targets are given, check it against them.
 
     Raises:
-        RunError: W·C of a module is not finite.
+        UserError: it is no plan, or does not fit the model; all faults in one message.
     """
-    adapted = plan.adapted()
-    tensors = {}
-    with bar("task subspaces", len(adapted)) as advance:
-        for name, module in adapted.items():
-            weight = dense_weight(targets[name])
-            try:
-                a = task_subspace(weight, calibration.covariances[name], module.rank)
-            except ValueError as error:
-                raise RunError(f"the task subspace of {name} failed: {error}") from None
-            tensors[f"{name}.lora_a"] = a.T
-            advance()
-    return tensors
+    try:
+        plan = RankPlan.from_dict(read_json(Path(path).expanduser(), "the rank plan"))
+    except ValueError as error:
+        raise UserError(f"the rank plan {path} is not right: {error}") from None
+    faults = [] if plan.adapted() else ["no module has a rank above 0"]
+    for name, module in plan.modules.items() if targets is not None else ():
+        if name not in targets:
+            faults.append(f"{name} is no target module of the model")
+            continue
+        shape = linear_shape(targets[name])
+        if (module.out_features, module.in_features) != shape:
+            found = (module.out_features, module.in_features)
+            faults.append(f"{name} has shape {shape} in the model, {found} in the plan")
+        elif module.rank > min(shape):
+            faults.append(f"{name} has rank {module.rank}, above min{shape}")
+    if faults:
+        raise UserError(f"the rank plan {path} does not fit: {'; '.join(faults)}")
+    return plan
+
+
+def plan_and_initialise(
+    config: TrainConfig, base: BaseModel, train: Split, targets: Mapping[str, nn.Module]
+) -> tuple[RankPlan, dict[str, mx.array]]:
+    """The rank plan, and ``NAME.lora_a`` (in, rank) for every adapted module.
+
+    Raises:
+        UserError: the plan that was given does not fit, or a module cannot be calibrated.
+        RunError: a statistic is not finite.
+    """
+    given = read_plan(config.plan, targets) if config.plan else None
+    if given:
+        targets = {name: targets[name] for name in targets if name in given.modules}
+    start, model_memory = time.perf_counter(), mx.get_active_memory()
+    mx.reset_peak_memory()
+    batches = calibration_batches(config, train)
+    leaders = input_leaders(base.model, targets)
+    memory = int((config.calibration_memory or default_memory()) * 1e9)
+    groups = groups_within(targets, leaders.values(), memory)
+    streaming = config.covariance == "streaming" or (
+        config.covariance == "auto" and len(groups) > 1
+    )
+    if given:
+        calibration, plan = Calibration({}, {}, 0), given
+    else:
+        wanted = () if streaming else groups[0]
+        calibration, plan = calibrate_and_plan(config, base, targets, batches, wanted)
+    print_plan(plan)
+    if streaming:
+        expected, how = streamed_bytes(plan), "streaming"
+    else:
+        expected = max(exact_bytes(targets, group) for group in groups)
+        how = f"exact, {len(groups)} pass{'es' * (len(groups) > 1)}"
+    say(f"covariance: {how}, about {_size(expected)} ({_size(memory)} allowed)")
+    try:
+        subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+        calibration.covariances.clear()
+        left = {n: m for n, m in plan.modules.items() if m.rank and n not in subspaces}
+        rest = replace(plan, modules=left)
+        with bar("task subspaces", 0) as advance:
+            common = (base.model, rest, targets, leaders, batches)
+            if streaming:
+                subspaces |= streamed_subspaces(*common, config.seed, advance)
+            elif left:
+                subspaces |= grouped_subspaces(*common, memory, advance)
+    except ValueError as error:
+        raise RunError(f"the task subspace failed: {error}") from None
+    seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory
+    say(f"initialised in {seconds:.1f} s, peak memory {_size(peak)} above the model")
+    mx.reset_peak_memory()
+    return plan, {f"{name}.lora_a": a.T for name, a in subspaces.items()}
+
+
+def default_memory() -> float:
+    """GB: a quarter of what Metal recommends for the GPU; elsewhere, of the machine's memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    total = recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / 4e9
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

@@ -24,6 +24,8 @@ def plan(config: PlanCommand) -> RankPlan:
         UserError: the configuration, the model or the data are not right.
         RunError: it failed while running.
     """
+    import mlx.core as mx
+
     from tlora_mlx import pipeline
     from tlora_mlx.files import write_json
     from tlora_mlx.training.progress import print_plan, say
@@ -31,15 +33,37 @@ def plan(config: PlanCommand) -> RankPlan:
     output = Path(config.output).expanduser()
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output} must be a file in a directory that exists")
-    base, data, targets = pipeline.load(config)
-    _, result = pipeline.calibrate_and_plan(config, base, data["train"], targets)
+    if config.sensitivities:
+        result = replan(pipeline.read_plan(config.sensitivities), config)
+    else:
+        base, data, targets = pipeline.load(config)
+        batches = pipeline.calibration_batches(config, data["train"])
+        _, result = pipeline.calibrate_and_plan(config, base, targets, batches)
     print_plan(result)
+    if mx.distributed.init().rank() > 0:
+        return result
     write_json(output, result.to_dict())
     written = [str(output)]
     if find_spec("matplotlib"):
         written.append(str(draw_plan(result, output.with_suffix(".png"))))
     say(f"plan written to {' and '.join(written)}")
     return result
+
+
+def replan(earlier: RankPlan, config: PlanCommand) -> RankPlan:
+    """Allocate anew, by another rank, alpha or cap, from an earlier plan's sensitivities.
+
+    Raises:
+        UserError: the sensitivities are of no use.
+    """
+    from tlora_mlx.method.allocation import plan_ranks
+
+    sensitivities = {name: module.sensitivity for name, module in earlier.modules.items()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in earlier.modules.items()}
+    try:
+        return plan_ranks(sensitivities, shapes, config.rank, config.alpha, config.max_rank)
+    except ValueError as error:
+        raise UserError(f"the rank plan {config.sensitivities} is not right: {error}") from None
 
 
 def draw_plan(rank_plan: RankPlan, path: Path) -> Path:

@@ -62,7 +62,7 @@ class RunWriter:
                 f"cannot write to --adapter-path {self.path}: {error.strerror}"
             ) from None
 
-    def start(self, config: TrainConfig, base: BaseModel, plan: RankPlan, samples: int) -> None:
+    def start(self, config: TrainConfig, base: BaseModel, plan: RankPlan) -> None:
         """Write the plan and the configuration; from here on the directory is a run's."""
         write_json(self.path / PLAN, plan.to_dict())
         write_json(
@@ -71,7 +71,6 @@ class RunWriter:
                 "fine_tune_type": "tlora",
                 "model_type": base.config["model_type"],
                 "base_model": base.original,
-                "calibrated_samples": samples,
                 "versions": {
                     "tlora_mlx": __version__,
                     **{package: version(package) for package in ("mlx", "mlx-lm", "transformers")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tlora_mlx.config import TrainConfig, parse
@@ -24,24 +25,25 @@ def train(config: TrainConfig) -> Path:
         RunError: it failed while running.
         Interrupted: SIGINT or SIGTERM came; the adapter was saved.
     """
+    import mlx.core as mx
+
     from tlora_mlx import pipeline
     from tlora_mlx.method.layers import attach
     from tlora_mlx.run_directory import RunWriter
-    from tlora_mlx.training.loop import enable_grad_checkpoint, evaluate, fit
-    from tlora_mlx.training.progress import print_plan, say
+    from tlora_mlx.training.loop import evaluate, fit
+    from tlora_mlx.training.progress import say
 
+    if mx.distributed.init().size() > 1:
+        raise UserError("training takes one process for now; mlx.launch works with tlora plan")
     run = RunWriter(Path(config.adapter_path).expanduser())
     base, data, targets = pipeline.load(config)
     if config.test and not data["test"].samples:
         raise UserError(f"--test needs samples in {config.data}/test.jsonl, and there are none")
     run.create()
-    if config.grad_checkpoint:
-        enable_grad_checkpoint(base.model)
 
-    calibration, plan = pipeline.calibrate_and_plan(config, base, data["train"], targets)
-    print_plan(plan)
-    tensors = pipeline.initialise(plan, targets, calibration)
-    run.start(config, base, plan, calibration.samples)
+    plan, tensors = pipeline.plan_and_initialise(config, base, data["train"], targets)
+    config = replace(config, rank=plan.rank, alpha=plan.alpha)
+    run.start(config, base, plan)
     attach(base.model, plan, tensors)
 
     def test_loss() -> float | None:

@@ -1,6 +1,7 @@
 """The method against what the authors' code gave on a small Llama (tests/golden)."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -9,6 +10,7 @@ from mlx_lm.utils import load_model
 
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.covariance import input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
 from tlora_mlx.method.subspace import task_subspace
 from tlora_mlx.training.data import Sample, collate
@@ -29,7 +31,11 @@ def samples():
 
 def calibrate_in_batches(model, samples, size):
     batches = [collate(samples[i : i + size], 512) for i in range(0, len(samples), size)]
-    return calibrate(model, target_linears(model), batches)
+    targets = target_linears(model)
+    leaders = input_leaders(model, targets)
+    calibration = calibrate(model, targets, batches, set(leaders.values()))
+    covariances = {name: calibration.covariances[leaders[name]] for name in targets}
+    return replace(calibration, covariances=covariances)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +113,8 @@ def test_what_is_in_the_padding_has_no_effect(model, samples):
     positions = mx.arange(batch.tokens.shape[1])
     noisy = mx.where(positions < batch.spans[:, 1:2], batch.tokens, (positions * 7 + 3) % 128)
     targets = target_linears(model)
-    clean = calibrate(model, targets, [batch])
-    changed = calibrate(model, targets, [batch._replace(tokens=noisy)])
+    clean = calibrate(model, targets, [batch], targets)
+    changed = calibrate(model, targets, [batch._replace(tokens=noisy)], targets)
     assert changed.sensitivities == clean.sensitivities
     for name, covariance in clean.covariances.items():
         assert mx.array_equal(covariance, changed.covariances[name]), name
@@ -117,8 +123,8 @@ def test_what_is_in_the_padding_has_no_effect(model, samples):
 def test_the_prompt_is_masked(model, samples):
     unmasked = [sample._replace(first_target=1) for sample in samples]
     targets = target_linears(model)
-    masked_result = calibrate(model, targets, [collate(samples, 512)])
-    unmasked_result = calibrate(model, targets, [collate(unmasked, 512)])
+    masked_result = calibrate(model, targets, [collate(samples, 512)], targets)
+    unmasked_result = calibrate(model, targets, [collate(unmasked, 512)], targets)
     for name, value in masked_result.sensitivities.items():
         assert abs(unmasked_result.sensitivities[name] / value - 1) > 1e-3
         # The inputs are taken on all tokens either way.
@@ -137,15 +143,19 @@ def test_the_model_is_as_it_was(model, samples):
     assert mx.array_equal(model(tokens), logits)
 
 
-def test_modules_that_read_the_same_input_share_a_covariance(calibration):
-    shared = calibration.covariances
-    block = "model.layers.1"
-    for same in (
-        [f"{block}.self_attn.{kind}_proj" for kind in "qkv"],
-        [f"{block}.mlp.{kind}_proj" for kind in ("gate", "up")],
-    ):
-        assert len({id(shared[name]) for name in same}) == 1
-    assert shared[f"{block}.self_attn.o_proj"] is not shared[f"{block}.self_attn.q_proj"]
+def test_modules_that_read_the_same_input_share_a_covariance(model, samples):
+    targets = target_linears(model)
+    leaders = input_leaders(model, targets)
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    assert [leaders[f"{attention}.{kind}_proj"] for kind in "qkvo"] == [
+        *[f"{attention}.q_proj"] * 3,
+        f"{attention}.o_proj",
+    ]
+    assert leaders[f"{mlp}.up_proj"] == leaders[f"{mlp}.gate_proj"] == f"{mlp}.gate_proj"
+    assert len(set(leaders.values())) == 4 * 3
+    # What is shared is the same: each module's own covariance is its leader's.
+    own = calibrate(model, targets, [collate(samples, 512)], targets).covariances
+    assert all(mx.array_equal(own[name], own[leader]) for name, leader in leaders.items())
 
 
 def test_no_samples(model):

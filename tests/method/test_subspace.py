@@ -2,38 +2,82 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tlora_mlx.method import subspace
 from tlora_mlx.method.subspace import task_subspace
 
+SPECTRA = {
+    "fast": lambda i: 2.0**-i + 1e-9,
+    "power": lambda i: 1 / i,
+    "slow": lambda i: i**-0.25,
+    "flat": lambda i: np.ones(len(i)),
+    "clusters": lambda i: np.where(i <= len(i) // 8, 1.0, 0.3),
+    "deficient": lambda i: np.where(i <= 5, 1.0, 0.0),
+    "one huge direction": lambda i: np.where(i == 1, 1e5, i**-0.7),
+}
 
-@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (24, 24), (1, 9), (9, 1)])
-@pytest.mark.parametrize("scale", [1.0, 1e15])
-def test_against_lapack_in_double_precision(shape, scale):
-    random = np.random.default_rng(3)
-    weight = random.standard_normal(shape)
-    inputs = random.standard_normal((200, shape[1])) * np.linspace(1, 3, shape[1])
-    covariance = inputs.T @ inputs * scale
-    rank = max(1, min(shape) // 3)
-    a = np.array(
-        task_subspace(
-            mx.array(weight.astype(np.float32)), mx.array(covariance.astype(np.float32)), rank
-        )
-    ).astype(np.float64)
-    _, singular_values, _ = np.linalg.svd(weight @ covariance)
+
+def problem(out_features, in_features, spectrum):
+    """A random W, and a C with random directions and the spectrum's eigenvalues, float32."""
+    random = np.random.default_rng(0)
+    directions, _ = np.linalg.qr(random.standard_normal((in_features, in_features)))
+    eigenvalues = SPECTRA[spectrum](np.arange(1, in_features + 1))
+    covariance = (directions * eigenvalues) @ directions.T
+    weight = random.standard_normal((out_features, in_features)) / np.sqrt(in_features)
+    return mx.array(weight.astype(np.float32)), mx.array(covariance.astype(np.float32))
+
+
+def quality(weight, covariance, a):
+    """Captured share of the best energy, and distance from orthonormal rows, in doubles."""
+    weight, covariance, a = (np.array(x).astype(np.double) for x in (weight, covariance, a))
+    best = np.linalg.svd(weight @ covariance, compute_uv=False)[: len(a)]
+    captured = np.square(weight @ covariance @ a.T).sum() / np.square(best).sum()
+    return captured, np.abs(a @ a.T - np.eye(len(a))).max()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(30, 20), (160, 160), (500, 170), (170, 500)])
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_against_lapack_in_double_precision(shape, spectrum, rank):
+    weight, covariance = problem(*shape, spectrum)
+    a = task_subspace(weight, covariance, rank)
     assert a.shape == (rank, shape[1])
-    assert np.abs(a @ a.T - np.eye(rank)).max() < 1e-5
-    captured = (np.square(weight @ covariance @ a.T)).sum() / np.square(
-        singular_values[:rank]
-    ).sum()
+    captured, distance = quality(weight, covariance, a)
+    assert captured > 0.9999
+    assert distance < 1e-5
+
+
+def test_large_ones_take_krylov_alone_and_small_ones_the_exact_way(monkeypatch):
+    calls = []
+    exact = subspace._exact_subspace
+    monkeypatch.setattr(subspace, "_exact_subspace", lambda *a: calls.append(a) or exact(*a))
+    for spectrum in SPECTRA:
+        task_subspace(*problem(500, 170, spectrum), 4)
+    assert calls == []
+    task_subspace(*problem(30, 20, "slow"), 4)
+    assert len(calls) == 1
+    # Where the energy has not converged within the bound, the exact way takes over.
+    monkeypatch.setattr(subspace, "PRODUCTS", 2)
+    weight, covariance = problem(500, 170, "flat")
+    captured, _ = quality(weight, covariance, task_subspace(weight, covariance, 4))
+    assert len(calls) == 2
     assert captured > 0.9999
 
 
-def test_rank_deficient_and_zero_covariance_still_give_orthonormal_rows():
-    random = np.random.default_rng(0)
-    weight = mx.array(random.standard_normal((16, 12)).astype(np.float32))
-    direction = mx.array(random.standard_normal((12, 2)).astype(np.float32))
-    for covariance in (direction @ direction.T, mx.zeros((12, 12))):
-        a = task_subspace(weight, covariance, 5)
-        assert mx.abs(a @ a.T - mx.eye(5)).max().item() < 1e-5
+def test_the_same_seed_gives_the_same_bits():
+    weight, covariance = problem(500, 170, "slow")
+    first, again, other = (task_subspace(weight, covariance, 4, seed) for seed in (1, 1, 2))
+    assert mx.array_equal(first, again)
+    assert not mx.array_equal(first, other)
+
+
+@pytest.mark.parametrize("shape", [(16, 12), (300, 200)])
+def test_scales_and_zero(shape):
+    weight, covariance = problem(*shape, "power")
+    for scale in (1e-15, 1e30):
+        a = task_subspace(weight, scale * covariance, 3)
+        assert quality(weight, covariance, a)[0] > 0.9999
+    a = task_subspace(weight, mx.zeros_like(covariance), 3)
+    assert mx.abs(a @ a.T - mx.eye(3)).max().item() < 1e-5
 
 
 @pytest.mark.parametrize("rank", [0, 13])
@@ -42,6 +86,10 @@ def test_rank_out_of_range(rank):
         task_subspace(mx.zeros((16, 12)), mx.eye(12), rank)
 
 
-def test_not_finite():
+@pytest.mark.parametrize("shape", [(4, 4), (300, 200)])
+def test_not_finite(shape):
+    weight, covariance = problem(*shape, "power")
     with pytest.raises(ValueError, match="not finite"):
-        task_subspace(mx.ones((4, 4)), mx.full((4, 4), mx.nan), 2)
+        task_subspace(weight, covariance * mx.nan, 1)
+    with pytest.raises(ValueError, match="not finite"):
+        task_subspace(weight * mx.inf, covariance, 1)

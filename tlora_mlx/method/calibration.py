@@ -1,4 +1,4 @@
-"""One pass over task samples: covariance and sensitivity of every target module.
+"""One pass over task samples: each target module's sensitivity and, where wanted, covariance.
 
 Both statistics come out of the backward pass as the "gradients" of two small parameters of a probe
 that stands in for each target module: the probe's custom gradient rule sees the module's inputs X
@@ -9,39 +9,30 @@ weight is ever formed for more than one module and sample at a time, weights tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import centred_gram
+from tlora_mlx.method.distributed import total
 from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules
 from tlora_mlx.method.loss import masked_cross_entropy
 
-
-class Batch(NamedTuple):
-    """Samples padded on the right to one length.
-
-    Attributes:
-        tokens: (batch, T) int32 token ids.
-        spans: (batch, 2) int32: the first position that counts as a target (after the prompt, where
-            it is masked), and the sample's length.
-    """
-
-    tokens: mx.array
-    spans: mx.array
+# Entries of ∂loss/∂W that are formed at a time: 64 MB of float32.
+PIECE = 2**24
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the samples say of each target module, by full name.
+    """What the samples say of the target modules, by full name.
 
     Attributes:
         sensitivities: s = 1/N Σ_n mean_ij |W_ij · ∂loss_n/∂W_ij|.
-        covariances: C (in, in) float32; modules that read the same input share one array.
+        covariances: C (in, in) float32, of the modules that were asked for.
         samples: N, how many samples were counted.
     """
 
@@ -51,75 +42,90 @@ class Calibration:
 
 
 class _Probe(nn.Module):
-    """Computes what ``linear`` computes, and in the backward pass the two statistics.
+    """Computes what ``linear`` computes, and in the backward pass the statistics.
 
-    ``sensitivity`` (batch,) and ``covariance`` (in, in) are parameters that have no effect on the
-    output; their gradients are the batch's statistics. A module that reads the same input as one
-    before it leaves the covariance to that one (``leaders`` holds who that is).
+    ``sensitivity`` (batch,) and, where it is collected, ``covariance`` (in, in) are parameters that
+    have no effect on the output; their gradients are the batch's statistics.
     """
 
-    def __init__(self, name: str, linear: nn.Module, leaders: dict[str, str]):
+    def __init__(self, name: str, linear: nn.Module, collects: bool):
         super().__init__()
         self.linear = linear
         self.linear.freeze()
         self._name = name
-        self._leaders = leaders
+        self._collects = collects
 
-    def prepare(self, lengths: list[int], seen: dict[int, tuple[mx.array, str]]) -> None:
-        """Set up for a batch whose samples have these lengths; ``seen`` is shared by all probes."""
-        in_features = linear_shape(self.linear)[1]
-        self.sensitivity = mx.zeros((len(lengths),))
-        self.covariance = mx.broadcast_to(mx.array(0.0), (in_features, in_features))
+    def prepare(self, lengths: list[int]) -> None:
+        """Set up for a batch whose samples have these lengths."""
         self._lengths = lengths
-        self._seen = seen
+        self.sensitivity = mx.zeros((len(lengths),))
+        if self._collects:
+            in_features = linear_shape(self.linear)[1]
+            self.covariance = mx.broadcast_to(mx.array(0.0), (in_features, in_features))
+        self.unfreeze(recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        lengths = self._lengths
+        linear, lengths, collects = self.linear, self._lengths, self._collects
         if x.ndim != 3 or x.shape[0] != len(lengths):
             raise NotImplementedError(
                 f"{self._name} sees inputs of shape {tuple(x.shape)}, not one row of tokens for "
                 f"each of {len(lengths)} samples, so it cannot be calibrated"
             )
-        # Identity of the Python object tells who reads the same input; keeping x in `seen` for the
-        # forward pass keeps its id from being used again.
-        _, leader = self._seen.setdefault(id(x), (x, self._name))
-        self._leaders[self._name] = leader
-        linear, leads = self.linear, leader == self._name
 
         @mx.custom_function
-        def tap(y, x, sensitivity, covariance):
+        def tap(y, x, *statistics):
             return y
 
         @tap.vjp
         def _(primals, delta, _output):
-            _, x, _, covariance = primals
-            weight = dense_weight(linear)
+            x = primals[1]
             rows = [(delta[n, :t], x[n, :t]) for n, t in enumerate(lengths)]
-            scores = [
-                mx.abs(weight * (d.astype(mx.float32).T @ r.astype(mx.float32))).mean()
-                for d, r in rows
-            ]
-            gram = sum(centred_gram(r) for _, r in rows) if leads else covariance
-            return delta, mx.zeros_like(x), mx.stack(scores), gram
+            gradients = [_mean_products(linear, rows)]
+            if collects:
+                gradients.append(sum(centred_gram(r) for _, r in rows))
+            return delta, mx.zeros_like(x), *gradients
 
-        return tap(linear(x), mx.stop_gradient(x), self.sensitivity, self.covariance)
+        statistics = [self.sensitivity] + ([self.covariance] if collects else [])
+        return tap(linear(x), mx.stop_gradient(x), *statistics)
+
+
+def _mean_products(linear: nn.Module, samples: list[tuple[mx.array, mx.array]]) -> mx.array:
+    """mean_ij |W_ij · (δᵀX)_ij| of each sample, (batch,) float32, a few of W's rows at a time.
+
+    Args:
+        linear: whose W (out, in) it is; dequantized piece by piece where it is quantized.
+        samples: δ (T, out) and X (T, in) of each sample, any float dtype.
+    """
+    out_features, in_features = linear_shape(linear)
+    samples = [(d.astype(mx.float32), x.astype(mx.float32)) for d, x in samples]
+    step = max(1, PIECE // in_features)
+    sums = mx.zeros((len(samples),))
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        weight = dense_weight(linear, rows)
+        sums = sums + mx.stack([mx.abs(weight * (d[:, rows].T @ x)).sum() for d, x in samples])
+    return sums / (out_features * in_features)
 
 
 def calibrate(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     batches: Iterable[Batch],
+    covariance_of: Collection[str] = (),
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Calibration:
     """Run the samples through the model once, forwards and backwards; weights stay untouched.
 
     A batch gives exactly what its samples give one by one, and padding contributes nothing. Inputs
     are taken on all tokens of a sample, the last one included; the loss is each sample's own mean.
+    Under ``mlx.launch`` each process gives its own samples, and all get the statistics of all.
 
     Args:
         model: the base model; it is frozen on return.
         targets: the modules to look at, by full name, as ``target_linears`` finds them.
         batches: every sample with at least one token that counts as a target.
+        covariance_of: the targets whose covariance is wanted; one for each input will do
+            (``covariance.input_leaders``).
         on_batch: called with the number of samples of each batch that is done.
 
     Raises:
@@ -128,8 +134,7 @@ def calibrate(
 
     Source: paper, section 3; Rambo-Yi/TLora e3463ae, ``tlora.py::preprocess_tlora``.
     """
-    leaders: dict[str, str] = {}
-    probes = {name: _Probe(name, linear, leaders) for name, linear in targets.items()}
+    probes = {name: _Probe(name, linear, name in covariance_of) for name, linear in targets.items()}
     sensitivities = dict.fromkeys(targets, 0.0)
     covariances: dict[str, mx.array] = {}
     samples = 0
@@ -139,45 +144,45 @@ def calibrate(
         for batch in batches:
             for name, scores, gram in _observe(model, probes, batch, samples):
                 sensitivities[name] += sum(scores.tolist())
-                if leaders[name] == name:
-                    covariances[name] = covariances.get(name, 0.0) + gram
+                if gram is not None:
+                    covariances[name] = covariances[name] + gram if name in covariances else gram
                     mx.eval(covariances[name])
             samples += batch.tokens.shape[0]
             on_batch(batch.tokens.shape[0])
     finally:
         replace_modules(model, targets)
         model.freeze()
+    samples = int(total(mx.array(samples)).item())
     if samples == 0:
         raise ValueError("there is no sample to calibrate on")
-    covariances = {name: covariance / samples for name, covariance in covariances.items()}
-    mx.eval(covariances)
+    sums = total(mx.array(list(sensitivities.values()))).tolist()
+    for name in covariances:
+        covariances[name] = total(covariances[name]) / samples
+        mx.eval(covariances[name])
     return Calibration(
-        {name: s / samples for name, s in sensitivities.items()},
-        {name: covariances[leaders[name]] for name in targets},
-        samples,
+        {name: s / samples for name, s in zip(targets, sums, strict=True)}, covariances, samples
     )
 
 
 def _observe(
     model: nn.Module, probes: Mapping[str, _Probe], batch: Batch, samples_before: int
-) -> Iterator[tuple[str, mx.array, mx.array]]:
-    """One batch's statistics, module by module: name, scores (batch,) and gram (in, in).
+) -> Iterator[tuple[str, mx.array, mx.array | None]]:
+    """One batch's statistics, module by module: name, scores (batch,) and gram (in, in) or None.
 
     The last module comes first and each result is dropped before the next is evaluated, so that
     the backward pass frees what it no longer needs: evaluated together, MLX keeps it all.
     """
-    seen: dict[int, tuple[mx.array, str]] = {}
     lengths = batch.spans[:, 1].tolist()
     for probe in probes.values():
-        probe.prepare(lengths, seen)
-        probe.unfreeze(recurse=False)
+        probe.prepare(lengths)
 
-    def summed_loss(model: nn.Module) -> mx.array:
+    def summed_loss(model: nn.Module) -> tuple[mx.array, mx.array]:
+        # Summed over a sample's tokens: divided by their number before the backward pass, the
+        # gradients would be lost to float16's range. The scores are divided after it.
         losses, counts = masked_cross_entropy(model(batch.tokens), *batch)
-        return (losses.sum(axis=1) / counts).sum()
+        return losses.sum(), counts
 
-    loss, tree = nn.value_and_grad(model, summed_loss)(model)
-    seen.clear()
+    (loss, counts), tree = nn.value_and_grad(model, summed_loss)(model)
     gradients = dict(tree_flatten(tree))
     del tree
     if not mx.isfinite(loss).item():
@@ -186,7 +191,7 @@ def _observe(
             f"{samples_before + 1} to {samples_before + len(lengths)}"
         )
     for name in reversed(probes):
-        scores = gradients.pop(f"{name}.sensitivity")
-        gram = gradients.pop(f"{name}.covariance")
+        scores = gradients.pop(f"{name}.sensitivity") / counts
+        gram = gradients.pop(f"{name}.covariance", None)
         mx.eval(scores)
         yield name, scores, gram

@@ -30,19 +30,21 @@ def activation_dtype(linear: nn.Module) -> mx.Dtype:
     return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else mx.bfloat16
 
 
-def dense_weight(linear: nn.Module) -> mx.array:
-    """W (out, in) float32 of a linear layer, dequantized where it is quantized; not evaluated."""
+def dense_weight(linear: nn.Module, rows: slice = slice(None)) -> mx.array:
+    """W (out, in) float32 of a linear layer, or some of its rows, dequantized; not evaluated."""
     if isinstance(linear, nn.QuantizedLinear):
+        biases = linear.get("biases")
         return mx.dequantize(
-            linear.weight,
-            linear.scales,
-            linear.get("biases"),
+            linear.weight[rows],
+            linear.scales[rows],
+            None if biases is None else biases[rows],
             group_size=linear.group_size,
             bits=linear.bits,
             mode=linear.mode,
+            global_scale=linear.get("global_scale"),
             dtype=mx.float32,
         )
-    return linear.weight.astype(mx.float32)
+    return linear.weight[rows].astype(mx.float32)
 
 
 class TLoRALinear(nn.Module):

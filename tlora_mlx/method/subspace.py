@@ -1,22 +1,41 @@
-"""The task subspace: top right singular vectors of W·C (TLoRA, section "Initialise")."""
+"""The task subspace: top right singular vectors of W·C (TLoRA, section "Initialise").
+
+W·C is never formed, and C need not be: a block Krylov method asks for products of C with a few
+vectors at a time. ``krylov_subspace`` is a generator that yields such a block P and is sent C·P, so
+that whoever drives it may multiply by a covariance at hand (``task_subspace``) or accumulate the
+products of all modules in one pass over the samples (``calibration.stream_subspaces``).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Generator
 
 import mlx.core as mx
 
 from tlora_mlx.method import linalg
 
+# Vectors beyond the rank in each Krylov block: clusters of singular values converge sooner.
+OVERSAMPLING = 8
+# The captured energy has converged when a further product raises it by less than this share.
+TOLERANCE = 1e-6
+# At most so many products with C; where the energy has not converged by then, the exact way.
+PRODUCTS = 32
+# A basis of so many blocks is what most spectra need: it decides whether Krylov pays.
+TYPICAL_BLOCKS = 8
 
-def task_subspace(weight: mx.array, covariance: mx.array, rank: int) -> mx.array:
+
+def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int = 0) -> mx.array:
     """A's value: the ``rank`` top right singular vectors of ``weight @ covariance``.
 
     Only the subspace is defined: signs, and the order inside a cluster of equal singular values,
-    are free.
+    are free. Small matrices take the exact way, a singular value decomposition; large ones block
+    Krylov iterations until the captured energy has converged.
 
     Args:
         weight: W (out, in), any float dtype.
         covariance: C (in, in), float32. Its scale does not matter to the result.
         rank: between 1 and min(out, in).
+        seed: of the Krylov method's first block.
 
     Returns:
         (rank, in) float32 with orthonormal rows, evaluated.
@@ -24,15 +43,133 @@ def task_subspace(weight: mx.array, covariance: mx.array, rank: int) -> mx.array
     Raises:
         ValueError: ``rank`` is outside 1..min(out, in), or W·C is not finite.
 
-    Source: paper, section 3.2; Rambo-Yi/TLora e3463ae, ``peft/tuners/lora/layer.py::tlora_init``.
+    Source: paper, section 3.2; Rambo-Yi/TLora e3463ae, ``peft/tuners/lora/layer.py::tlora_init``;
+    block Krylov: Musco and Musco, NeurIPS 2015.
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is not between 1 and min{tuple(weight.shape)}")
     # Scaled so that large activations cannot overflow float32; the vectors stay the same.
     largest = mx.abs(covariance).max()
+    if not mx.isfinite(largest).item():
+        raise ValueError("the covariance has entries that are not finite")
     scaled = covariance / mx.where(largest > 0, largest, 1.0)
-    product = weight.astype(mx.float32) @ scaled
+    weight = weight.astype(mx.float32)
+    if min(weight.shape) > TYPICAL_BLOCKS * (rank + OVERSAMPLING):
+        steps = krylov_subspace(
+            lambda: weight, weight.shape, rank, OVERSAMPLING, PRODUCTS, TOLERANCE, seed
+        )
+        block = next(steps)
+        while True:
+            try:
+                block = steps.send(scaled @ block)
+            except StopIteration as done:
+                a, converged = done.value
+                break
+        if converged:
+            return a
+    return _exact_subspace(weight @ scaled, rank)
+
+
+def _exact_subspace(product: mx.array, rank: int) -> mx.array:
+    """The ``rank`` top right singular vectors of W·C (out, in), by its decomposition."""
     if not mx.isfinite(product).all().item():
         raise ValueError("W·C has entries that are not finite")
     _, _, vt = linalg.svd(product)
     return mx.contiguous(vt[:rank])
+
+
+def krylov_subspace(
+    weight: Callable[[], mx.array],
+    shape: tuple[int, int],
+    rank: int,
+    oversampling: int,
+    products: int,
+    tolerance: float,
+    seed: int,
+) -> Generator[mx.array, mx.array, tuple[mx.array, bool]]:
+    """Block Golub-Kahan iterations on M = W·C, with full reorthogonalisation.
+
+    The first product with C turns a random block into a sketch of M's row space, the first block of
+    the basis V. Then each pair of products applies M to V's newest block, whose new directions are
+    U's next block, and Mᵀ to that, whose new directions are V's next. Uᵀ M V is small; its singular
+    vectors give the best answer in the span of V, after each half of a pair.
+
+    Args:
+        weight: gives W (out, in) float32; called for each use, so that it need not be kept.
+        shape: (out, in).
+        rank: vectors asked for, between 1 and min(out, in).
+        oversampling: vectors beyond the rank in each block.
+        products: with C, at most; at least 2.
+        tolerance: the captured energy has converged when a product raises it by less than this
+            share.
+        seed: of the random block.
+
+    Yields:
+        P (in, k) float32, evaluated; to be answered with C·P (in, k), of any scale that is the same
+        in each answer.
+
+    Returns:
+        (rank, in) float32 with orthonormal rows, and whether the captured energy has converged.
+
+    Raises:
+        ValueError: an answer, or its product with W, is not finite.
+
+    Source: Golub, Luk and Overton, "A Block Lanczos Method for Computing the Singular Values and
+    Corresponding Singular Vectors of a Matrix", 1981; Musco and Musco, NeurIPS 2015.
+    """
+    out_features, most = shape[0], min(shape)
+    width = min(rank + oversampling, most)
+    random = mx.random.normal((out_features, width), key=mx.random.key(seed))
+    newest, _ = linalg.qr(_finite((yield _finite(weight().T @ random))))
+    basis, left = newest, mx.zeros((out_features, 0))
+    small = mx.zeros((0, width))  # Uᵀ M V
+    energy, used = 0.0, 1
+    while True:
+        image = _finite(weight() @ (yield newest))
+        used += 1
+        u, inside, rest = _extend(left, image, out_features)
+        left = mx.concatenate([left, u], axis=1)
+        known = small[:, : basis.shape[1] - newest.shape[1]]
+        known = mx.pad(known, [(0, u.shape[1]), (0, 0)])
+        small = mx.concatenate([known, mx.concatenate([inside, rest])], axis=1)
+        for half in ("M", "M transposed"):
+            if half == "M transposed":
+                newest, _, rest = _extend(basis, _finite((yield _finite(weight().T @ u))), most)
+                used += 1
+                basis = mx.concatenate([basis, newest], axis=1)
+                column = mx.pad(rest.T, [(left.shape[1] - rest.shape[1], 0), (0, 0)])
+                small = mx.concatenate([small, column], axis=1)
+            _, s, vt = linalg.svd(small)
+            before, energy = energy, mx.square(s[:rank]).sum().item()
+            exhausted = newest.shape[1] == 0 or u.shape[1] == 0
+            converged = exhausted or energy <= before * (1 + tolerance)
+            if converged or used >= products:
+                a, _ = linalg.qr(basis @ vt[:rank].T)
+                return mx.contiguous(a.T), converged
+
+
+def _extend(basis: mx.array, block: mx.array, most: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Orthonormal columns for what ``block`` (n, k) has outside of ``basis`` (n, m).
+
+    Orthogonalised twice: once leaves errors where the block lies almost in the basis.
+
+    Args:
+        basis: (n, m) with orthonormal columns.
+        block: (n, k).
+        most: how many columns the basis may have in all; no more than m - most are added.
+
+    Returns:
+        New columns (n, j), and the coefficients with which block = basis @ inside + new @ rest.
+    """
+    inside = basis.T @ block
+    first, r = linalg.qr(block - basis @ inside)
+    again = basis.T @ first
+    new, r_again = linalg.qr(first - basis @ again)
+    room = min(new.shape[1], most - basis.shape[1])
+    return new[:, :room], inside + again @ r, (r_again @ r)[:room]
+
+
+def _finite(block: mx.array) -> mx.array:
+    if not mx.isfinite(block).all().item():
+        raise ValueError("products of W and C are not finite")
+    return block

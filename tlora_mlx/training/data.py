@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.method.calibration import Batch
+from tlora_mlx.method.batch import Batch
 
 SPLITS = ("train", "valid", "test")
 # Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from tlora_mlx.config import TrainConfig
 from tlora_mlx.errors import Interrupted, RunError
-from tlora_mlx.method.calibration import Batch
+from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.training.data import Sample, Split, batches_in_order, collate, epoch_order
 from tlora_mlx.training.progress import bar, say
@@ -235,11 +235,3 @@ class _Window:
         }
         self._reset()
         return metrics
-
-
-def enable_grad_checkpoint(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass (mlx-lm's own way)."""
-    from mlx_lm.tuner.trainer import grad_checkpoint
-
-    for block_type in {type(block): block for block in model.layers}.values():
-        grad_checkpoint(block_type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import mlx.core as mx
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,7 +13,9 @@ from rich.table import Table
 
 from tlora_mlx.method.allocation import RankPlan
 
-console = Console(highlight=False, soft_wrap=True)
+# Under mlx.launch the first process speaks for all.
+_quiet = mx.distributed.init().rank() > 0
+console = Console(highlight=False, soft_wrap=True, quiet=_quiet)
 
 
 def say(text: str) -> None:
@@ -83,4 +86,4 @@ def _cell(plan: RankPlan, name: str | None) -> str:
     if name is None:
         return ""
     module = plan.modules[name]
-    return f"{module.rank} × {module.scale:g}" if module.rank else "–"
+    return f"{module.rank} × {module.scale:.3g}" if module.rank else "–"

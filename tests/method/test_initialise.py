@@ -1,0 +1,81 @@
+"""Both ways to the task subspaces, on the shipped example's activations and on a wide model."""
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import EXAMPLE
+from mlx_lm.models.llama import Model, ModelArgs
+from test_subspace import quality
+
+from tlora_mlx import TrainConfig, pipeline
+from tlora_mlx.method import initialise
+from tlora_mlx.method.allocation import plan_ranks
+from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.covariance import exact_bytes, groups_within, input_leaders
+from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
+from tlora_mlx.training.data import Sample, collate
+
+
+def example():
+    config = TrainConfig(
+        model=str(EXAMPLE / "model"), data=str(EXAMPLE / "data"), calibration_samples=24
+    )
+    base, data, targets = pipeline.load(config)
+    return base.model, targets, pipeline.calibration_batches(config, data["train"])
+
+
+def wide():
+    """Random and wide: its covariances have slowly decaying spectra."""
+    mx.random.seed(0)
+    settings = {"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 500}
+    model = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, **settings))
+    random = np.random.default_rng(0)
+    samples = [Sample(random.integers(0, 500, 60).tolist(), 10) for _ in range(12)]
+    batches = [collate(samples[i : i + 4], 2048) for i in range(0, 12, 4)]
+    return model, target_linears(model), batches
+
+
+@cache
+def prepared(which):
+    model, targets, batches = {"example": example, "wide": wide}[which]()
+    leaders = input_leaders(model, targets)
+    calibration = calibrate(model, targets, batches, set(leaders.values()))
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    plan = plan_ranks(calibration.sensitivities, shapes, 4, 4)
+    return model, targets, batches, leaders, calibration.covariances, plan
+
+
+@pytest.mark.parametrize("which", ["example", "wide"])
+@pytest.mark.parametrize("way", ["exact", "grouped", "streamed"])
+def test_captured_energy(which, way):
+    model, targets, batches, leaders, covariances, plan = prepared(which)
+    if way == "exact":
+        subspaces = initialise.exact_subspaces(plan, targets, leaders, covariances)
+    elif way == "grouped":
+        memory = exact_bytes(targets, leaders.values()) // 3
+        arguments = (model, plan, targets, leaders, batches, memory)
+        subspaces = initialise.grouped_subspaces(*arguments)
+    else:
+        subspaces = initialise.streamed_subspaces(model, plan, targets, leaders, batches, seed=0)
+    assert subspaces.keys() == plan.adapted().keys()
+    for name, a in subspaces.items():
+        assert a.shape == (plan.modules[name].rank, plan.modules[name].in_features)
+        weight = dense_weight(targets[name])
+        captured, distance = quality(weight, covariances[leaders[name]], a)
+        assert captured > 0.9999, name
+        assert distance < 1e-5
+
+
+def test_groups_keep_within_the_memory():
+    _, targets, _, leaders, _, _ = prepared("example")
+    size = exact_bytes(targets, leaders.values())
+    # Per block: 128² for q, k, v; 128² for o; 128² for gate and up; 352² for down.
+    assert size == 4 * 4 * (3 * 128**2 + 352**2)
+    assert groups_within(targets, leaders.values(), size) == [list(dict.fromkeys(leaders.values()))]
+    groups = groups_within(targets, leaders.values(), size // 4)
+    assert all(exact_bytes(targets, group) <= size // 4 for group in groups)
+    assert [name for group in groups for name in group] == list(dict.fromkeys(leaders.values()))
+    assert len(groups_within(targets, leaders.values(), 1)) == 16

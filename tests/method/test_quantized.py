@@ -1,0 +1,135 @@
+"""Quantized and half-precision bases: the statistics of the dequantized weights, in float32."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.llama import Model, ModelArgs
+from test_subspace import quality
+
+from tlora_mlx.method.allocation import plan_ranks
+from tlora_mlx.method.calibration import PIECE, calibrate
+from tlora_mlx.method.covariance import input_leaders
+from tlora_mlx.method.initialise import exact_subspaces
+from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules, target_linears
+from tlora_mlx.training.data import Sample, collate
+
+MODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)]
+MODES += [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
+
+
+def small_model(**settings):
+    mx.random.seed(0)
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **settings}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    return Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, **settings))
+
+
+def some_batches(count=6, length=30):
+    random = np.random.default_rng(1)
+    lengths = random.integers(length // 2, length, count)
+    samples = [Sample(random.integers(0, 100, n).tolist(), 5) for n in lengths]
+    return [collate(samples[i : i + 3], 2048) for i in range(0, count, 3)]
+
+
+def statistics(model, batches, rank=4):
+    targets = target_linears(model)
+    leaders = input_leaders(model, targets)
+    calibration = calibrate(model, targets, batches, set(leaders.values()))
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    plan = plan_ranks(calibration.sensitivities, shapes, rank, rank)
+    subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+    return calibration, plan, subspaces, leaders
+
+
+@pytest.mark.parametrize(("mode", "bits"), MODES)
+def test_the_plan_of_the_dequantized_model(mode, bits):
+    quantized = small_model()
+    linears = set(map(id, target_linears(quantized).values()))
+    group_size = {"affine": 32, "nvfp4": 16}.get(mode, 32)
+    nn.quantize(
+        quantized, group_size, bits, mode=mode, class_predicate=lambda _, m: id(m) in linears
+    )
+    dequantized = small_model()
+    dequantized.load_weights(
+        [(k, v) for k, v in tree_flatten(quantized.parameters()) if "layers" not in k], strict=False
+    )
+    replaced = {}
+    for name, module in target_linears(quantized).items():
+        assert isinstance(module, nn.QuantizedLinear)
+        out_features, in_features = linear_shape(module)
+        replaced[name] = nn.Linear(in_features, out_features, bias=False)
+        replaced[name].weight = dense_weight(module)
+    replace_modules(dequantized, replaced)
+    batches = some_batches()
+    ours, plan, subspaces, leaders = statistics(quantized, batches)
+    reference, expected, _, _ = statistics(dequantized, batches)
+    for name, s in reference.sensitivities.items():
+        assert ours.sensitivities[name] == pytest.approx(s, rel=1e-4)
+        assert plan.modules[name].rank == expected.modules[name].rank
+        assert plan.modules[name].scale == expected.modules[name].scale
+    for name, a in subspaces.items():
+        covariance = reference.covariances[leaders[name]]
+        assert quality(replaced[name].weight, covariance, a)[0] > 0.9999
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 0.05), (mx.float16, 0.01)])
+def test_half_precision_bases_have_float32_statistics(dtype, tolerance):
+    """Activations near float16's limit, whose squares are far above it, and tiny gradients."""
+
+    def model(dtype):
+        model = small_model()
+        for block in model.layers:
+            # Large inputs to the attention and MLP, weights that bring them down again.
+            for norm, modules in (
+                (block.input_layernorm, [block.self_attn[f"{k}_proj"] for k in "qkv"]),
+                (block.post_attention_layernorm, [block.mlp.gate_proj, block.mlp.up_proj]),
+            ):
+                norm.weight = norm.weight * 4096.0
+                for module in modules:
+                    module.weight = module.weight / 4096.0
+        model.set_dtype(dtype)
+        return model
+
+    batches = some_batches()
+    half, _, subspaces, _ = statistics(model(dtype), batches)
+    full, _, _, _ = statistics(model(mx.float32), batches)
+    largest = max(mx.abs(c).max().item() for c in half.covariances.values())
+    assert 65504 < largest < np.inf
+    for name, s in full.sensitivities.items():
+        assert half.sensitivities[name] == pytest.approx(s, rel=tolerance)
+    assert all(a.dtype == mx.float32 and mx.isfinite(a).all().item() for a in subspaces.values())
+
+
+def test_gradients_of_large_weights_are_formed_in_pieces(monkeypatch):
+    model, batches = small_model(), some_batches()
+    targets = target_linears(model)
+    whole = calibrate(model, targets, batches)
+    assert PIECE > 64 * 128
+    monkeypatch.setattr("tlora_mlx.method.calibration.PIECE", 1000)
+    pieces = calibrate(model, targets, batches)
+    for name, s in whole.sensitivities.items():
+        assert pieces.sensitivities[name] == pytest.approx(s, rel=1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_peak_memory_of_the_sensitivities(quantized):
+    """Above the model: activations plus a few of the largest weight matrices, by MLX's counter."""
+    model = small_model(hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
+    if quantized:
+        nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
+    targets = target_linears(model)
+    (batch,) = some_batches(count=3, length=30)
+    largest = 4 * max(out * rows for out, rows in map(linear_shape, targets.values()))
+    all_weights = 4 * sum(out * rows for out, rows in map(linear_shape, targets.values()))
+    # What a training step keeps for its backward pass, without any gradient of a weight.
+    tokens = batch.tokens.size
+    activations = 4 * tokens * (8 * (10 * 512 + 6 * 1536) + 4 * 100)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    calibrate(model, targets, [batch])
+    peak = mx.get_peak_memory() - before
+    assert peak < activations + 4 * largest
+    assert activations + 4 * largest < 0.6 * all_weights  # not all gradients at once
