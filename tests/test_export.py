@@ -57,7 +57,10 @@ def mlx_logits(run):
 
 
 def base_model(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # eager: the sdpa of transformers 5.1 ignores gemma2's soft cap on attention scores.
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def logits_of(model):

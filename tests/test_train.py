@@ -175,7 +175,13 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
 
+    def run_code(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+        (path / "own.py").write_text("raise SystemExit('this code ran')")
+
     cases = [
+        (broken("own-code", run_code), "runs code of its own (own.py); pass --trust-remote-code"),
         (tmp_path / "missing", "does not exist"),
         (model_path / "config.json", "is a file"),
         (data_path, "the configuration of model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,17 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         raise UserError(f"model {name} has no model*.safetensors in {path}")
     for file in weights:
         check_safetensors(file, "a weight file of the model")
+    trust = {"trust_remote_code": trust_remote_code}
+    if config.get("model_file") and not trust_remote_code:
+        raise UserError(
+            f"model {name} runs code of its own ({config['model_file']}); pass --trust-remote-code "
+            "if you trust it"
+        )
+    # mlx-lm before 0.32 runs a model's own code unasked, and has no such argument.
+    known = trust if "trust_remote_code" in inspect.signature(load).parameters else {}
     try:
         model, tokenizer = load(
-            str(path),
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            model_config=_rope_settings(config),
-            trust_remote_code=trust_remote_code,
+            str(path), tokenizer_config=trust, model_config=_rope_settings(config), **known
         )
     except Exception as error:  # mlx-lm and transformers raise whatever their parts raise
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error

@@ -125,7 +125,7 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
         with beside.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                file.write(memoryview(mx.contiguous(tensors[name]).view(mx.uint8)))
+                file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
 
     replace_file(path, write)
 
