@@ -1,6 +1,7 @@
 """Several processes calibrate their shares of the samples: the plan of one process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import pytest
 
 
 def launch(*arguments):
-    script = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
-    command = [script, "-n", "2", "--", sys.executable, "-m", *map(str, arguments)]
+    scripts = str(Path(sys.executable).parent)
+    script = shutil.which("mlx.launch", path=scripts)
+    # "python" by PATH, as in the README: MLX 0.31 takes a full path for a script of Python's.
+    command = [script, "-n", "2", "--", "python", "-m", *map(str, arguments)]
+    env = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"]}
     # mlx.launch exits with 0 even if a process failed: what was written counts.
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
 
 
 def test_the_plan_of_two_processes(model_path, data_path, run_path, tmp_path):
