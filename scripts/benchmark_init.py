@@ -3,7 +3,7 @@
 The rival is what the authors' code does, anew in torch: a float32 covariance per module, all
 held at once, weight gradients of every module by autograd sample by sample, and a full SVD of every
 W·C. Same random Llama, same samples, same machine, each side in a process of its own. MLX uses the
-BLAS that LD_PRELOAD names; torch's CPU build brings its own.
+BLAS that LD_PRELOAD names; torch's CPU build the MKL it brings, or with --same-blas MLX's.
 
     python scripts/benchmark_init.py --hidden 512 1024 2048 4096
 """
@@ -213,8 +213,7 @@ def measure(side: str, hidden: int, args: argparse.Namespace, scratch: Path) -> 
     command += ["--layers", str(args.layers), "--samples", str(args.samples)]
     command += ["--length", str(args.length), "--scratch", str(scratch)]
     environment = dict(os.environ)
-    if side == "rival":
-        # torch is at its best with the MKL it brings; a preloaded OpenBLAS slows it threefold here.
+    if side == "rival" and not args.same_blas:
         environment.pop("LD_PRELOAD", None)
     subprocess.run(command, check=True, env=environment)
     return json.loads((scratch / f"{side}-{hidden}.json").read_text())
@@ -263,6 +262,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--same-blas", action="store_true", help="torch uses MLX's BLAS too")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--side", choices=("rival", "exact", "streaming"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -271,8 +271,9 @@ def main() -> None:
         run_side(args)
         return
     blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "MLX's own BLAS"
-    print(f"{machine()}; {blas} in MLX; {args.layers} layer(s), {args.samples} samples of "
-          f"{args.length} tokens, rank {RANK}\n")  # fmt: skip
+    theirs = blas if args.same_blas else "MKL"
+    print(f"{machine()}; {blas} in MLX, {theirs} in torch; {args.layers} layer(s), "
+          f"{args.samples} samples of {args.length} tokens, rank {RANK}\n")  # fmt: skip
     head = ["hidden", "way", "calibrate s", "subspaces s", "total s", "÷ fwd+bwd", "extra MB"]
     head += ["energy ≥", "total ×", "SVD ×", "memory %"]
     print("| " + " | ".join(head) + " |")

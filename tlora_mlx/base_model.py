@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ class BaseModel:
             or, for a quantized conversion, what its model card says it was made from; None where
             that is not known.
         config: the contents of ``config.json``.
+        path: the directory on this machine.
     """
 
     model: nn.Module
@@ -37,6 +40,25 @@ class BaseModel:
     name: str
     original: str | None
     config: dict[str, Any]
+    path: Path
+
+    def fingerprint(self) -> str:
+        """A digest of ``config.json`` and of 4 KiB from the middle of every weight tensor."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in _weight_files(self.path):
+            with file.open("rb") as weights:
+                header = weights.read(int.from_bytes(weights.read(8), "little"))
+                digest.update(header)
+                start = weights.tell()
+                for name, entry in json.loads(header).items():
+                    if name != "__metadata__":
+                        weights.seek(start + max(0, sum(entry["data_offsets"]) // 2 - 2048))
+                        digest.update(weights.read(4096))
+        return digest.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("model*.safetensors"))
 
 
 def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
@@ -57,7 +79,7 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     config = read_json(path / "config.json", f"the configuration of model {name}")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
-    weights = sorted(path.glob("model*.safetensors"))
+    weights = _weight_files(path)
     if not weights:
         raise UserError(f"model {name} has no model*.safetensors in {path}")
     for file in weights:
@@ -77,7 +99,7 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     except Exception as error:  # mlx-lm and transformers raise whatever their parts raise
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
     model.eval()
-    return BaseModel(model, tokenizer, name, _original(name, path, config), config)
+    return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tlora_mlx.errors import UserError
+from tlora_mlx.files import read_json
 from tlora_mlx.version import __version__
 
 C = TypeVar("C")
@@ -28,6 +29,7 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     choices: Sequence[str] = (),
     positional: bool = False,
 ) -> Any:
@@ -37,6 +39,7 @@ def option(
         "at_least": at_least,
         "above": above,
         "at_most": at_most,
+        "below": below,
         "choices": choices,
         "positional": positional,
     }
@@ -53,6 +56,11 @@ class Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item, getattr(self, item.name), f"--{_dashed(item)}")
+
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The options that were given, and those that follow from them."""
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         """All options by their YAML names."""
@@ -97,6 +105,13 @@ class PlanConfig(Config):
     calibration_samples: int = option(
         256, "training samples to calibrate on, drawn by --seed; all if there are fewer", at_least=1
     )
+    val_split: float | None = option(
+        None,
+        "share of the training rows to validate on, drawn by --seed, where the data has no "
+        "validation split",
+        above=0.0,
+        below=1.0,
+    )
     batch_size: int = option(4, "samples per batch", at_least=1)
     max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
     mask_prompt: bool | None = option(
@@ -113,7 +128,7 @@ class PlanConfig(Config):
         if self.num_layers == 0:
             raise UserError("--num-layers must be -1 (all) or at least 1, not 0")
         if self.alpha is None:
-            self.alpha = self.rank
+            self.alpha = float(self.rank)
 
 
 @dataclass(kw_only=True)
@@ -140,6 +155,11 @@ class TrainConfig(PlanConfig):
     """``python -m tlora_mlx.train``."""
 
     adapter_path: str = option("adapters", "run directory to make")
+    resume: bool = option(
+        False,
+        "go on with the run in --adapter-path from its newest whole checkpoint, to the same result "
+        "as if it had never stopped; its options need not be given again",
+    )
     plan: str | None = option(
         None, "take ranks and scales from this file of tlora plan, edited by hand or not"
     )
@@ -185,16 +205,52 @@ class TrainConfig(PlanConfig):
     grad_accumulation_steps: int = option(
         1, "batches per optimizer update, weighted by their tokens", at_least=1
     )
+    max_grad_norm: float = option(
+        1.0,
+        "the gradient is scaled down to this norm, as in transformers' trainer; 0: never (mlx-lm)",
+        at_least=0.0,
+    )
+    skip_nonfinite: int = option(
+        0,
+        "leave out so many updates whose loss or gradient is not finite, instead of stopping",
+        at_least=0,
+    )
     val_batches: int = option(25, "validation batches per evaluation; -1: all", at_least=-1)
     steps_per_report: int = option(10, "updates between reports of the training loss", at_least=1)
     steps_per_eval: int = option(200, "updates between validations", at_least=1)
+    early_stop: int | None = option(
+        None,
+        "stop after so many validations in a row without a lower loss than the lowest",
+        at_least=1,
+    )
     save_every: int = option(100, "updates between checkpoints", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
+    report_to: str | None = option(
+        None, "also report to wandb or swanlab, or both (wandb,swanlab), through mlx-lm"
+    )
     test: bool = option(False, "report the loss on test.jsonl before and after training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.val_batches == 0:
             raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
+
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """With ``resume``, whatever was not given is as the run in ``adapter_path`` has it.
+
+        Raises:
+            UserError: the run's configuration is damaged.
+        """
+        default = cls.__dataclass_fields__["adapter_path"].default
+        path = Path(given.get("adapter_path", default)).expanduser() / "adapter_config.json"
+        if not given.get("resume") or not path.exists():
+            return given
+        stored = read_json(path, "the run's configuration")
+        if not isinstance(stored, dict):
+            raise UserError(f"the run's configuration {path} is damaged; start another run")
+        known = {item.name for item in fields(cls)}
+        return {name: value for name, value in stored.items() if name in known} | given
 
 
 @dataclass(kw_only=True)
@@ -259,17 +315,20 @@ def parse(
     values: dict[str, Any] = {}
     if path := given.pop("config", None):
         values = _read_yaml(Path(path), config_class, also_known)
-    values |= given
+    values = config_class.completed(_typed(values | given, config_class))
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise UserError(f"{' and '.join(_shown(f) for f in missing)} must be given; see --help")
+    return config_class(**_typed(values, config_class))
+
+
+def _typed(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """The values as their options' types."""
     hints = typing.get_type_hints(config_class)
-    return config_class(
-        **{
-            name: _convert(value, hints[name], f"--{name.replace('_', '-')}")
-            for name, value in values.items()
-        }
-    )
+    return {
+        name: _convert(value, hints[name], f"--{name.replace('_', '-')}")
+        for name, value in values.items()
+    }
 
 
 class _Parser(argparse.ArgumentParser):
@@ -354,6 +413,8 @@ def _check(item: dataclasses.Field, value: Any, name: str) -> None:
         raise UserError(f"{name} must be at least {rules['at_least']}, not {value}")
     if rules["above"] is not None and value <= rules["above"]:
         raise UserError(f"{name} must be above {rules['above']:g}, not {value}")
+    if rules["below"] is not None and value >= rules["below"]:
+        raise UserError(f"{name} must be below {rules['below']:g}, not {value}")
     if rules["at_most"] is not None and value > rules["at_most"]:
         raise UserError(f"{name} must be at most {rules['at_most']:g}, not {value}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -97,6 +98,15 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole, tensor by tensor; the same tensors give the same bytes.
 
@@ -106,7 +116,7 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
     """
     import mlx.core as mx
 
-    codes = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+    codes = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint64: "U64"}
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

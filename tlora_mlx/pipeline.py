@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -29,7 +31,7 @@ from tlora_mlx.method.initialise import (
     streamed_subspaces,
 )
 from tlora_mlx.method.layers import linear_shape, target_linears
-from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data
+from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data, split_off
 from tlora_mlx.training.progress import bar, print_plan, say
 
 
@@ -52,11 +54,24 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
     if reason := unexportable(base.config["model_type"], targets):
         say(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
     data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
+    if config.val_split:
+        if data["valid"].samples:
+            raise UserError(f"--val-split: {config.data} has a validation split already")
+        data["train"], data["valid"] = split_off(data["train"], config.val_split, config.seed)
     for name, split in data.items():
         _say_split(name, split, config.max_seq_length)
     if config.grad_checkpoint:
         _enable_grad_checkpoint(base.model)
     return base, data, targets
+
+
+def fingerprints(base: BaseModel, data: Mapping[str, Split]) -> dict[str, str]:
+    """What a resumed run must find again: digests of the model and of the tokenized samples."""
+    digests = {"model": base.fingerprint()}
+    for name in ("train", "valid"):
+        samples = json.dumps([sample[:2] for sample in data[name].samples])
+        digests[f"{name} data"] = hashlib.sha256(samples.encode()).hexdigest()
+    return digests
 
 
 def _say_split(name: str, split: Split, max_seq_length: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ def plan(config: PlanCommand) -> RankPlan:
 
     from tlora_mlx import pipeline
     from tlora_mlx.files import write_json
+    from tlora_mlx.pictures import can_draw, draw_plan
     from tlora_mlx.training.progress import print_plan, say
 
     output = Path(config.output).expanduser()
@@ -44,7 +44,7 @@ def plan(config: PlanCommand) -> RankPlan:
         return result
     write_json(output, result.to_dict())
     written = [str(output)]
-    if find_spec("matplotlib"):
+    if can_draw():
         written.append(str(draw_plan(result, output.with_suffix(".png"))))
     say(f"plan written to {' and '.join(written)}")
     return result
@@ -64,30 +64,6 @@ def replan(earlier: RankPlan, config: PlanCommand) -> RankPlan:
         return plan_ranks(sensitivities, shapes, config.rank, config.alpha, config.max_rank)
     except ValueError as error:
         raise UserError(f"the rank plan {config.sensitivities} is not right: {error}") from None
-
-
-def draw_plan(rank_plan: RankPlan, path: Path) -> Path:
-    """Draw the plan, blocks × module kinds with the rank as colour, and return ``path``."""
-    from matplotlib.figure import Figure
-
-    from tlora_mlx.files import replace_file
-    from tlora_mlx.training.progress import plan_grid
-
-    blocks, kinds, cells = plan_grid(rank_plan)
-    ranks = [
-        [rank_plan.modules[cells[b, k]].rank if (b, k) in cells else float("nan") for k in kinds]
-        for b in blocks
-    ]
-    figure = Figure(figsize=(2 + 0.8 * len(kinds), 1.5 + 0.3 * len(blocks)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(ranks, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    axes.set_yticks(range(len(blocks)), blocks)
-    axes.set_ylabel("block")
-    axes.set_title(f"TLoRA ranks, base rank {rank_plan.rank}")
-    figure.colorbar(image, label="rank")
-    replace_file(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
-    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

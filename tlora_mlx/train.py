@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlora_mlx.config import TrainConfig, parse
-from tlora_mlx.errors import Interrupted, UserError, run_command
+from tlora_mlx.errors import Interrupted, RunError, UserError, run_command
+
+if TYPE_CHECKING:
+    from tlora_mlx.run_writer import RunWriter
 
 DESCRIPTION = "Fine-tune a language model with TLoRA (task-aware LoRA: A frozen, B trained)."
 
@@ -23,52 +26,79 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: the configuration, the model or the data are not right.
         RunError: it failed while running.
-        Interrupted: SIGINT or SIGTERM came; the adapter was saved.
+        Interrupted: SIGINT or SIGTERM came; everything was saved.
     """
     import mlx.core as mx
 
-    from tlora_mlx import pipeline
-    from tlora_mlx.method.layers import attach
-    from tlora_mlx.run_directory import RunWriter
-    from tlora_mlx.training.loop import evaluate, fit
-    from tlora_mlx.training.progress import say
+    from tlora_mlx.run_writer import RunWriter
 
     if mx.distributed.init().size() > 1:
         raise UserError("training takes one process for now; mlx.launch works with tlora plan")
-    run = RunWriter(Path(config.adapter_path).expanduser())
+    with RunWriter(Path(config.adapter_path).expanduser(), config) as run:
+        _train(config, run)
+    return run.path
+
+
+def _train(config: TrainConfig, run: RunWriter) -> None:
+    from tlora_mlx import pipeline
+    from tlora_mlx.method.layers import attach
+    from tlora_mlx.training.checkpoint import Progress
+    from tlora_mlx.training.loop import evaluate, fit, make_optimizer
+    from tlora_mlx.training.progress import say, say_summary
+
+    checkpoint = run.newest_checkpoint() if config.resume else None
+    if checkpoint and run.is_finished(checkpoint.progress):
+        say(f"the run in {run.path} is finished; next: {_export(run.path)}")
+        return
     base, data, targets = pipeline.load(config)
     if config.test and not data["test"].samples:
         raise UserError(f"--test needs samples in {config.data}/test.jsonl, and there are none")
-    run.create()
+    if config.early_stop and not data["valid"].samples:
+        raise UserError("--early-stop needs validation data: valid.jsonl, or --val-split")
+    fingerprints = pipeline.fingerprints(base, data)
 
-    plan, tensors = pipeline.plan_and_initialise(config, base, data["train"], targets)
-    config = replace(config, rank=plan.rank, alpha=plan.alpha)
-    run.start(config, base, plan)
+    if checkpoint:
+        plan, progress = run.go_on(checkpoint, fingerprints), checkpoint.progress
+        tensors, optimizer_state = checkpoint.adapters, checkpoint.optimizer
+        say(f"going on after iteration {progress.iteration}")
+        run.report_to_others()
+    else:
+        run.report_to_others()
+        run.create()
+        plan, tensors = pipeline.plan_and_initialise(config, base, data["train"], targets)
+        progress, optimizer_state = Progress(), None
     attach(base.model, plan, tensors)
+    optimizer = make_optimizer(config, base.model, optimizer_state)
 
     def test_loss() -> float | None:
-        return evaluate(base.model, data["test"], config, "testing", -1) if config.test else None
+        if not config.test:
+            return None
+        loss = evaluate(base.model, data["test"], config, "testing", -1)
+        run.report({"iteration": progress.iteration, "test_loss": loss})
+        return loss
 
-    before = test_loss()
+    if not checkpoint:
+        progress.test_loss = test_loss()
+        run.start(base, plan, fingerprints)
+        run.checkpoint(base.model, optimizer, progress)
+    again = f"python -m tlora_mlx.train --adapter-path {run.path} --resume"
     try:
-        fit(
-            base.model,
-            data["train"],
-            data["valid"],
-            config,
-            report=run.report,
-            save=lambda iteration: run.checkpoint(base.model, iteration),
-        )
+        fit(base.model, optimizer, data["train"], data["valid"], config, progress, run)
     except Interrupted as interruption:
-        run.finish(base.model)
+        run.finish(base.model, progress)
         raise Interrupted(
-            f"{interruption}; the adapter as it is is saved in {run.path}", interruption.exit_code
+            f"{interruption}; all is saved, go on with: {again}", interruption.exit_code
         ) from None
-    run.finish(base.model)
-    if config.test:
-        say(f"test loss {before:.4f} before, {test_loss():.4f} after")
-    say(f"adapter saved in {run.path}; next: python -m tlora_mlx.export {run.path} --format peft")
-    return run.path
+    except RunError as error:
+        raise RunError(f"{error}; to go on from the last checkpoint: {again}") from None
+    run.finish(base.model, progress)
+    say_summary(progress, test_loss())
+    run.draw()
+    say(f"adapter saved in {run.path}; next: {_export(run.path)}")
+
+
+def _export(path: Path) -> str:
+    return f"python -m tlora_mlx.export {path} --format peft"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

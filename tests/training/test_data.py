@@ -12,6 +12,7 @@ from tlora_mlx.training.data import (
     collate,
     epoch_order,
     load_data,
+    split_off,
 )
 
 TEMPLATE = (
@@ -149,3 +150,25 @@ def test_an_epoch_has_every_sample_exactly_once(count, batch_size):
         assert np.mean(spread) < 3 if batch_size > 1 else np.mean(spread) == 0
     ordered = batches_in_order([Sample([1] * n, 1) for n in lengths], batch_size, 2048)
     assert sum(batch.tokens.shape[0] for batch in ordered) == count
+
+
+def test_the_second_split_goes_by_two_names(tmp_path, plain):
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:4])
+    write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
+    splits = load_data(str(tmp_path), plain, 2048, None)
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [4, 2, 0]
+    assert splits["valid"].where == f"{tmp_path / 'validation'}.jsonl, line"
+    assert [sample.row for sample in splits["valid"].samples] == [1, 2]
+    write_jsonl(tmp_path / "valid.jsonl", ROWS[4:6])
+    with pytest.raises(UserError, match="both 'valid' and 'validation'"):
+        load_data(str(tmp_path), plain, 2048, None)
+
+
+def test_splitting_off(tmp_path, plain):
+    split = load(tmp_path, ROWS, plain)
+    train, valid = split_off(split, 0.2, 3)
+    assert (len(train), len(valid)) == (14, 4)
+    rows = [sample.row for part in (train, valid) for sample in part.samples]
+    assert sorted(rows) == [sample.row for sample in split.samples]
+    assert split_off(split, 0.2, 3)[1] == valid != split_off(split, 0.2, 4)[1]
+    assert [len(part) for part in split_off(split, 0.999, 3)] == [1, 17]

@@ -28,7 +28,7 @@ def test_the_loss_against_numpy(dtype):
     logits = (4 * mx.random.normal((*batch.tokens.shape, 50))).astype(dtype)
     losses, counts = masked_cross_entropy(logits, *batch)
     exact = np.array(logits.astype(mx.float32)).astype(np.float64)
-    for n, (tokens, first) in enumerate(SAMPLES):
+    for n, (tokens, first, _) in enumerate(SAMPLES):
         expected = [
             np.log(np.exp(exact[n, t - 1]).sum()) - exact[n, t - 1, tokens[t]]
             for t in range(first, len(tokens))

@@ -22,8 +22,8 @@ from tlora_mlx.method.distributed import total
 from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules
 from tlora_mlx.method.loss import masked_cross_entropy
 
-# Entries of ∂loss/∂W that are formed at a time: 64 MB of float32.
-PIECE = 2**24
+# Entries of ∂loss/∂W that are formed at a time: 16 MB of float32.
+PIECE = 2**22
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class TLoRALinear(nn.Module):
         out_features, _ = linear_shape(linear)
         self.linear = linear
         self.scale = scale
-        self.lora_a = lora_a.astype(activation_dtype(linear))
+        # Laid out as it will be when it is loaded again: products round by layout.
+        self.lora_a = mx.contiguous(lora_a.astype(activation_dtype(linear)))
         if lora_b is None:
             lora_b = mx.zeros((lora_a.shape[1], out_features))
         self.lora_b = lora_b.astype(mx.float32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from mlx_lm.tuner.datasets import create_dataset
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.method.batch import Batch
 
-SPLITS = ("train", "valid", "test")
 # Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).
 PAD_TO = 32
 # Batches of like length are cut from shuffled windows of so many batches.
@@ -25,10 +24,17 @@ WINDOW = 64
 
 
 class Sample(NamedTuple):
-    """Token ids, and the first position that counts as a target (after a masked prompt, else 1)."""
+    """One row as the model sees it.
+
+    Attributes:
+        tokens: token ids.
+        first_target: the first position that counts as a target: after a masked prompt, else 1.
+        row: where it comes from: its line in the file, or its row in the data set, from 1 on.
+    """
 
     tokens: list[int]
     first_target: int
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,13 @@ class Split:
     Attributes:
         left_out: rows with no token to learn from: empty, or the completion was cut away whole.
         truncated: samples that were cut to the maximal length.
+        where: what their rows are numbered in: "DIR/train.jsonl, line".
     """
 
     samples: list[Sample] = field(default_factory=list)
     left_out: int = 0
     truncated: int = 0
+    where: str = "row"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -54,8 +62,8 @@ def load_data(
     """Read and tokenize all splits; a split without a file is empty.
 
     Args:
-        data: a directory with ``train.jsonl`` and maybe ``valid.jsonl`` and ``test.jsonl``, or the
-            name of a Hub data set with splits of these names.
+        data: a directory with ``train.jsonl`` and maybe ``valid.jsonl`` (or ``validation.jsonl``)
+            and ``test.jsonl``, or the name of a Hub data set with splits of these names.
         tokenizer: the model's.
         max_seq_length: in tokens; longer samples are cut.
         mask_prompt: None: wherever the rows have a prompt.
@@ -66,15 +74,16 @@ def load_data(
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        rows = {s: _read_jsonl(path / f"{s}.jsonl") for s in SPLITS}
-        where = {split: f"{path / split}.jsonl, line" for split in SPLITS}
+        names = _split_names(path, [p.stem for p in path.glob("*.jsonl")])
+        rows = {split: _read_jsonl(path / f"{name}.jsonl") for split, name in names.items()}
+        where = {split: f"{path / name}.jsonl, line" for split, name in names.items()}
         if rows["train"] is None:
             raise UserError(f"the data directory {path} has no train.jsonl")
     elif path.exists():
         raise UserError(f"data {path} is a file; give the directory that holds train.jsonl")
     else:
         rows = _download_rows(data)
-        where = {split: f"data set {data}, split {split}, row" for split in SPLITS}
+        where = {split: f"data set {data}, split {split}, row" for split in rows}
     tokenized = {}
     for split, numbered in rows.items():
         tokenized[split] = (
@@ -88,6 +97,30 @@ def load_data(
             f"--max-seq-length {max_seq_length}"
         )
     return tokenized
+
+
+def _split_names(where: object, existing: Collection[str]) -> dict[str, str]:
+    """What each split is called there: the second split goes by two names."""
+    if {"valid", "validation"} <= set(existing):
+        raise UserError(f"{where} has both 'valid' and 'validation'; keep one of them")
+    second = "validation" if "validation" in existing else "valid"
+    return {"train": "train", "valid": second, "test": "test"}
+
+
+def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Training and validation samples, drawn from ``train`` without replacement; at least one each.
+
+    Raises:
+        UserError: there are not two samples.
+    """
+    if len(train) < 2:
+        raise UserError("--val-split needs at least two training samples")
+    number = min(max(1, round(share * len(train))), len(train) - 1)
+    chosen = set(np.random.default_rng(seed).choice(len(train), number, replace=False).tolist())
+    parts = [[], []]
+    for i, sample in enumerate(train.samples):
+        parts[i in chosen].append(sample)
+    return replace(train, samples=parts[0]), Split(parts[1], where=train.where)
 
 
 def _read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
@@ -129,7 +162,11 @@ def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
         ) from None
     if "train" not in dataset:
         raise UserError(f"data set {data} has no split 'train', only {', '.join(dataset)}")
-    return {s: list(enumerate(dataset[s], 1)) if s in dataset else None for s in SPLITS}
+    names = _split_names(data, dataset)
+    return {
+        split: list(enumerate(dataset[name], 1)) if name in dataset else None
+        for split, name in names.items()
+    }
 
 
 def _tokenize(
@@ -155,13 +192,13 @@ def _tokenize(
             raise
         except Exception as error:  # a chat template may raise anything
             raise UserError(f"{where} {number} cannot be tokenized: {first_line(error)}") from None
-        sample = Sample(tokens[:max_seq_length], max(offset, 1))
+        sample = Sample(tokens[:max_seq_length], max(offset, 1), number)
         if len(sample.tokens) <= sample.first_target:
             left_out += 1
             continue
         truncated += len(tokens) > max_seq_length
         samples.append(sample)
-    return Split(samples, left_out, truncated)
+    return Split(samples, left_out, truncated, where)
 
 
 # The keys of each format, in the order in which mlx-lm's create_dataset looks for them.

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from tlora_mlx.config import TrainConfig
 from tlora_mlx.errors import Interrupted, RunError
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.training.checkpoint import Progress, Window
 from tlora_mlx.training.data import Sample, Split, batches_in_order, collate, epoch_order
 from tlora_mlx.training.progress import bar, say
 from tlora_mlx.training.schedule import learning_rate
+
+
+class Recorder(Protocol):
+    """Where a run's reports and states go (``run_writer.RunWriter``)."""
+
+    def report(self, metrics: dict[str, float | None]) -> None:
+        """Take one report, as ``metrics.jsonl`` has it."""
+
+    def checkpoint(self, model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> None:
+        """Keep all that the rest of the run depends on."""
+
+    def best(self, model: nn.Module) -> None:
+        """Keep the adapter: its validation loss is the lowest so far."""
 
 
 def summed_loss(model: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
@@ -41,31 +57,58 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], done: Callable[[], Non
     return total / tokens
 
 
-def evaluate(model: nn.Module, split: Split, config: TrainConfig, name: str, limit: int) -> float:
-    """``mean_loss`` over a split, or over ``limit`` evenly spread batches of it, under a bar."""
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    config: TrainConfig,
+    name: str,
+    limit: int,
+    stops: list[int] | None = None,
+) -> float:
+    """``mean_loss`` over a split, or over ``limit`` evenly spread batches of it, under a bar.
+
+    Raises:
+        Interrupted: ``stops`` is not empty any more.
+    """
     samples = split.samples
     if 0 < limit * config.batch_size < len(samples):
         step = len(samples) / (limit * config.batch_size)
         samples = [samples[int(i * step)] for i in range(limit * config.batch_size)]
     with bar(name, -(-len(samples) // config.batch_size)) as advance:
+
+        def done() -> None:
+            advance()
+            if stops:
+                raise Interrupted("", 128 + stops[0])
+
         batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
-        return mean_loss(model, batches, advance)
+        return mean_loss(model, batches, done)
+
+
+def batches_per_epoch(samples: int, config: TrainConfig) -> int:
+    """How many micro-batches an epoch has, the last partial one included."""
+    return -(-samples // config.batch_size)
 
 
 def total_updates(samples: int, config: TrainConfig) -> int:
     """How many optimizer updates a run takes: ``iters``, or ``epochs`` times those of an epoch."""
     if config.epochs is None:
         return config.iters
-    batches = -(-samples // config.batch_size)
-    return -(-config.epochs * batches // config.grad_accumulation_steps)
+    batches = config.epochs * batches_per_epoch(samples, config)
+    return -(-batches // config.grad_accumulation_steps)
 
 
-def training_batches(samples: list[Sample], config: TrainConfig) -> Iterator[Batch]:
-    """Batches epoch after epoch, without end unless ``epochs`` gives one."""
+def training_batches(
+    samples: list[Sample], config: TrainConfig, start: int
+) -> Iterator[list[Sample]]:
+    """Micro-batch after micro-batch from number ``start`` on; ``epochs``, if given, ends them."""
     lengths = [len(sample.tokens) for sample in samples]
-    for epoch in range(config.epochs) if config.epochs else count():
-        for numbers in epoch_order(lengths, config.batch_size, config.seed, epoch):
-            yield collate([samples[i] for i in numbers], config.max_seq_length)
+    first, skip = divmod(start, batches_per_epoch(len(samples), config))
+    for epoch in range(first, config.epochs) if config.epochs else count(first):
+        order = epoch_order(lengths, config.batch_size, config.seed, epoch)
+        for numbers in order[skip:]:
+            yield [samples[i] for i in numbers]
+        skip = 0
 
 
 @contextmanager
@@ -88,150 +131,248 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, state: Mapping[str, mx.array] | None = None
+) -> optim.Optimizer:
+    """The optimizer for the model's trainable parameters; its rate is set before each update.
+
+    With bias correction, as published and as in torch; MLX's default is without.
+
+    Args:
+        config: the run's options.
+        model: with ``TLoRALinear`` layers attached.
+        state: as a checkpoint keeps it, by flattened name.
+    """
+    if config.optimizer == "adamw":
+        optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
+    else:
+        optimizer = optim.Adam(0.0, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    if state:
+        # In the order that init gave: mx.compile fuses by it, and so rounds by it.
+        names = [name for name, _ in tree_flatten(optimizer.state)]
+        optimizer.state = tree_unflatten([(name, state[name]) for name in names])
+    return optimizer
+
+
 def fit(
     model: nn.Module,
+    optimizer: optim.Optimizer,
     train: Split,
     valid: Split,
     config: TrainConfig,
-    report: Callable[[dict[str, float]], None],
-    save: Callable[[int], None],
+    progress: Progress,
+    recorder: Recorder,
 ) -> None:
-    """Train the model's trainable parameters in place.
+    """Train the model's trainable parameters in place, from where ``progress`` stands to the end.
+
+    All that follows depends on the arguments alone, so that a run that goes on from a checkpoint
+    ends with the same bits as one that was never cut (on the CPU).
 
     Args:
         model: with ``TLoRALinear`` layers attached.
+        optimizer: from ``make_optimizer``, its state as of ``progress``.
         train: samples to learn from.
         valid: samples to validate on; may be empty.
         config: the run's options.
-        report: called with each report, as ``metrics.jsonl`` has it: ``iteration`` and either
-            ``train_loss``, ``learning_rate``, ``iterations_per_second``, ``tokens_per_second``,
-            ``trained_tokens`` and ``peak_memory`` (GB), or ``val_loss`` and ``val_time`` (s).
-        save: called with the number of updates done, every ``save_every``.
+        progress: brought forward in place.
+        recorder: is given each report: ``iteration`` and either ``train_loss``, ``learning_rate``,
+            ``grad_norm`` (of the last update, before clipping), ``iterations_per_second``,
+            ``tokens_per_second``, ``trained_tokens`` and ``peak_memory`` (GB), or ``val_loss`` and
+            ``val_time`` (s); and a state every ``save_every`` updates and before it is left.
 
     Raises:
         RunError: a loss or gradient is not finite; the weights are those of the last good update.
         Interrupted: SIGINT or SIGTERM came; the weights are those of the last update.
     """
     updates = total_updates(len(train), config)
-    optimizer = _optimizer(config)
-    optimizer.init(model.trainable_parameters())
-    state = [model.state, optimizer.state]
-    mx.eval(state)
-    loss_and_gradient = nn.value_and_grad(model, summed_loss)
+    step = _Step(model, optimizer, config)
+    batches = training_batches(train.samples, config, progress.batches)
+    model.train()
+    with bar("training", updates, progress.iteration) as advance, stop_requests() as stops:
+        while not progress.finished:
+            try:
+                if valid.samples and _validation_is_due(progress, updates, config):
+                    _validate(model, valid, config, progress, recorder, stops)
+                if stops:
+                    raise Interrupted("", 128 + stops[0])
+            except Interrupted as interruption:
+                recorder.checkpoint(model, optimizer, progress)
+                raise Interrupted(
+                    f"interrupted after iteration {progress.iteration} of {updates}",
+                    interruption.exit_code,
+                ) from None
+            if progress.iteration == updates or 0 < (config.early_stop or 0) <= progress.stale:
+                if progress.iteration < updates:
+                    say(
+                        f"stopped early: the last {progress.stale} validations were not below "
+                        f"{progress.best_loss:.4f}"
+                    )
+                progress.finished = True
+                recorder.checkpoint(model, optimizer, progress)
+                break
 
-    @partial(mx.compile, inputs=[model.state], outputs=[model.state])
-    def gradient(tokens: mx.array, spans: mx.array):
-        (loss, n), gradients = loss_and_gradient(model, tokens, spans)
-        return loss, n, gradients
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def update(gradients, n: mx.array):
-        optimizer.update(model, tree_map(lambda g: g / n, gradients))
-
-    def validate(iteration: int) -> None:
-        if valid.samples:
-            start = time.perf_counter()
-            loss = evaluate(model, valid, config, "validating", config.val_batches)
-            say(f"iteration {iteration}: validation loss {loss:.4f}")
-            report(
-                {
-                    "iteration": iteration,
-                    "val_loss": loss,
-                    "val_time": time.perf_counter() - start,
-                }
-            )
-        model.train()
-
-    batches = training_batches(train.samples, config)
-    window = _Window()
-    validate(0)
-    with bar("training", updates) as advance, stop_requests() as stops:
-        for done in range(1, updates + 1):
             start = time.perf_counter()
             rate = learning_rate(
-                done - 1, updates, config.learning_rate, config.lr_schedule, config.warmup
+                progress.iteration, updates, config.learning_rate, config.lr_schedule, config.warmup
             )
-            optimizer.learning_rate = rate
-            loss, n, gradients = _accumulate(
-                gradient, islice(batches, config.grad_accumulation_steps)
-            )
-            if not _all_finite(loss, gradients):
-                raise RunError(
-                    f"the loss or its gradient is not finite in iteration {done}; the weights of "
-                    f"iteration {done - 1} are untouched: try a lower --learning-rate"
-                )
-            update(gradients, n)
-            mx.eval(state)
-            window.add(loss.item(), n.item(), time.perf_counter() - start)
-            advance(1, f"loss {loss.item() / n.item():.3f}")
-            if done % config.steps_per_report == 0 or done == updates:
-                metrics = window.close(done, rate)
-                report(metrics)
-                say(
-                    f"iteration {done}: train loss {metrics['train_loss']:.4f}, learning rate "
-                    f"{rate:.2e}, {metrics['tokens_per_second']:.0f} tokens/s, peak memory "
-                    f"{metrics['peak_memory']:.2f} GB"
-                )
-            if stops:
-                raise Interrupted(
-                    f"interrupted after iteration {done} of {updates}", 128 + stops[0]
-                )
-            if done % config.steps_per_eval == 0 or done == updates:
-                validate(done)
-            if done % config.save_every == 0 and done != updates:
-                save(done)
+            samples = list(islice(batches, config.grad_accumulation_steps))
+            loss, tokens, norm = step(samples, rate, progress.batches)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = _not_finite(progress.iteration + 1, loss, samples, train)
+                if progress.skipped == config.skip_nonfinite:
+                    recorder.checkpoint(model, optimizer, progress)
+                    raise RunError(
+                        f"{what}; the weights of iteration {progress.iteration} are untouched and "
+                        "saved: look at these samples, try a lower --learning-rate, or leave such "
+                        f"updates out with --skip-nonfinite {progress.skipped + 1}"
+                    )
+                progress.skipped += 1
+                say(f"{what}; left out ({progress.skipped} of {config.skip_nonfinite})")
+                loss = tokens = 0
+            progress.iteration += 1
+            progress.batches += len(samples)
+            _count(progress, loss, tokens, time.perf_counter() - start)
+            window = progress.window
+            if window.tokens:
+                advance(1, _bar_text(window))
+            if progress.iteration % config.steps_per_report == 0 or progress.iteration == updates:
+                _report(progress, rate, norm, recorder)
+            if progress.iteration % config.save_every == 0 and progress.iteration != updates:
+                recorder.checkpoint(model, optimizer, progress)
 
 
-def _optimizer(config: TrainConfig) -> optim.Optimizer:
-    # With bias correction, as Adam was published and as torch has it; MLX's default is without.
-    if config.optimizer == "adamw":
-        return optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
-    return optim.Adam(0.0, bias_correction=True)
+class _Step:
+    """One optimizer update: gradients of some micro-batches, added up, checked, applied."""
+
+    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig):
+        self.optimizer, self.config = optimizer, config
+        self._state = [model.state, optimizer.state]
+        mx.eval(self._state)
+        loss_and_gradient = nn.value_and_grad(model, summed_loss)
+        # A base model's dropout draws from MLX's random state.
+        inputs = [model.state, mx.random.state]
+
+        @partial(mx.compile, inputs=inputs, outputs=inputs)
+        def gradient(tokens: mx.array, spans: mx.array):
+            (loss, n), gradients = loss_and_gradient(model, tokens, spans)
+            return loss, n, gradients
+
+        @mx.compile
+        def clip(gradients, n: mx.array):
+            gradients = tree_map(lambda g: g / n, gradients)
+            return optim.clip_grad_norm(gradients, config.max_grad_norm or math.inf)
+
+        @partial(mx.compile, inputs=self._state, outputs=self._state)
+        def update(gradients):
+            optimizer.update(model, gradients)
+
+        self._gradient, self._clip, self._update = gradient, clip, update
+
+    def __call__(
+        self, batches: list[list[Sample]], rate: float, number: int
+    ) -> tuple[float, int, float]:
+        """Update the model unless loss or gradient are not finite.
+
+        Args:
+            batches: the micro-batches' samples.
+            rate: learning rate.
+            number: of the first micro-batch in the run; with the seed it gives the random state.
+
+        Returns:
+            The summed loss, the number of tokens that counted, and the mean gradient's norm.
+        """
+        mx.random.seed(((self.config.seed << 32) + number) % 2**64)
+        total = None
+        for samples in batches:
+            result = self._gradient(*collate(samples, self.config.max_seq_length))
+            # Sums, not means: a token weighs the same in each micro-batch.
+            total = result if total is None else tree_map(mx.add, total, result)
+            mx.eval(total)
+        loss, n, gradients = total
+        gradients, norm = self._clip(gradients, n)
+        mx.eval(gradients, norm)
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+            self.optimizer.learning_rate = rate
+            self._update(gradients)
+            mx.eval(self._state)
+        return loss.item(), int(n.item()), norm.item()
 
 
-def _accumulate(gradient, batches: Iterable[Batch]):
-    """Sum loss, token count and gradients over micro-batches: a token weighs the same in each."""
-    total = None
-    for batch in batches:
-        result = gradient(*batch)
-        total = result if total is None else tree_map(mx.add, total, result)
-        mx.eval(total)
-    return total
+def _validation_is_due(progress: Progress, updates: int, config: TrainConfig) -> bool:
+    now = progress.iteration
+    return progress.validated != now and (now % config.steps_per_eval == 0 or now == updates)
 
 
-def _all_finite(loss: mx.array, gradients) -> bool:
-    checks: list[mx.array] = [mx.isfinite(loss)]
-    tree_map(lambda g: checks.append(mx.isfinite(g).all()), gradients)
-    return mx.stack(checks).all().item()
+def _validate(
+    model: nn.Module,
+    valid: Split,
+    config: TrainConfig,
+    progress: Progress,
+    recorder: Recorder,
+    stops: list[int],
+) -> None:
+    start = time.perf_counter()
+    loss = evaluate(model, valid, config, "validating", config.val_batches, stops)
+    model.train()
+    now = progress.validated = progress.iteration
+    known = loss if math.isfinite(loss) else None
+    progress.val_loss = known
+    if now == 0:  # the base model's: B is zero
+        progress.first_val_loss = known
+    elif known is not None and (progress.best_loss is None or known < progress.best_loss):
+        progress.best_loss, progress.best_iteration, progress.stale = known, now, 0
+        recorder.best(model)
+    else:
+        progress.stale += 1
+    say(f"iteration {now}: validation loss {loss:.4f}")
+    seconds = time.perf_counter() - start
+    recorder.report({"iteration": now, "val_loss": known, "val_time": seconds})
 
 
-class _Window:
-    """Sums between two reports."""
+def _not_finite(iteration: int, loss: float, batches: list[list[Sample]], train: Split) -> str:
+    """What was not finite, and in which samples."""
+    what = "gradient" if math.isfinite(loss) else "loss"
+    rows = sorted(sample.row for samples in batches for sample in samples)
+    shown = ", ".join(map(str, rows[:20])) + (", …" if len(rows) > 20 else "")
+    return f"the {what} is not finite in iteration {iteration} ({train.where} {shown})"
 
-    def __init__(self):
-        self.trained_tokens = 0
-        self._reset()
 
-    def _reset(self) -> None:
-        self.loss = self.tokens = self.seconds = 0.0
-        self.updates = 0
+def _count(progress: Progress, loss: float, tokens: int, seconds: float) -> None:
+    progress.trained_tokens += tokens
+    progress.seconds += seconds
+    window = progress.window
+    window.loss += loss
+    window.tokens += tokens
+    window.seconds += seconds
+    window.updates += 1
 
-    def add(self, loss: float, tokens: float, seconds: float) -> None:
-        self.loss += loss
-        self.tokens += tokens
-        self.seconds += seconds
-        self.updates += 1
 
-    def close(self, iteration: int, rate: float) -> dict[str, float]:
-        self.trained_tokens += int(self.tokens)
-        metrics = {
-            "iteration": iteration,
-            "train_loss": self.loss / self.tokens,
-            "learning_rate": rate,
-            "iterations_per_second": self.updates / self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
-            "trained_tokens": self.trained_tokens,
-            "peak_memory": mx.get_peak_memory() / 1e9,
-        }
-        self._reset()
-        return metrics
+def _bar_text(window: Window) -> str:
+    return (
+        f"loss {window.loss / window.tokens:.3f}, {window.tokens / window.seconds:.0f} tokens/s, "
+        f"{mx.get_peak_memory() / 1e9:.2f} GB"
+    )
+
+
+def _report(progress: Progress, rate: float, norm: float, recorder: Recorder) -> None:
+    """Report what the window holds, and empty it."""
+    window = progress.window
+    metrics = {
+        "iteration": progress.iteration,
+        "train_loss": window.loss / window.tokens if window.tokens else None,
+        "learning_rate": rate,
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "iterations_per_second": window.updates / window.seconds,
+        "tokens_per_second": window.tokens / window.seconds,
+        "trained_tokens": progress.trained_tokens,
+        "peak_memory": mx.get_peak_memory() / 1e9,
+    }
+    progress.window = Window()
+    recorder.report(metrics)
+    if metrics["train_loss"] is not None:
+        say(
+            f"iteration {progress.iteration}: train loss {metrics['train_loss']:.4f}, learning "
+            f"rate {rate:.2e}, {metrics['tokens_per_second']:.0f} tokens/s, peak memory "
+            f"{metrics['peak_memory']:.2f} GB"
+        )

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+from rich import progress as bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.training.checkpoint import Progress
 
 # Under mlx.launch the first process speaks for all.
 _quiet = mx.distributed.init().rank() > 0
@@ -24,21 +25,21 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; what it yields advances it: ``advance(steps, text)``."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[text]}"),
     )
     hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task(description, total=total, text="")
+    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
+        task = shown.add_task(description, total=total, completed=done, text="")
 
         def advance(steps: int = 1, text: str | None = None) -> None:
-            progress.update(task, advance=steps, **({} if text is None else {"text": text}))
+            shown.update(task, advance=steps, **({} if text is None else {"text": text}))
 
         yield advance
 
@@ -86,4 +87,21 @@ def _cell(plan: RankPlan, name: str | None) -> str:
     if name is None:
         return ""
     module = plan.modules[name]
-    return f"{module.rank} × {module.scale:.3g}" if module.rank else "–"
+    return f"{module.rank}×{module.scale:.3g}" if module.rank else "–"
+
+
+def say_summary(progress: Progress, test_loss: float | None) -> None:
+    """What a run came to: updates, time, tokens and losses."""
+    seconds = round(progress.seconds)
+    say(
+        f"trained {progress.iteration} iterations on {progress.trained_tokens:,} tokens in "
+        f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        + (f", {progress.skipped} updates left out as not finite" if progress.skipped else "")
+    )
+    if progress.best_loss is not None and progress.first_val_loss is not None:
+        say(
+            f"validation loss {progress.first_val_loss:.4f} before, {progress.best_loss:.4f} after "
+            f"iteration {progress.best_iteration}, whose adapter is kept"
+        )
+    if test_loss is not None:
+        say(f"test loss {progress.test_loss:.4f} before, {test_loss:.4f} after")
