@@ -25,6 +25,7 @@ import numpy as np
 
 RANK = 8
 VOCABULARY = 1000
+SIDES = {"rival": "plain (torch)", "exact": "exact", "streaming": "streaming"}
 ENERGY_MODULES = ("q_proj", "v_proj", "down_proj")
 
 
@@ -253,6 +254,26 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def draw(figures: list[dict], path: Path) -> None:
+    """Total time, time in the SVD stage and extra memory against the width."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = [("total", "total (s)"), ("subspaces", "subspaces (s)"), ("extra_mb", "extra (MB)")]
+    for axes, (key, title) in zip(picture.subplots(1, 3), panels, strict=True):
+        for side, label in SIDES.items():
+            points = [(f["hidden"], f[key]) for f in figures if f["side"] == side]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+        widths = sorted({f["hidden"] for f in figures})
+        axes.set_xticks(widths, widths, minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("hidden size")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    picture.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Measure every width and print the table."""
     import tempfile
@@ -264,7 +285,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--same-blas", action="store_true", help="torch uses MLX's BLAS too")
     parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument("--side", choices=("rival", "exact", "streaming"), help=argparse.SUPPRESS)
+    parser.add_argument("--picture", type=Path, help="also draw total time and memory here")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -284,11 +306,11 @@ def main() -> None:
         scratch = Path(directory)
         for hidden in args.hidden:
             rival = measure("rival", hidden, args, scratch)
-            for side in ("rival", "exact", "streaming"):
+            for side in SIDES:
                 result = rival if side == "rival" else measure(side, hidden, args, scratch)
                 totals.setdefault(side, []).append(result["total"])
                 energy = 1.0 if side == "rival" else captured(side, hidden, rival, scratch)
-                row = [hidden, {"rival": "plain (torch)"}.get(side, side)]
+                row = [hidden, SIDES[side]]
                 row += [f"{result[key]:.2f}" for key in ("calibrate", "subspaces", "total")]
                 row += [f"{result['total'] / result['plain']:.2f}"]
                 row += [f"{result['extra_mb']:.0f}", f"{energy:.6f}"]
@@ -307,6 +329,8 @@ def main() -> None:
               ", ".join(f"{e:.2f} ({side})" for side, e in exponents.items()))  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.picture:
+        draw(figures, args.picture)
 
 
 if __name__ == "__main__":
