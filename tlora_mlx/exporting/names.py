@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 # Families whose MLX module paths are Hugging Face's, with 2-D weights unchanged. Each is tested by
 # a round trip through transformers and PEFT (tests/test_export.py).
@@ -13,10 +14,22 @@ SAME_NAMES = {
 }
 
 
-def hf_module_name(model_type: str, name: str) -> str | None:
-    """The Hugging Face module path of an MLX module path; None where it is not known."""
+class HFWeight(NamedTuple):
+    """Where a module's weight is on Hugging Face's side.
+
+    Attributes:
+        module: its path in the model of transformers, which is what PEFT adapts.
+        tensor: its weight's name in the checkpoint's safetensors files.
+    """
+
+    module: str
+    tensor: str
+
+
+def hf_weight(model_type: str, name: str) -> HFWeight | None:
+    """Where the weight of an MLX module is on Hugging Face's side; None where it is not known."""
     pattern = SAME_NAMES.get(model_type)
-    return name if pattern and pattern.fullmatch(name) else None
+    return HFWeight(name, f"{name}.weight") if pattern and pattern.fullmatch(name) else None
 
 
 def unexportable(model_type: str, names: Iterable[str]) -> str | None:
@@ -26,7 +39,7 @@ def unexportable(model_type: str, names: Iterable[str]) -> str | None:
             f"the Hugging Face names of model family '{model_type}' are not known "
             f"(known: {', '.join(sorted(SAME_NAMES))})"
         )
-    unknown = [name for name in names if hf_module_name(model_type, name) is None]
+    unknown = [name for name in names if hf_weight(model_type, name) is None]
     if unknown:
         return (
             f"the Hugging Face names of these modules of family '{model_type}' are not known: "

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.exporting.names import hf_module_name, unexportable
+from tlora_mlx.exporting.names import hf_weight, unexportable
 from tlora_mlx.files import new_directory, write_json, write_tensors
 from tlora_mlx.run_directory import Run
 
@@ -85,7 +85,7 @@ def export_peft(
 def _hf_names(run: Run) -> dict[str, str]:
     """MLX module name -> Hugging Face module name, of all target modules."""
     model_type = run.config["model_type"]
-    return {name: hf_module_name(model_type, name) for name in run.plan.modules}
+    return {name: hf_weight(model_type, name).module for name in run.plan.modules}
 
 
 def _keys(hf_name: str) -> tuple[str, str]:
