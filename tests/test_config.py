@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -72,6 +73,9 @@ def test_plan_takes_the_yaml_of_train(tmp_path):
         (["--learning-rate", "nan"], "--learning-rate must be a finite number, not nan"),
         (["--learning-rate", "-0.1"], "--learning-rate must be above 0, not -0.1"),
         (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+        (["--learning-rate", "1e39"], "--learning-rate must be below 3e.38, not 1e.39"),
+        (["--adapter-path", ""], "--adapter-path must not be empty"),
+        (["-c", ""], "cannot read the configuration file"),
         (["--warmup", "1.5"], "--warmup must be at most 1, not 1.5"),
         (["--num-layers", "0"], "--num-layers must be -1 .all. or at least 1, not 0"),
         (["--val-batches", "0"], "--val-batches must be -1 .all. or at least 1, not 0"),
@@ -133,6 +137,12 @@ def test_help_loads_nothing_heavy(command):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "usage: tlora" in result.stdout
+
+
+def test_a_terminal_without_our_characters():
+    result = tlora("train", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "(in ? in)" in result.stdout
 
 
 def test_the_console_script():

@@ -20,10 +20,11 @@ def export(config: ExportCommand) -> Path:
         RunError: it could not be written.
     """
     from tlora_mlx.exporting.peft import export_peft
+    from tlora_mlx.files import user_path
     from tlora_mlx.run_directory import read_run
 
     run = read_run(config.run)
-    output = Path(config.output or f"{run.path}-peft").expanduser()
+    output = user_path(config.output or f"{run.path}-peft")
     return export_peft(run, output, config.layout, config.dtype, config.base_model)
 
 

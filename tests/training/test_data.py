@@ -95,6 +95,7 @@ def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_pat
         ("", r"train\.jsonl is empty"),
         ("\n \n", r"train\.jsonl is empty"),
         ('{"text": "a"}\n{"text": \n', r"train\.jsonl, line 2 is not valid JSON"),
+        ('{"text": ' + "1" * 5000 + "}\n", r"train\.jsonl, line 1 is not valid JSON"),
         ("[1]\n", r"line 1 is not a JSON object"),
         ('{"txt": "a"}\n', r"line 1 has 'txt'; it needs 'text', or 'prompt' and 'completion'"),
         ("{}\n", r"line 1 has nothing; it needs"),
@@ -123,6 +124,12 @@ def test_bad_places(tmp_path, plain):
     file.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match="is not UTF-8"):
         load_data(str(tmp_path), plain, 100, None)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"train\.jsonl cannot be read: Is a directory"):
+        load_data(str(tmp_path), plain, 100, None)
+    with pytest.raises(UserError, match="data directory ~nobody-of-this-name/data does not exist"):
+        load_data("~nobody-of-this-name/data", plain, 100, None)
 
 
 def test_batches_are_padded_to_few_shapes():
