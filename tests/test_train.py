@@ -103,6 +103,21 @@ def test_trained_parameters_before_and_after_a_save(run_path, model_path):
     assert mx.abs(base.model(tokens) - load_model(model_path)[0](tokens)).max().item() > 1e-3
 
 
+def test_a_hub_repository(model_path, data_path, tmp_path):
+    """By its name, from the Hub client's own cache: there is no network here."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model_path, repository / "snapshots" / commit)
+    run = tmp_path / "run"
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    result = tlora(*arguments("org/tiny", data_path, run), env=environment)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert (config["model"], config["base_model"]) == ("org/tiny", "org/tiny")
+
+
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
 def test_a_quantized_base(data_path, tmp_path, bits, mode):
     """A conversion by mlx-lm's own command, as users have them; exported onto its original."""

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +171,32 @@ def test_the_second_split_goes_by_two_names(tmp_path, plain):
     write_jsonl(tmp_path / "valid.jsonl", ROWS[4:6])
     with pytest.raises(UserError, match="both 'valid' and 'validation'"):
         load_data(str(tmp_path), plain, 2048, None)
+
+
+def test_a_hub_data_set(monkeypatch, plain):
+    """The splits as the package ``datasets`` gives them; a stand-in for it, as there is no Hub."""
+    splits = {"train": ROWS[:4], "validation": ROWS[4:6], "extra": ROWS}
+
+    def load_dataset(name):
+        if name != "org/data":
+            raise FileNotFoundError(f"{name} doesn't exist on the Hub\nand so on")
+        return splits
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = load_data("org/data", plain, 2048, None)
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "valid": 2, "test": 0}
+    assert data["valid"].where == "data set org/data, split valid, row"
+    with pytest.raises(UserError, match=r"did not provide it: org/none doesn't exist on the Hub$"):
+        load_data("org/none", plain, 2048, None)
+    splits["train"] = [{"prompt": "a"}]
+    with pytest.raises(UserError, match="data set org/data, split train, row 1 has 'prompt'; it"):
+        load_data("org/data", plain, 2048, None)
+    del splits["train"]
+    with pytest.raises(UserError, match="has no split 'train', only validation, extra"):
+        load_data("org/data", plain, 2048, None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_data("org/data", plain, 2048, None)
 
 
 def test_splitting_off(tmp_path, plain):
