@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROWS, quick_train, save_model, tlora, write_jsonl
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from test_train import arguments, assert_one_sentence
@@ -306,6 +306,41 @@ def test_damage_anywhere_is_seen(uncut, tmp_path_factory, name, position, change
     # Space around JSON's tokens says nothing, so it may be damaged without harm.
     same = json.loads((copy / name).read_text()) == json.loads((path / name).read_text())
     assert (name, same) == ("state.json", True)
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    finished=st.booleans(),
+    file=st.floats(0, 1, exclude_max=True),
+    position=st.floats(0, 1, exclude_max=True),
+    change=st.one_of(st.integers(1, 255), st.just("cut")),
+)
+def test_a_run_damaged_anywhere(
+    uncut, tmp_path_factory, tlora_here, finished, file, position, change
+):
+    """Resumed to the adapter of the whole run, or one sentence; no traceback either way."""
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(uncut, run) if finished else unfinished(uncut, run)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.suffix != ".png")
+    path = files[int(file * len(files))]
+    data = bytearray(path.read_bytes())
+    at = int(position * len(data))
+    if change == "cut":
+        del data[at:]
+    else:
+        data[at] ^= change
+    path.write_bytes(data)
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    if result.returncode == 0 and path.name != "adapters.safetensors":
+        assert (run / "adapters.safetensors").read_bytes() == results(uncut)[0]
+    elif result.returncode:
+        assert_one_sentence(result, 2, "")
+    shutil.rmtree(run)
 
 
 def test_what_changed_is_refused(uncut, model_path, data_path, tmp_path, tlora_here):
