@@ -370,6 +370,10 @@ def test_what_changed_is_refused(uncut, model_path, data_path, tmp_path, tlora_h
     (run / "rank_plan.json").write_text(json.dumps(plan))
     before[run / "rank_plan.json"] = (run / "rank_plan.json").read_bytes()
     refused("its rank plan changed")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "learning_rate": 2e-2}))
+    before[run / "adapter_config.json"] = (run / "adapter_config.json").read_bytes()
+    refused("its options and rank plan changed")
 
 
 def test_moved_model_and_data_are_the_same(uncut, model_path, data_path, tmp_path, tlora_here):

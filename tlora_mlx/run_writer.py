@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -110,18 +111,30 @@ class RunWriter:
     def _check_options(self) -> None:
         """See that a run is gone on with as it was started."""
         stored = read_json(self.path / CONFIG, "the run's configuration")
-        # A given plan brings its own rank and alpha.
-        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
         differing = [
             f"--{name.replace('_', '-')} {value} (it has {stored.get(name)})"
-            for name, value in self.config.to_dict().items()
-            if name not in free and value != stored.get(name)
+            for name, value in self._binding_options(stored).items()
+            if value != stored.get(name)
         ]
         if differing:
             raise UserError(
                 f"--resume goes on with {self.path} as it was started, and these differ: "
                 f"{', '.join(differing)}; leave them out, or start another run"
             )
+
+    def _binding_options(self, stored: Mapping[str, object]) -> dict[str, object]:
+        """The options that a resumed run must have as they are."""
+        # A given plan brings its own rank and alpha.
+        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
+        return {k: v for k, v in self.config.to_dict().items() if k not in free}
+
+    def _own_fingerprints(self) -> dict[str, str]:
+        """Of what the directory itself says of the run: it may be edited or damaged."""
+        options = json.dumps(self._binding_options(self.config.to_dict()))
+        return {
+            "options": hashlib.sha256(options.encode()).hexdigest(),
+            "rank plan": self._plan_digest(),
+        }
 
     def create(self) -> None:
         """Make the directory and see that it can be written to, before anything takes long.
@@ -174,7 +187,7 @@ class RunWriter:
         Raises:
             UserError: model, data or plan are not what the run was started with; all are named.
         """
-        self._fingerprints = {**fingerprints, "rank plan": self._plan_digest()}
+        self._fingerprints = {**fingerprints, **self._own_fingerprints()}
         changed = [k for k, v in self._fingerprints.items() if checkpoint.fingerprints.get(k) != v]
         if changed:
             raise UserError(
@@ -194,7 +207,7 @@ class RunWriter:
     def start(self, base: BaseModel, plan: RankPlan, fingerprints: Mapping[str, str]) -> None:
         """Write the plan and the configuration; from here on the directory is a run's."""
         write_json(self.path / PLAN, plan.to_dict())
-        self._fingerprints = {**fingerprints, "rank plan": self._plan_digest()}
+        self._fingerprints = {**fingerprints, **self._own_fingerprints()}
         data = user_path(self.config.data)
         write_json(
             self.path / CONFIG,
