@@ -272,6 +272,15 @@ class ExportCommand(Config):
     base_model: str | None = option(
         None, "the base model's Hub repository, for readers; default: the run's own"
     )
+    push_to: str | None = option(
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+    )
+    private: bool = option(False, "make the repository of --push-to private")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.private and not self.push_to:
+            raise UserError("--private goes with --push-to USER/NAME")
 
 
 @dataclass(kw_only=True)

@@ -5,26 +5,48 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlora_mlx.config import ExportCommand, parse
-from tlora_mlx.errors import run_command
+from tlora_mlx.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from tlora_mlx.run_directory import Run
 
 DESCRIPTION = "Export a run of tlora_mlx.train to PEFT."
 
 
 def export(config: ExportCommand) -> Path:
-    """Export as configured; returns the directory that was made.
+    """Export as configured, without pushing; returns the directory that was made.
 
     Raises:
-        UserError: the run, the options or the output are not right.
+        UserError: the run, the options or the output are not right, or could not be pushed.
         RunError: it could not be written.
     """
     from tlora_mlx.exporting.peft import export_peft
     from tlora_mlx.run_directory import read_run
 
     run = read_run(config.run)
+    if config.push_to:
+        _check_push(config, run)
     output = Path(config.output or f"{run.path}-peft").expanduser()
-    return export_peft(run, output, config.layout, config.dtype, config.base_model)
+    return export_peft(
+        run, output, config.layout, config.dtype, config.base_model, name=config.push_to
+    )
+
+
+def _check_push(config: ExportCommand, run: Run) -> None:
+    """See that a push can be tried, and that what is pushed names its base for others."""
+    from tlora_mlx.exporting.card import is_repository
+    from tlora_mlx.exporting.hub import check_push
+
+    check_push(config.push_to)
+    base = config.base_model or run.config.get("base_model")
+    if base and not is_repository(base):
+        raise UserError(
+            f"--push-to: the base model {base} is a directory of this machine, which others do "
+            "not have; name its Hub repository with --base-model"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = export(config)
         print(f"{config.layout} PEFT adapter in {output}; load it with")
         print(f"  PeftModel.from_pretrained(base_model, {str(output)!r})")
+        if config.push_to:
+            from tlora_mlx.exporting.hub import push
+
+            print(f"pushed: {push(output, config.push_to, config.private)}", flush=True)
 
     return run_command(command)
 

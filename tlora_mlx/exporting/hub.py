@@ -1,0 +1,212 @@
+"""Pushing an exported directory to the Hugging Face Hub, with its own client."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, TypeVar
+
+from tlora_mlx.errors import Interrupted, RunError, UserError, first_line
+from tlora_mlx.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+T = TypeVar("T")
+
+# Seconds before a request is made again that the client itself makes only once.
+WAITS = (1, 2, 4)
+# What readers look for: one export's beside another's would be mixed up, such as the shards of a
+# merged model that had more of them.
+READ = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+TOLD = {
+    401: "the Hub does not accept the token; log in again with: hf auth login",
+    403: "the token may not write to {}; choose a name of your own, or a token with write access",
+    404: "the token does not reach {}; choose a name of your own, or a token with write access",
+    409: "{} is taken, or being changed by another at this moment; choose another name, or wait",
+    429: "the Hub has had too many requests from this account; wait",
+}
+
+
+def check_push(repository: str) -> str:
+    """See that a push can be tried at all, before anything takes long; returns the token.
+
+    Raises:
+        UserError: the name is malformed, there is no token, or the client is told to stay offline.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push-to {repository}: {first_line(error)}") from None
+    if "/" not in repository:
+        raise UserError(f"--push-to {repository} must be USER/NAME or ORGANISATION/NAME")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push-to needs the network, and HF_HUB_OFFLINE is set; unset it")
+    try:
+        token = get_token()
+    except Exception as error:  # whatever a keyless login or a token's renewal fails with
+        raise UserError(f"--push-to needs a token of the Hub: {first_line(error)}") from None
+    if not token:
+        raise UserError(
+            "--push-to needs a token of the Hub: log in with hf auth login, or set HF_TOKEN"
+        )
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UserError("the token of the Hub holds characters that no token has; copy it again")
+    return token
+
+
+def push(directory: Path, repository: str, private: bool = False) -> str:
+    """Upload an exported directory as one commit; the repository is made where it is missing.
+
+    Args:
+        directory: what was exported; all of its files go.
+        repository: ``USER/NAME``.
+        private: make the repository private; one that exists must be private already.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: as ``check_push``.
+        RunError: the Hub refused, failed or was not reached; what it said is told in one sentence,
+            without the token. ``directory`` is as it was.
+        Interrupted: SIGINT came.
+    """
+    token = check_push(repository)
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
+    command = f"hf upload {repository} {quote(str(directory))} .{' --private' if private else ''}"
+    again = f"{directory} is whole, push it again with: {command}"
+    try:
+        with _quiet():
+            _check_repository(_retried(lambda: _repository(api, repository, private)), directory)
+            return _retried(lambda: _commit(api, repository, directory))
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {again}", 130) from None
+    except Exception as error:  # the client's errors have no common base below Exception
+        told = _told(error, repository, api.endpoint).replace(token, "<token>")
+        raise RunError(f"{told}; {again}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the client passes on of the server's words from the terminal.
+
+    They may repeat the token, or hold the signed addresses of uploads.
+    """
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _repository(api: HfApi, repository: str, private: bool) -> ModelInfo:
+    """What the Hub has of the repository, which is made if it is missing."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repository)
+    except RepositoryNotFoundError:
+        api.create_repo(repository, private=private or None)
+        info = api.model_info(repository)
+    if private and not info.private:
+        raise RunError(f"--private, but {repository} exists and is public; choose another name")
+    return info
+
+
+def _check_repository(info: ModelInfo, directory: Path) -> None:
+    """Refuse to put an export beside another, whose files readers would take for this one's."""
+    names = [file.rfilename for file in info.siblings or ()]
+    read = [name for name in names if any(fnmatch(name, pattern) for pattern in READ)]
+    others = [name for name in read if "/" not in name and not (directory / name).exists()]
+    if others:
+        raise RunError(
+            f"{info.id} holds {', '.join(others)} of another export, which readers would mix up "
+            "with this one; choose another name, or delete them there"
+        )
+
+
+class _UploadFailed(Exception):
+    """The client has retried the upload by itself; its reason is the cause."""
+
+
+def _commit(api: HfApi, repository: str, directory: Path) -> str:
+    """Upload what is large, then make the commit; what the Hub has already is not sent again."""
+    from huggingface_hub import CommitOperationAdd
+
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    additions = [CommitOperationAdd(f.relative_to(directory).as_posix(), f) for f in files]
+    try:
+        for addition in additions:
+            # One by one: the client does that in this thread, where Ctrl-C ends it at once.
+            api.preupload_lfs_files(repository, [addition], free_memory=False)
+    except Exception as error:
+        raise _UploadFailed from error
+    message = f"Upload of tlora_mlx {__version__}"
+    return api.create_commit(repository, additions, commit_message=message).commit_url
+
+
+def _retried(call: Callable[[], T]) -> T:
+    """Call again, after a while, where the Hub failed or was not reached."""
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            status = _status(error)
+            passing = status >= 500 if status else _is_connection(error)
+            if isinstance(error, _UploadFailed) or not passing:
+                raise
+        time.sleep(wait)
+    return call()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error, or what caused it, came with."""
+    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((response.status_code for response in responses if response is not None), None)
+
+
+def _is_connection(error: BaseException) -> bool:
+    from huggingface_hub.errors import HTTPError  # that of httpx, or of httpx2 from 2.0 on
+
+    return any(isinstance(cause, (HTTPError, OSError)) for cause in _causes(error))
+
+
+def _told(error: Exception, repository: str, endpoint: str) -> str:
+    """What went wrong, and the server's own words, on one line."""
+    if isinstance(error, RunError):
+        return str(error)
+    root = list(_causes(error))[-1]
+    status = _status(error)
+    if status is None:
+        text = (
+            f"the Hub at {endpoint} was not reached" if _is_connection(error) else "the push failed"
+        )
+        return f"{text}: {' '.join(str(root).split()) or type(root).__name__}"
+    default = "the Hub failed; try later" if status >= 500 else "the Hub refused the push"
+    words = (getattr(cause, "server_message", None) for cause in _causes(error))
+    said = " ".join(next((text for text in words if text), "").split())
+    told = TOLD.get(status, default).format(repository)
+    return f"{told} ({status}{': ' if said else ''}{said})"
