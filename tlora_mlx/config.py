@@ -279,7 +279,7 @@ class ExportCommand(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.private and not self.push_to:
+        if self.private and self.push_to is None:
             raise UserError("--private goes with --push-to USER/NAME")
 
 

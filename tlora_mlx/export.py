@@ -27,7 +27,7 @@ def export(config: ExportCommand) -> Path:
     from tlora_mlx.run_directory import read_run
 
     run = read_run(config.run)
-    if config.push_to:
+    if config.push_to is not None:
         _check_push(config, run)
     output = Path(config.output or f"{run.path}-peft").expanduser()
     return export_peft(
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = export(config)
         print(f"{config.layout} PEFT adapter in {output}; load it with")
         print(f"  PeftModel.from_pretrained(base_model, {str(output)!r})")
-        if config.push_to:
+        if config.push_to is not None:
             from tlora_mlx.exporting.hub import push
 
             print(f"pushed: {push(output, config.push_to, config.private)}", flush=True)

@@ -97,19 +97,18 @@ def _shown(base: str) -> str:
 
 
 def _of_the_base(names: tuple[str, ...]) -> dict[str, Any]:
-    """Licence and language, from the first base whose card is on this machine and has a licence."""
+    """Licence and language, from the first base whose card is on this machine and has any."""
+    facts = ("license", "license_name", "license_link", "language")
     for name in names:
         card = _front_matter(name)
-        if not _is_text(card.get("license")):
-            continue
-        facts = ("license", "license_name", "license_link", "language")
         found = {key: card[key] for key in facts if _is_text(card.get(key))}
         link = found.get("license_link")
         if isinstance(link, str) and not link.startswith("http"):  # a file of the base's own
             del found["license_link"]
             if is_repository(name):
                 found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
-        return found
+        if found:
+            return found
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,13 +26,16 @@ WAITS = (1, 2, 4)
 # What readers look for: one export's beside another's would be mixed up, such as the shards of a
 # merged model that had more of them.
 READ = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+# By HTTP status: what it means here, and what to do.
+OTHER_NAME = "choose a name of your own, or a token with write access"
 TOLD = {
-    401: "the Hub does not accept the token; log in again with: hf auth login",
-    403: "the token may not write to {}; choose a name of your own, or a token with write access",
-    404: "the token does not reach {}; choose a name of your own, or a token with write access",
-    409: "{} is taken, or being changed by another at this moment; choose another name, or wait",
-    429: "the Hub has had too many requests from this account; wait",
+    401: ("the Hub does not accept the token", "log in again with: hf auth login"),
+    403: ("the token may not write to {}", OTHER_NAME),
+    404: ("the token does not reach {}", OTHER_NAME),
+    409: ("{} is taken, or another is changing it", "choose another name, or try later"),
+    429: ("the Hub has had too many requests from this account", "try later"),
 }
+FAILED, REFUSED = ("the Hub failed", "try later"), ("the Hub refused the push", None)
 
 
 def check_push(repository: str) -> str:
@@ -94,26 +98,30 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {again}", 130) from None
     except Exception as error:  # the client's errors have no common base below Exception
-        told = _told(error, repository, api.endpoint).replace(token, "<token>")
-        raise RunError(f"{told}; {again}") from None
+        raise RunError(f"{_told(error, repository, api)}; {again}") from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the client passes on of the server's words from the terminal.
 
-    They may repeat the token, or hold the signed addresses of uploads.
+    They may repeat the token, or hold the signed addresses of uploads. Its bars go to terminals
+    alone.
     """
-    from huggingface_hub.utils import logging
+    from huggingface_hub import utils
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    if bars and not sys.stderr.isatty():
+        utils.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(before)
+        utils.logging.set_verbosity(before)
+        if bars:
+            utils.enable_progress_bars()
 
 
 def _repository(api: HfApi, repository: str, private: bool) -> ModelInfo:
@@ -194,19 +202,26 @@ def _is_connection(error: BaseException) -> bool:
     return any(isinstance(cause, (HTTPError, OSError)) for cause in _causes(error))
 
 
-def _told(error: Exception, repository: str, endpoint: str) -> str:
-    """What went wrong, and the server's own words, on one line."""
+def _told(error: Exception, repository: str, api: HfApi) -> str:
+    """What went wrong, with the server's own words, and what to do; on one line."""
     if isinstance(error, RunError):
         return str(error)
-    root = list(_causes(error))[-1]
+    causes = list(_causes(error))
     status = _status(error)
     if status is None:
-        text = (
-            f"the Hub at {endpoint} was not reached" if _is_connection(error) else "the push failed"
-        )
-        return f"{text}: {' '.join(str(root).split()) or type(root).__name__}"
-    default = "the Hub failed; try later" if status >= 500 else "the Hub refused the push"
-    words = (getattr(cause, "server_message", None) for cause in _causes(error))
-    said = " ".join(next((text for text in words if text), "").split())
-    told = TOLD.get(status, default).format(repository)
-    return f"{told} ({status}{': ' if said else ''}{said})"
+        what = "the push failed"
+        if _is_connection(error):
+            what = f"the Hub at {api.endpoint} was not reached, or the connection broke"
+        return f"{what}: {_words(str(causes[-1]), api.token) or type(causes[-1]).__name__}"
+    what, advice = TOLD.get(status, FAILED if status >= 500 else REFUSED)
+    said = (getattr(cause, "server_message", None) for cause in causes)
+    said = _words(next((text for text in said if text), ""), api.token)
+    told = f"{what.format(repository)} ({status}{': ' if said else ''}{said})"
+    return f"{told}; {advice}" if advice else told
+
+
+def _words(text: str, token: str) -> str:
+    """Another's words without the token and what terminals obey, on one line that has an end."""
+    text = text.replace(token, "<token>")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"
