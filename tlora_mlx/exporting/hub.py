@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds before a request is made again that the client itself makes only once.
+# Seconds before what failed is tried again: the client by itself does so for some requests only.
 WAITS = (1, 2, 4)
 # What readers look for: one export's beside another's would be mixed up, such as the shards of a
 # merged model that had more of them.
@@ -150,22 +150,15 @@ def _check_repository(info: ModelInfo, directory: Path) -> None:
         )
 
 
-class _UploadFailed(Exception):
-    """The client has retried the upload by itself; its reason is the cause."""
-
-
 def _commit(api: HfApi, repository: str, directory: Path) -> str:
     """Upload what is large, then make the commit; what the Hub has already is not sent again."""
     from huggingface_hub import CommitOperationAdd
 
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     additions = [CommitOperationAdd(f.relative_to(directory).as_posix(), f) for f in files]
-    try:
-        for addition in additions:
-            # One by one: the client does that in this thread, where Ctrl-C ends it at once.
-            api.preupload_lfs_files(repository, [addition], free_memory=False)
-    except Exception as error:
-        raise _UploadFailed from error
+    for addition in additions:
+        # One by one: the client does that in this thread, where Ctrl-C ends it at once.
+        api.preupload_lfs_files(repository, [addition], free_memory=False)
     message = f"Upload of tlora_mlx {__version__}"
     return api.create_commit(repository, additions, commit_message=message).commit_url
 
@@ -177,8 +170,7 @@ def _retried(call: Callable[[], T]) -> T:
             return call()
         except Exception as error:
             status = _status(error)
-            passing = status >= 500 if status else _is_connection(error)
-            if isinstance(error, _UploadFailed) or not passing:
+            if not (status >= 500 if status else _is_connection(error)):
                 raise
         time.sleep(wait)
     return call()
@@ -199,7 +191,8 @@ def _status(error: BaseException) -> int | None:
 def _is_connection(error: BaseException) -> bool:
     from huggingface_hub.errors import HTTPError  # that of httpx, or of httpx2 from 2.0 on
 
-    return any(isinstance(cause, (HTTPError, OSError)) for cause in _causes(error))
+    kinds = (HTTPError, ConnectionError, TimeoutError)
+    return any(isinstance(cause, kinds) for cause in _causes(error))
 
 
 def _told(error: Exception, repository: str, api: HfApi) -> str:
