@@ -12,6 +12,14 @@ from tlora_mlx import export_peft, read_run
 from tlora_mlx.exporting.card import write_card
 
 
+def exported(run, path, layout="portable", base_model=None, repository=None):
+    """A PEFT export with its card."""
+    write_card(
+        export_peft(run, path, layout, base_model=base_model), run, "peft", base_model, repository
+    )
+    return path
+
+
 def card_of(directory):
     return ModelCard((directory / "README.md").read_text())
 
@@ -45,7 +53,7 @@ def cache(tmp_path, monkeypatch):
 def test_what_a_card_says_of_its_run(tested_run, data_path, tmp_path, cache):
     cache("maker/base", "license: apache-2.0\nlanguage: [en, de]")
     run = read_run(tested_run)
-    adapter = export_peft(run, tmp_path / "mine", base_model="maker/base")
+    adapter = exported(run, tmp_path / "mine", base_model="maker/base")
     card = card_of(adapter)
     assert card.data.to_dict() == {
         "base_model": "maker/base",
@@ -84,7 +92,7 @@ def test_what_a_card_says_of_its_run(tested_run, data_path, tmp_path, cache):
 
 def test_no_way_to_a_directory_is_in_a_card(tested_run, model_path, tmp_path):
     """Model, data and run lie in directories of this machine: the card has their names alone."""
-    card = (export_peft(read_run(tested_run), tmp_path / "mine") / "README.md").read_text()
+    card = (exported(read_run(tested_run), tmp_path / "mine") / "README.md").read_text()
     assert model_path.name in card
     paths = (model_path, tested_run, tmp_path)
     assert not any(part in card for path in paths for part in (str(path), str(path.parent)))
@@ -98,26 +106,28 @@ def test_the_lowest_loss_is_the_adapters(model_path, data_path, tmp_path):
     write_jsonl(run / "metrics.jsonl", [{"iteration": i, "val_loss": v} for i, v in losses])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('[]\n{"iteration": 6, "val_lo')  # cut short by a crash
-    card = card_of(export_peft(read_run(run), tmp_path / "out"))
+    card = card_of(exported(read_run(run), tmp_path / "out"))
     assert [cells[1:] for cells in rows(card, "loss (nats per token)")] == [
         ["0", "3.0000"],
         ["2", "1.5000"],
     ]
     assert card.data.datasets == ["maker/set"]
     (run / "metrics.jsonl").unlink()
-    card = card_of(export_peft(read_run(run), tmp_path / "bare"))
+    card = card_of(exported(read_run(run), tmp_path / "bare"))
     assert "| loss" not in card.text
 
 
 def test_rank_and_readers_by_layout(model_path, tmp_path):
     run = make_run(tmp_path / "run", model_path, lambda i, shape: [0, 20, 3][i % 3])
     run = read_run(run)
-    portable = card_of(export_peft(run, tmp_path / "a", base_model="maker/base", name="ann/x")).text
+    portable = card_of(
+        exported(run, tmp_path / "a", base_model="maker/base", repository="ann/x")
+    ).text
     assert "vllm serve maker/base --enable-lora --max-lora-rank 32 --lora-modules" in portable
     assert "hf download ann/x --local-dir adapter" in portable
     assert "python convert_lora_to_gguf.py adapter --outfile" in portable
     assert portable.startswith("\n# x\n")
-    compact = card_of(export_peft(run, tmp_path / "b's", "compact", base_model="maker/base")).text
+    compact = card_of(exported(run, tmp_path / "b's", "compact", base_model="maker/base")).text
     assert "--layout portable" in compact
     assert "vllm serve" not in compact
     assert 'PeftModel.from_pretrained(model, "b\'s")' in compact
@@ -139,7 +149,7 @@ def test_the_other_formats(model_path, tmp_path, cache, format, config, library,
     (tmp_path / "out").mkdir()
     file = "config.json" if format == "merged" else "adapter_config.json"
     (tmp_path / "out" / file).write_text(json.dumps(config))
-    write_card(tmp_path / "out", run, format, "ann/x")
+    write_card(tmp_path / "out", run, format, repository="ann/x")
     card = card_of(tmp_path / "out")
     relation = "finetune" if format == "merged" else "adapter"
     assert (card.data.library_name, card.data.base_model) == (library, "maker/base")
@@ -155,7 +165,7 @@ def test_the_other_formats(model_path, tmp_path, cache, format, config, library,
 def test_a_base_card_that_is_of_no_use(model_path, tmp_path, cache, front_matter):
     cache("maker/base", front_matter)
     run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2))
-    data = card_of(export_peft(run, tmp_path / "out", base_model="maker/base")).data
+    data = card_of(exported(run, tmp_path / "out", base_model="maker/base")).data
     assert data.license is None
     assert data.language is None
 
@@ -163,6 +173,6 @@ def test_a_base_card_that_is_of_no_use(model_path, tmp_path, cache, front_matter
 def test_without_matplotlib_there_is_no_picture(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("tlora_mlx.pictures.can_draw", lambda: False)
     run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2))
-    output = export_peft(run, tmp_path / "out")
+    output = exported(run, tmp_path / "out")
     assert "rank_plan.png" not in (output / "README.md").read_text()
     assert not (output / "rank_plan.png").exists()

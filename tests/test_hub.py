@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from mlx_lm import load
 from test_export import TOKENS, logits_of, mlx_logits
 
 from tlora_mlx import RunError, UserError, export_peft, push, read_run
+from tlora_mlx.exporting.card import write_card
 from tlora_mlx.files import file_digest
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "rank_plan.png"]
@@ -71,7 +71,9 @@ def environment(server, home, **others):
 def adapter(run_path, tmp_path_factory):
     """An exported directory, to push."""
     output = tmp_path_factory.mktemp("exports") / "adapter"
-    return export_peft(read_run(run_path), output, base_model="maker/base", name=NAME)
+    run = read_run(run_path)
+    write_card(export_peft(run, output, base_model="maker/base"), run, "peft", "maker/base", NAME)
+    return output
 
 
 def secretless(text, *directories):
@@ -176,7 +178,10 @@ def one_sentence(hub, text, directory, words):
     """A failure's sentence: what happened, how to push again, no secret; nothing is there yet."""
     assert "\n" not in text
     assert re.search(words, text), text
-    assert f"{directory} is whole, push it again with: hf upload {NAME} {directory} ." in text
+    assert (
+        f"{directory} is whole, push it again with: python -m tlora_mlx.upload {directory} {NAME}"
+        in text
+    )
     assert sorted(files_of(directory)) == FILES
     assert secretless(text, directory)
     assert NAME not in hub.repositories or len(hub.repositories[NAME].commits) == 1
@@ -239,22 +244,32 @@ def test_no_network_and_a_name_of_anothers(hub, tlora_here, run_path, tmp_path, 
     one_sentence(hub, error, tmp_path / "b", "^error: the Hub at http://127.0.0.1:9 .*refused")
 
 
-def test_pushed_again_as_the_failure_says(hub, adapter, tmp_path, monkeypatch):
+def test_pushed_again_as_the_failure_says(hub, adapter, tlora_here, run_path):
     hub.fail("POST", "/commit/", [404])
     with pytest.raises(RunError) as failure:
         push(adapter, NAME, private=True)
-    command = shlex.split(str(failure.value).split("again with: ")[1])
-    assert command[-1] == "--private"
-    program = Path(sys.executable).with_name(command[0])
-    again = subprocess.run(
-        [program, *command[1:]],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(hub, tmp_path / "home"),
-    )
-    assert again.returncode == 0, again.stderr
+    command = shlex.split(str(failure.value).split("again with: python -m tlora_mlx.")[1])
+    assert command == ["upload", str(adapter), NAME, "--private"]
+    again = tlora_here(*command)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert hub.repositories[NAME].sha in again.stdout
     assert pushed(hub, adapter)
+    assert hub.repositories[NAME].private
+
+
+def test_what_is_no_export(hub, tlora_here, run_path, model_path, data_path, tmp_path):
+    run = read_run(run_path)  # whose base model is a directory
+    local = export_peft(run, tmp_path / "local")
+    for directory, words in [
+        (run_path, "is no export; make one with tlora export"),
+        (data_path, "is no export"),
+        (tmp_path / "nothing", "is no export"),
+        (local, f"the base model {model_path} is a directory of this machine"),
+    ]:
+        result = tlora_here("upload", directory, NAME)
+        assert result.returncode == 2
+        assert words in result.stderr
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("without_xet", ["0", "1"])
@@ -313,10 +328,10 @@ def test_xet(hub, adapter, tmp_path, xet):
     ("options", "token", "words"),
     [
         (["--push-to", "tuned"], TOKEN, "must be USER/NAME or ORGANISATION/NAME"),
-        (["--push-to", "a/b/c"], TOKEN, "--push-to a/b/c: Repo id must be in the form"),
-        (["--push-to", "ann/-x"], TOKEN, "--push-to ann/-x: Repo id must use alphanumeric"),
-        (["--push-to", "ann/a b"], TOKEN, "--push-to ann/a b: Repo id must use alphanumeric"),
-        (["--push-to", ""], TOKEN, "--push-to"),
+        (["--push-to", "a/b/c"], TOKEN, "repository 'a/b/c': Repo id must be in the form"),
+        (["--push-to", "ann/-x"], TOKEN, "repository 'ann/-x': Repo id must use alphanumeric"),
+        (["--push-to", "ann/a b"], TOKEN, "repository 'ann/a b': Repo id must use alphanumeric"),
+        (["--push-to", ""], TOKEN, "repository '': Repo id"),
         (["--private"], TOKEN, "--private goes with --push-to USER/NAME"),
         (["--push-to", NAME], "", "log in with hf auth login, or set HF_TOKEN"),
         (["--push-to", NAME], "hf_a b", "holds characters that no token has"),

@@ -284,6 +284,17 @@ class ExportCommand(Config):
 
 
 @dataclass(kw_only=True)
+class UploadCommand(Config):
+    """``python -m tlora_mlx.upload``."""
+
+    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    repository: str = option(
+        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+    )
+    private: bool = option(False, "make the repository private")
+
+
+@dataclass(kw_only=True)
 class GenerateCommand(Config):
     """``python -m tlora_mlx.generate``."""
 

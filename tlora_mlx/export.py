@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlora_mlx.config import ExportCommand, parse
-from tlora_mlx.errors import UserError, run_command
+from tlora_mlx.errors import run_command
 
 if TYPE_CHECKING:
     from tlora_mlx.run_directory import Run
@@ -23,6 +23,7 @@ def export(config: ExportCommand) -> Path:
         UserError: the run, the options or the output are not right, or could not be pushed.
         RunError: it could not be written.
     """
+    from tlora_mlx.exporting.card import write_card
     from tlora_mlx.exporting.peft import export_peft
     from tlora_mlx.run_directory import read_run
 
@@ -30,23 +31,19 @@ def export(config: ExportCommand) -> Path:
     if config.push_to is not None:
         _check_push(config, run)
     output = Path(config.output or f"{run.path}-peft").expanduser()
-    return export_peft(
-        run, output, config.layout, config.dtype, config.base_model, name=config.push_to
-    )
+    export_peft(run, output, config.layout, config.dtype, config.base_model)
+    write_card(output, run, config.format, config.base_model, config.push_to)
+    return output
 
 
 def _check_push(config: ExportCommand, run: Run) -> None:
-    """See that a push can be tried, and that what is pushed names its base for others."""
-    from tlora_mlx.exporting.card import is_repository
-    from tlora_mlx.exporting.hub import check_push
+    """See that a push can be tried, before anything takes long."""
+    from tlora_mlx.exporting.hub import check_base, check_push
 
     check_push(config.push_to)
     base = config.base_model or run.config.get("base_model")
-    if base and not is_repository(base):
-        raise UserError(
-            f"--push-to: the base model {base} is a directory of this machine, which others do "
-            "not have; name its Hub repository with --base-model"
-        )
+    if base and config.format != "merged":
+        check_base(base)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

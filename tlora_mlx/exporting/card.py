@@ -39,7 +39,11 @@ def is_repository(name: str) -> bool:
 
 
 def write_card(
-    directory: Path, run: Run, format: str, name: str, base_model: str | None = None
+    directory: Path,
+    run: Run,
+    format: str,
+    base_model: str | None = None,
+    repository: str | None = None,
 ) -> None:
     """Write ``README.md`` and, with matplotlib, ``rank_plan.png`` into an exported directory.
 
@@ -47,8 +51,9 @@ def write_card(
         directory: the export, complete but for its card.
         run: what was exported.
         format: ``peft``, ``mlx-lm`` or ``merged``.
-        name: what the card's code loads: the Hub repository, or else the directory's name.
         base_model: what the export is for; the run's own base where it is None.
+        repository: where it will be on the Hub, for the card's code; without one, that loads the
+            directory by its name.
 
     Raises:
         RunError: it could not be written.
@@ -58,7 +63,9 @@ def write_card(
     from tlora_mlx.pictures import can_draw, draw_plan
 
     base = base_model or run.config.get("base_model") or run.config["model"]
-    export = Export(directory, format, name, _shown(base), _shown(run.config["model"]))
+    name = repository or directory.resolve().name
+    trained_on = base_model or run.config["model"]
+    export = Export(directory, format, name, _shown(base), _shown(trained_on))
     data = run.config.get("data")
     metadata = ModelCardData(
         base_model=base if is_repository(base) else None,

@@ -13,6 +13,9 @@ from shlex import quote
 from typing import TYPE_CHECKING, TypeVar
 
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line
+from tlora_mlx.exporting.card import is_repository
+from tlora_mlx.files import read_json
+from tlora_mlx.run_directory import PLAN
 from tlora_mlx.version import __version__
 
 if TYPE_CHECKING:
@@ -50,22 +53,35 @@ def check_push(repository: str) -> str:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"--push-to {repository}: {first_line(error)}") from None
+        raise UserError(f"repository {repository!r}: {first_line(error)}") from None
     if "/" not in repository:
-        raise UserError(f"--push-to {repository} must be USER/NAME or ORGANISATION/NAME")
+        raise UserError(f"repository {repository!r} must be USER/NAME or ORGANISATION/NAME")
     if constants.HF_HUB_OFFLINE:
-        raise UserError("--push-to needs the network, and HF_HUB_OFFLINE is set; unset it")
+        raise UserError("pushing needs the network, and HF_HUB_OFFLINE is set; unset it")
     try:
         token = get_token()
     except Exception as error:  # whatever a keyless login or a token's renewal fails with
-        raise UserError(f"--push-to needs a token of the Hub: {first_line(error)}") from None
+        raise UserError(f"pushing needs a token of the Hub: {first_line(error)}") from None
     if not token:
         raise UserError(
-            "--push-to needs a token of the Hub: log in with hf auth login, or set HF_TOKEN"
+            "pushing needs a token of the Hub: log in with hf auth login, or set HF_TOKEN"
         )
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise UserError("the token of the Hub holds characters that no token has; copy it again")
     return token
+
+
+def check_base(base: str) -> None:
+    """Refuse to push an adapter that names its base model by a directory of this machine.
+
+    Raises:
+        UserError: it does.
+    """
+    if not is_repository(base):
+        raise UserError(
+            f"the base model {base} is a directory of this machine, which others do not have; "
+            "export with its Hub repository as --base-model"
+        )
 
 
 def push(directory: Path, repository: str, private: bool = False) -> str:
@@ -80,17 +96,19 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
         The commit's address.
 
     Raises:
-        UserError: as ``check_push``.
+        UserError: as ``check_push``; ``directory`` is no export, or its base model is not the
+            Hub's.
         RunError: the Hub refused, failed or was not reached; what it said is told in one sentence,
             without the token. ``directory`` is as it was.
         Interrupted: SIGINT came.
     """
     token = check_push(repository)
+    _check_export(directory)
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
-    command = f"hf upload {repository} {quote(str(directory))} .{' --private' if private else ''}"
-    again = f"{directory} is whole, push it again with: {command}"
+    command = f"python -m tlora_mlx.upload {quote(str(directory))} {repository}"
+    again = f"{directory} is whole, push it again with: {command}{' --private' * private}"
     try:
         with _quiet():
             _check_repository(_retried(lambda: _repository(api, repository, private)), directory)
@@ -99,6 +117,20 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
         raise Interrupted(f"interrupted; {again}", 130) from None
     except Exception as error:  # the client's errors have no common base below Exception
         raise RunError(f"{_told(error, repository, api)}; {again}") from None
+
+
+def _check_export(directory: Path) -> None:
+    if (directory / PLAN).exists() or not any(_is_read(p.name) for p in directory.glob("*")):
+        raise UserError(f"{directory} is no export; make one with tlora export")
+    path = directory / "adapter_config.json"
+    config = read_json(path, "the adapter's configuration") if path.exists() else {}
+    for key in ("base_model_name_or_path", "model"):  # PEFT's, mlx-lm's
+        if base := config.get(key):
+            check_base(base)
+
+
+def _is_read(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in READ)
 
 
 @contextmanager
@@ -141,8 +173,11 @@ def _repository(api: HfApi, repository: str, private: bool) -> ModelInfo:
 def _check_repository(info: ModelInfo, directory: Path) -> None:
     """Refuse to put an export beside another, whose files readers would take for this one's."""
     names = [file.rfilename for file in info.siblings or ()]
-    read = [name for name in names if any(fnmatch(name, pattern) for pattern in READ)]
-    others = [name for name in read if "/" not in name and not (directory / name).exists()]
+    others = [
+        name
+        for name in names
+        if "/" not in name and _is_read(name) and not (directory / name).exists()
+    ]
     if others:
         raise RunError(
             f"{info.id} holds {', '.join(others)} of another export, which readers would mix up "

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.exporting.card import write_card
 from tlora_mlx.exporting.names import hf_weight, unexportable
 from tlora_mlx.files import new_directory, write_json, write_tensors
 from tlora_mlx.run_directory import Run
@@ -25,7 +24,6 @@ def export_peft(
     layout: str = "portable",
     dtype: str = "float32",
     base_model: str | None = None,
-    name: str | None = None,
 ) -> Path:
     """Write a run as a directory that ``PeftModel.from_pretrained`` loads.
 
@@ -41,8 +39,6 @@ def export_peft(
         layout: ``portable`` or ``compact``.
         dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
         base_model: the ``base_model_name_or_path`` for readers; the run's own where it is None.
-        name: what the model card calls the adapter: its Hub repository, or else the directory's
-            name.
 
     Returns:
         ``output``.
@@ -83,7 +79,6 @@ def export_peft(
     with new_directory(output) as beside:
         write_tensors(beside / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "adapter_config.json", config)
-        write_card(beside, run, "peft", name or output.resolve().name, base_model)
     return output
 
 
