@@ -1,5 +1,7 @@
 """Pushing over HTTP to a server that speaks the Hub's API, and loading back from it."""
 
+import io
+import logging
 import os
 import re
 import shlex
@@ -58,6 +60,16 @@ def hub(server, monkeypatch, tmp_path):
     close_session()
     yield server
     close_session()
+
+
+@pytest.fixture
+def client_log():
+    """What the client logs, which goes to the terminal."""
+    text = io.StringIO()
+    logger, handler = logging.getLogger("huggingface_hub"), logging.StreamHandler(text)
+    logger.addHandler(handler)
+    yield text
+    logger.removeHandler(handler)
 
 
 def environment(server, home, **others):
@@ -217,7 +229,7 @@ def one_sentence(hub, text, directory, words):
     ],
 )
 def test_refusals_and_failures(
-    hub, adapter, monkeypatch, capfd, token, method, path, faults, words
+    hub, adapter, monkeypatch, client_log, token, method, path, faults, words
 ):
     monkeypatch.setenv("HF_TOKEN", token)
     if method:
@@ -226,7 +238,7 @@ def test_refusals_and_failures(
         push(adapter, NAME)
     one_sentence(hub, str(failure.value), adapter, words)
     assert token not in str(failure.value)
-    assert capfd.readouterr() == ("", "")
+    assert client_log.getvalue() == ""
 
 
 def test_no_network_and_a_name_of_anothers(hub, tlora_here, run_path, tmp_path, monkeypatch):
