@@ -273,6 +273,26 @@ class ExportCommand(Config):
     base_model: str | None = option(
         None, "the base model's Hub repository, for readers; default: the run's own"
     )
+    push_to: str | None = option(
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+    )
+    private: bool = option(False, "make the repository of --push-to private")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.private and self.push_to is None:
+            raise UserError("--private goes with --push-to USER/NAME")
+
+
+@dataclass(kw_only=True)
+class UploadCommand(Config):
+    """``python -m tlora_mlx.upload``."""
+
+    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    repository: str = option(
+        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+    )
+    private: bool = option(False, "make the repository private")
 
 
 @dataclass(kw_only=True)

@@ -97,7 +97,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(plan, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(
@@ -106,7 +106,8 @@ def print_plan(plan: RankPlan) -> None:
     )
 
 
-def _cell(plan: RankPlan, name: str | None) -> str:
+def plan_cell(plan: RankPlan, name: str | None) -> str:
+    """One module of the table: "12×1.5", a dash for rank 0, nothing where there is no module."""
     if name is None:
         return ""
     module = plan.modules[name]
