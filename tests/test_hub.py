@@ -343,7 +343,7 @@ def test_xet(hub, adapter, tmp_path, xet):
         (["--push-to", "a/b/c"], TOKEN, "repository 'a/b/c': Repo id must be in the form"),
         (["--push-to", "ann/-x"], TOKEN, "repository 'ann/-x': Repo id must use alphanumeric"),
         (["--push-to", "ann/a b"], TOKEN, "repository 'ann/a b': Repo id must use alphanumeric"),
-        (["--push-to", ""], TOKEN, "repository '': Repo id"),
+        (["--push-to", ""], TOKEN, "--push-to must not be empty"),
         (["--private"], TOKEN, "--private goes with --push-to USER/NAME"),
         (["--push-to", NAME], "", "log in with hf auth login, or set HF_TOKEN"),
         (["--push-to", NAME], "hf_a b", "holds characters that no token has"),

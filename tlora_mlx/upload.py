@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tlora_mlx.config import UploadCommand, parse
 from tlora_mlx.errors import run_command
+from tlora_mlx.files import user_path
 
 DESCRIPTION = "Push what tlora export wrote to the Hugging Face Hub, as one commit."
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tlora_mlx.exporting.hub import push
 
         config = parse(UploadCommand, "tlora upload", DESCRIPTION, argv)
-        directory = Path(config.directory).expanduser()
+        directory = user_path(config.directory)
         print(f"pushed: {push(directory, config.repository, config.private)}")
 
     return run_command(command)
