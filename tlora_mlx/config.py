@@ -112,7 +112,9 @@ class PlanConfig(Config):
         above=0.0,
         below=1.0,
     )
-    batch_size: int = option(4, "samples per batch", at_least=1)
+    batch_size: int = option(
+        4, "samples per batch, over all processes of mlx.launch together", at_least=1
+    )
     max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
     mask_prompt: bool | None = option(
         None,
@@ -240,14 +242,21 @@ class TrainConfig(PlanConfig):
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
         """With ``resume``, whatever was not given is as the run in ``adapter_path`` has it.
 
+        Under ``mlx.launch`` the directory is the first process's, which tells the others.
+
         Raises:
             UserError: the run's configuration is damaged.
         """
         default = cls.__dataclass_fields__["adapter_path"].default
         path = user_path(given.get("adapter_path", default)) / "adapter_config.json"
-        if not given.get("resume") or not path.exists():
+        if not given.get("resume"):
             return given
-        stored = read_json(path, "the run's configuration")
+        from tlora_mlx.method.distributed import from_first, is_first
+
+        found = is_first() and path.exists()
+        stored = from_first(read_json(path, "the run's configuration") if found else None)
+        if stored is None:
+            return given
         if not isinstance(stored, dict):
             raise UserError(f"the run's configuration {path} is damaged; start another run")
         known = {item.name for item in fields(cls)}

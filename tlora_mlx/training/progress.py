@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mlx.core as mx
 from rich import progress as bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.distributed import is_first
 from tlora_mlx.training.checkpoint import Progress
 
 
@@ -35,8 +35,7 @@ class _Console(Console):
 
 
 # Under mlx.launch the first process speaks for all.
-_quiet = mx.distributed.init().rank() > 0
-console = _Console(highlight=False, soft_wrap=True, quiet=_quiet)
+console = _Console(highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def say(text: str) -> None:
