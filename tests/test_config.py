@@ -111,13 +111,13 @@ def test_bad_yaml(tmp_path, text, message):
 def test_what_is_missing():
     with pytest.raises(UserError, match="--model and --data must be given"):
         parse(TrainConfig, "tlora train", "", [])
-    with pytest.raises(UserError, match="RUN must be given"):
+    with pytest.raises(UserError, match="give either RUN or --adapter"):
         parse(ExportCommand, "tlora export", "", [])
     with pytest.raises(UserError, match=r"cannot read the configuration file no\.yaml"):
         parse(TrainConfig, "tlora train", "", ["-c", "no.yaml"])
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "export", "generate"])
+@pytest.mark.parametrize("command", ["train", "plan", "export", "generate", "inspect"])
 def test_help_loads_nothing_heavy(command):
     """Not a time, which a busy machine would spoil, but what makes it short."""
     code = (

@@ -20,6 +20,8 @@ from tlora_mlx.files import check_safetensors, read_json
 # conversion was made from.
 FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"]
 FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
+# What tells a model's family and origin, without its weights.
+DESCRIPTION = ["config.json", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,7 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """
     from mlx_lm.utils import load
 
-    path = Path(name).expanduser()
-    if not path.exists():
-        path = _download(name)
-    elif not path.is_dir():
-        raise UserError(f"model {name} is a file; give the directory that holds config.json")
-    else:
-        name = str(path.resolve())
-    config = read_json(path / "config.json", f"the configuration of model {name}")
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    name, path, config = _find(name, FILES)
     weights = _weight_files(path)
     if not weights:
         raise UserError(f"model {name} has no model*.safetensors in {path}")
@@ -100,6 +93,31 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
     model.eval()
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
+
+
+def describe_base_model(name: str) -> tuple[str, str | None, str]:
+    """Name, original and ``model_type`` of a model, from its configuration and card alone.
+
+    Raises:
+        UserError: it is not found, or has no configuration.
+    """
+    name, path, config = _find(name, DESCRIPTION)
+    return name, _original(name, path, config), config["model_type"]
+
+
+def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
+    """A model's name (absolute where it is a directory), its directory here, its configuration."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _download(name, files)
+    elif not path.is_dir():
+        raise UserError(f"model {name} is a file; give the directory that holds config.json")
+    else:
+        name = str(path.resolve())
+    config = read_json(path / "config.json", f"the configuration of model {name}")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    return name, path, config
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -125,14 +143,14 @@ def _reason(error: Exception) -> str:
     return f"'{text}' is missing" if isinstance(error, KeyError) else text
 
 
-def _download(name: str) -> Path:
-    """The local snapshot of a Hub repository."""
+def _download(name: str, files: list[str]) -> Path:
+    """The local snapshot of a Hub repository, of these files."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UserError(f"model directory {name} does not exist")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the client's errors have no common base below Exception
         raise UserError(
             f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "

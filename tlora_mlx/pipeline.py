@@ -19,6 +19,7 @@ from tlora_mlx.config import PlanConfig, TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.exporting.names import unexportable
 from tlora_mlx.files import read_json
+from tlora_mlx.importing.read import read_adapter, run_on
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
@@ -30,7 +31,12 @@ from tlora_mlx.method.initialise import (
     streamed_bytes,
     streamed_subspaces,
 )
-from tlora_mlx.method.layers import linear_shape, target_linears
+from tlora_mlx.method.layers import (
+    adapter_faults,
+    linear_shape,
+    linear_shapes,
+    target_linears,
+)
 from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data, split_off
 from tlora_mlx.training.progress import bar, print_plan, say
 
@@ -213,6 +219,25 @@ def plan_and_initialise(
     say(f"initialised in {seconds:.1f} s, peak memory {_size(peak)} above the model")
     mx.reset_peak_memory()
     return plan, {f"{name}.lora_a": a.T for name, a in subspaces.items()}
+
+
+def from_adapter(path: str, base: BaseModel) -> tuple[RankPlan, dict[str, mx.array]]:
+    """The plan of an adapter, and its ``NAME.lora_a`` and ``NAME.lora_b``, to go on from.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the model; all faults in one message.
+    """
+    adapter = read_adapter(path)
+    run = run_on(adapter, base.name, base.original, base.config["model_type"])
+    if adapter.base and adapter.base not in (base.name, base.original):
+        say(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
+    shapes = linear_shapes(base.model)
+    if faults := adapter_faults(run.plan, run.tensors, shapes):
+        raise UserError(f"the adapter {path} does not fit model {base.name}: {'; '.join(faults)}")
+    there = {name: module for name, module in run.plan.modules.items() if name in shapes}
+    plan = replace(run.plan, modules=there)
+    print_plan(plan)
+    return plan, run.tensors
 
 
 def default_memory() -> float:

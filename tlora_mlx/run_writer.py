@@ -28,9 +28,9 @@ from tlora_mlx.training.progress import say
 from tlora_mlx.version import __version__
 
 # Options that a resumed run may change: what it computes does not depend on them. Model, data and
-# plan are compared by content, wherever they lie now.
+# plan are compared by content, wherever they lie now; an adapter to start from is not read again.
 FREE = {"adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every"}
-FREE |= {"report_to", "skip_nonfinite", "trust_remote_code"}
+FREE |= {"report_to", "skip_nonfinite", "trust_remote_code", "from_adapter"}
 
 
 class RunWriter:
@@ -94,8 +94,9 @@ class RunWriter:
     def _check_options(self) -> None:
         """See that a run is gone on with as it was started."""
         stored = read_json(self.path / CONFIG, "the run's configuration")
-        # A given plan brings its own rank and alpha.
-        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
+        # A given plan or adapter brings its own rank and alpha.
+        given = stored.get("plan") or stored.get("from_adapter")
+        free = FREE | ({"rank", "alpha", "max_rank"} if given else set())
         differing = [
             f"--{name.replace('_', '-')} {value} (it has {stored.get(name)})"
             for name, value in self.config.to_dict().items()

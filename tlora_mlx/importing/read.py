@@ -1,0 +1,134 @@
+"""Any adapter directory, whoever made it, as what it is and as a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from tlora_mlx.base_model import describe_base_model
+from tlora_mlx.errors import UserError
+from tlora_mlx.exporting.names import mlx_name
+from tlora_mlx.files import read_json
+from tlora_mlx.importing.adapter import Adapter
+from tlora_mlx.importing.mlx_lm import read_mlx_lm
+from tlora_mlx.importing.peft import read_peft
+from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.run_directory import CONFIG, Run, read_run
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a run, a PEFT LoRA adapter or an mlx-lm adapter, without its base model.
+
+    Raises:
+        UserError: it is none of them, or not whole, or more than LoRA on linear layers.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"adapter directory {path} does not exist")
+    config = read_json(path / CONFIG, "the adapter's configuration")
+    keys = config.keys() if isinstance(config, dict) else ()
+    if "peft_type" in keys:
+        return read_peft(path, config)
+    if "fine_tune_type" in keys and config["fine_tune_type"] == "tlora":
+        run = read_run(path)
+        base = run.config.get("base_model") or run.config["model"]
+        return Adapter(path, "tlora", run.config, base, run.plan, run.tensors)
+    if "lora_parameters" in keys or "fine_tune_type" in keys:
+        return read_mlx_lm(path, config)
+    raise UserError(
+        f"{path} is no run, PEFT adapter or mlx-lm adapter: {CONFIG} has no 'peft_type', "
+        "'lora_parameters' or 'fine_tune_type'"
+    )
+
+
+def read_as_run(path: str | Path, base_model: str | None = None) -> Run:
+    """Read any adapter directory as a run: under MLX's module names, with its base model's name.
+
+    Args:
+        path: a run, a PEFT LoRA adapter or an mlx-lm adapter.
+        base_model: for another tool's adapter: the model that it is to be loaded on, as a
+            directory or Hub repository, instead of the one that it names. Of it only
+            ``config.json`` is read. A run keeps its own.
+
+    Raises:
+        UserError: it cannot be read, its base model is not found, or a module has no known name.
+    """
+    adapter = read_adapter(path)
+    if adapter.format == "tlora":
+        return Run(adapter.path, adapter.config, adapter.plan, adapter.tensors)
+    wanted = base_model or adapter.base
+    if wanted is None:
+        raise UserError(f"the adapter {path} names no base model; name it with --base-model")
+    try:
+        name, original, model_type = describe_base_model(wanted)
+    except UserError as error:
+        raise UserError(f"the base model of adapter {path}: {error}; see --base-model") from None
+    return run_on(adapter, name, original, model_type)
+
+
+def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) -> Run:
+    """An adapter as a run on a model.
+
+    Args:
+        adapter: what ``read_adapter`` read.
+        model: the model's directory or Hub repository.
+        original: the full-precision model behind it, if it is known.
+        model_type: its family.
+
+    Raises:
+        UserError: it is a run of another family, or the MLX name of a module is not known.
+    """
+    plan, tensors = adapter.plan, adapter.tensors
+    if adapter.format == "tlora":
+        if (own := adapter.config["model_type"]) != model_type:
+            raise UserError(
+                f"the run {adapter.path} is of family '{own}', and {model} of family '{model_type}'"
+            )
+    elif adapter.format == "peft":
+        names = {name: mlx_name(model_type, name) for name in plan.modules}
+        if unknown := [name for name, known in names.items() if known is None]:
+            raise UserError(
+                f"the adapter {adapter.path} cannot be taken over: the MLX names of these modules "
+                f"of family '{model_type}' are not known: {', '.join(unknown)}"
+            )
+        plan = replace(plan, modules={names[n]: module for n, module in plan.modules.items()})
+        tensors = {
+            f"{names[name]}.{key}": tensors[f"{name}.{key}"]
+            for name in names
+            for key in ("lora_a", "lora_b")
+        }
+        original = original or adapter.base
+    config = {
+        "fine_tune_type": "tlora",
+        "model": model,
+        "base_model": original,
+        "model_type": model_type,
+        "made_from": {"path": str(adapter.path.resolve()), "format": adapter.format},
+    }
+    return Run(adapter.path, config, with_gaps(plan), tensors)
+
+
+def with_gaps(plan: RankPlan) -> RankPlan:
+    """The plan with rank 0 for the kinds of modules that some of its blocks have and others lack.
+
+    A run's plan has them anyway; another tool's adapter says only what it adapts. Readers of an
+    export need them: some drop a kind of module that is not in every block.
+    """
+    places = {name: re.fullmatch(r"(.*?\.\d+\.)(.+)", name) for name in plan.modules}
+    blocks = dict.fromkeys(place[1] for place in places.values() if place)
+    kinds: dict[str, set] = {}
+    for name, place in places.items():
+        if place:
+            module = plan.modules[name]
+            kinds.setdefault(place[2], set()).add((module.out_features, module.in_features))
+    modules = dict(plan.modules)
+    absent = replace(next(iter(plan.modules.values())), rank=0, scale=1.0)
+    for block in blocks:
+        for kind, shapes in kinds.items():
+            if block + kind not in modules and len(shapes) == 1:
+                (out_features, in_features) = next(iter(shapes))
+                modules[block + kind] = replace(
+                    absent, out_features=out_features, in_features=in_features
+                )
+    return replace(plan, modules=modules)
