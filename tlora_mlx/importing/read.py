@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from tlora_mlx.base_model import describe_base_model
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.names import mlx_name
@@ -70,6 +72,9 @@ def read_as_run(path: str | Path, base_model: str | None = None) -> Run:
 def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) -> Run:
     """An adapter as a run on a model.
 
+    Another tool's loses the ranks whose row of A is all zeros, such as the padding of a portable
+    export: they do nothing, and with A frozen never could.
+
     Args:
         adapter: what ``read_adapter`` read.
         model: the model's directory or Hub repository.
@@ -77,7 +82,8 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
         model_type: its family.
 
     Raises:
-        UserError: it is a run of another family, or the MLX name of a module is not known.
+        UserError: it is a run of another family, the MLX name of a module is not known, or every A
+            is zero.
     """
     plan, tensors = adapter.plan, adapter.tensors
     if adapter.format == "tlora":
@@ -85,7 +91,8 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
             raise UserError(
                 f"the run {adapter.path} is of family '{own}', and {model} of family '{model_type}'"
             )
-    elif adapter.format == "peft":
+        return Run(adapter.path, adapter.config, plan, tensors)
+    if adapter.format == "peft":
         names = {name: mlx_name(model_type, name) for name in plan.modules}
         if unknown := [name for name, known in names.items() if known is None]:
             raise UserError(
@@ -99,6 +106,7 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
             for key in ("lora_a", "lora_b")
         }
         original = original or adapter.base
+    plan, tensors = _without_dead_ranks(adapter.path, plan, tensors)
     config = {
         "fine_tune_type": "tlora",
         "model": model,
@@ -107,6 +115,23 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
         "made_from": {"path": str(adapter.path.resolve()), "format": adapter.format},
     }
     return Run(adapter.path, config, with_gaps(plan), tensors)
+
+
+def _without_dead_ranks(
+    path: Path, plan: RankPlan, tensors: dict[str, mx.array]
+) -> tuple[RankPlan, dict[str, mx.array]]:
+    modules, kept = {}, {}
+    for name, module in plan.modules.items():
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        alive = [i for i, any_entry in enumerate((a != 0).any(axis=0).tolist()) if any_entry]
+        modules[name] = replace(module, rank=len(alive))
+        if len(alive) < module.rank:
+            a, b = a[:, mx.array(alive, mx.int32)], b[mx.array(alive, mx.int32)]
+        if alive:
+            kept |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    if not kept:
+        raise UserError(f"the adapter {path} does nothing: A is zero in all of its modules")
+    return replace(plan, modules=modules), kept
 
 
 def with_gaps(plan: RankPlan) -> RankPlan:
