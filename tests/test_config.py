@@ -146,6 +146,6 @@ def test_the_console_script():
     unknown = tlora_script("trian")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        "error: unknown command 'trian'; it is one of train, plan, export, generate\n"
+        "error: unknown command 'trian'; it is one of train, plan, export, inspect, generate\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

@@ -23,9 +23,9 @@ from tlora_mlx.importing.read import read_as_run
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def peft_adapter(model_path, path, **options):
+def peft_adapter(model_path, path, seed=1, **options):
     """An adapter that PEFT made, with random A and B; returns its own logits too."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     settings = {"task_type": "CAUSAL_LM", "target_modules": KINDS, "r": 4, "lora_alpha": 6}
     model = get_peft_model(base_model(model_path), LoraConfig(**{**settings, **options}))
     with torch.no_grad():
@@ -188,6 +188,7 @@ def test_another_base_for_another_tools_adapter(model_path, plain, tmp_path):
         ({"peft_type": "IA3"}, "is a PEFT adapter of type IA3, not LORA"),
         ({"peft_type": None, "r": 8}, "of type None, not LORA"),
         ({"r": 0}, "has no 'r' and 'lora_alpha' above 0"),
+        ({"lora_alpha": 10**400}, "has no 'r' and 'lora_alpha' above 0"),
         ({"lora_alpha": "16"}, "has no 'r' and 'lora_alpha' above 0"),
         ({"rank_pattern": {"(": 4}}, r"has '\(' in its 'rank_pattern', which is no regular expr"),
         ({"alpha_pattern": {"q_proj": "x"}}, "'alpha_pattern' that is no table of numbers above"),

@@ -60,7 +60,9 @@ def _say_readers(adapter: Adapter) -> None:
     if adapter.format == "peft":
         largest = max(largest, adapter.plan.rank)
     needed = vllm_rank(largest)
-    vllm = f"--max-lora-rank {needed}" if needed else f"nothing: it serves no rank of {largest}"
+    vllm = f"vLLM needs --max-lora-rank {needed}"
+    if needed is None:
+        vllm = f"vLLM serves no rank of {largest}"
     if found:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in ("reader", "effective scale", ""):
@@ -76,11 +78,11 @@ def _say_readers(adapter: Adapter) -> None:
             "--format peft"
         )
     if adapter.format == "peft":
-        say(f"vLLM needs {vllm}")
+        say(vllm)
     else:
         say(
             f"other readers take what python -m tlora_mlx.export {adapter.path} --format peft "
-            f"makes of it: scale 1 in all of them; vLLM needs {vllm} for it"
+            f"makes of it, by scale 1; {vllm} for it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,4 +97,4 @@ def _by_layer(name: str) -> list[tuple[int, str]]:
 def is_number(value: Any) -> bool:
     """Whether a value from JSON is a finite number above 0."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and 0 < value < float("inf")
+    return real and 0 < value <= sys.float_info.max
