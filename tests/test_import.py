@@ -312,6 +312,50 @@ def test_a_cut_run_from_an_adapter_goes_on_without_it(model_path, data_path, pla
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_the_adapter_is_kept_where_training_makes_it_worse(model_path, data_path, plain, tmp_path):
+    options = {"from_adapter": str(plain), "rank": 8, "iters": 1, "steps_per_eval": 1}
+    run = quick_train(model_path, data_path, tmp_path / "run", learning_rate=3.0, **options)
+    for name, tensor in read_as_run(plain).tensors.items():
+        assert mx.array_equal(read_run(run).tensors[name], tensor)
+    reports = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    assert losses[0] < losses[1]
+
+
+def test_onto_a_quantized_conversion(model_path, data_path, tlora_here, tmp_path):
+    from mlx_lm import convert
+
+    original = save_model(tmp_path / "original", hidden_size=64, intermediate_size=128)
+    four = str(tmp_path / "four")
+    convert(str(original), four, quantize=True, q_bits=4, q_group_size=32)
+    peft_adapter(original, tmp_path / "peft")
+    to_run = ["export", tmp_path / "peft", "--format", "run", "--base-model", four]
+    result = tlora_here(*to_run, "--output", tmp_path / "run")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "quantization" in load_run(tmp_path / "run").config
+    on = quick_train(four, data_path, tmp_path / "on", from_adapter=str(tmp_path / "run"), rank=8)
+    assert read_run(on).config["model"] == four
+    # What is exported is for the original, which the adapter had named.
+    assert tlora_here("export", tmp_path / "run", "--output", tmp_path / "out").returncode == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(original)
+
+
+def test_a_base_on_the_hub_is_found_by_its_configuration(model_path, plain, monkeypatch, tmp_path):
+    """Of a model in the cache nothing else is needed."""
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copy(model_path / "config.json", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    run = read_as_run(plain, "org/tiny")
+    assert [run.config[key] for key in ("model", "base_model", "model_type")] == [
+        "org/tiny", "org/tiny", "llama",
+    ]  # fmt: skip
+
+
 def test_going_on_from_an_adapter_refuses(model_path, data_path, plain, tlora_here, tmp_path):
     required = ["--model", model_path, "--data", data_path, "--adapter-path", tmp_path / "run"]
     start = ["train", *required, "--iters", 2]

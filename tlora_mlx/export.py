@@ -42,6 +42,7 @@ def read_run_or_adapters(config: ExportCommand) -> Run:
     """
     from tlora_mlx.exporting.combine import Combination, combine
     from tlora_mlx.importing.read import read_as_run
+    from tlora_mlx.training.progress import bar
 
     if config.run is not None:
         return read_as_run(config.run, config.base_model)
@@ -54,7 +55,9 @@ def read_run_or_adapters(config: ExportCommand) -> Run:
         config.majority_sign_method or "total",
         config.seed,
     )
-    return combine(runs, weights, combination, config.base_model)
+    modules = {name for run in runs for name in run.plan.modules}
+    with bar("combining", len(modules)) as advance:
+        return combine(runs, weights, combination, config.base_model, advance)
 
 
 def _path_and_weight(text: str) -> tuple[str, float]:

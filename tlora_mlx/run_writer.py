@@ -267,8 +267,7 @@ class RunWriter:
             RunError: it could not be written.
         """
         model.load_weights(list(self._best.items()), strict=False)
-        iteration = progress.best_iteration or progress.iteration
-        metadata = {"format": "mlx", "iteration": str(iteration)}
+        metadata = {"format": "mlx", "iteration": str(_kept(progress))}
         write_tensors(self.path / ADAPTERS, adapter_tensors(model), metadata)
 
     def draw(self) -> None:
@@ -287,7 +286,13 @@ class RunWriter:
             return False
         with safe_open(str(self.path / ADAPTERS), "np") as file:
             iteration = (file.metadata() or {}).get("iteration")
-        return iteration == str(progress.best_iteration or progress.iteration)
+        return iteration == str(_kept(progress))
+
+
+def _kept(progress: Progress) -> int:
+    """The iteration whose adapter is kept."""
+    best = progress.best_iteration
+    return progress.iteration if best is None else best
 
 
 def _b_matrices(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -20,7 +20,7 @@ Where PEFT takes ``linear`` for a single adapter, whatever was asked for, this d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,7 @@ def combine(
     weights: Sequence[float],
     combination: Combination,
     base_model: str | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Run:
     """One adapter from several, as a run on the first one's base model.
 
@@ -79,6 +80,7 @@ def combine(
         weights: one each; negative ones subtract.
         combination: how.
         base_model: says that all of them are adapters of this model, whatever they name.
+        advance: called at each module.
 
     Raises:
         UserError: they are of different base models (both are named), a module's shapes differ, or
@@ -101,6 +103,7 @@ def combine(
     keys = mx.random.split(mx.random.key(combination.seed), len(names))
     tensors, modules = {}, {}
     for name, key in zip(names, keys, strict=True):
+        advance()
         if not parts[name]:
             modules[name] = ModulePlan(0, 1.0, 0.0, *shapes[name][0])
             continue
@@ -170,15 +173,16 @@ def _merge(
     elif kind.startswith("dare"):
         keys = mx.random.split(key, len(tensors))
         tensors = [keep_random(t, density, k) for t, k in zip(tensors, keys, strict=True)]
-    stacked = mx.stack(tensors)
-    weighted = stacked * mx.array(weights).reshape(-1, *[1] * tensors[0].ndim)
+    mx.eval(tensors)
+    weighted = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]
     if "ties" not in kind:
-        return weighted.sum(axis=0)
+        return sum(weighted)
     # The majority is asked without weights, as in PEFT.
-    signs = mx.sign(stacked)
-    votes = (signs if combination.majority_sign == "frequency" else stacked).sum(axis=0)
-    agrees = signs == mx.where(votes >= 0, 1, -1)
-    return (weighted * agrees).sum(axis=0) / mx.maximum(agrees.sum(axis=0), 1)
+    votes = sum(map(mx.sign, tensors) if combination.majority_sign == "frequency" else tensors)
+    majority = mx.where(votes >= 0, 1, -1)
+    agrees = [mx.sign(tensor) == majority for tensor in tensors]
+    kept = sum(value * agreed for value, agreed in zip(weighted, agrees, strict=True))
+    return kept / mx.maximum(sum(agreed.astype(mx.float32) for agreed in agrees), 1)
 
 
 def keep_largest(tensor: mx.array, density: float) -> mx.array:

@@ -22,5 +22,5 @@ def export_run(run: Run, output: Path, dtype: str = "float32") -> Path:
     with new_directory(output) as beside:
         write_json(beside / PLAN, run.plan.to_dict())
         write_tensors(beside / ADAPTERS, tensors, {"format": "mlx"})
-        write_json(beside / CONFIG, {**run.config, "versions": {"tlora_mlx": __version__}})
+        write_json(beside / CONFIG, {"versions": {"tlora_mlx": __version__}, **run.config})
     return output

@@ -318,8 +318,10 @@ def _validate(
     now = progress.validated = progress.iteration
     known = loss if math.isfinite(loss) else None
     progress.val_loss = known
-    if now == 0:  # the base model's: B is zero
+    if now == 0:
         progress.first_val_loss = known
+    if now == 0 and not config.from_adapter:
+        pass  # the base model's: B is zero, and no adapter to keep
     elif known is not None and (progress.best_loss is None or known < progress.best_loss):
         progress.best_loss, progress.best_iteration, progress.stale = known, now, 0
         recorder.best(model)
