@@ -162,6 +162,19 @@ def test_cat_is_the_weighted_sum(adapters):
         assert np.abs(single[name][2] - delta).max() < 1e-6
 
 
+def test_portable_exports_are_combined_as_they_are(model_path, tmp_path):
+    """Their padding makes ranks equal, and counts where a share of entries is kept."""
+    for name, ranks in (("a", [0, 2, 5]), ("b", [7, 1, 3])):
+        run = make_run(tmp_path / f"run-{name}", model_path, lambda i, shape, r=ranks: r[i % 3])
+        export_peft(read_run(run), tmp_path / name)
+    model = PeftModel.from_pretrained(base_model(model_path), tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", "b")
+    for kind in ("linear", "ties"):
+        ours = by_us(tmp_path, "ab", [0.7, 0.4], kind, 0.2)
+        theirs = by_peft(model, "ab", [0.7, 0.4], kind, density=0.2)
+        assert largest_difference(ours, theirs, A_B_DELTA) < 1e-5
+
+
 def test_svd_takes_the_largest_rank_where_none_is_given(adapters, in_peft):
     ours = by_us(adapters, "ac", [1.0, 1.0], "svd")
     theirs = by_peft(in_peft, "ac", [1.0, 1.0], "svd")

@@ -18,7 +18,7 @@ from test_train import assert_one_sentence
 
 from tlora_mlx import UserError, export_peft, load_run, read_adapter, read_run
 from tlora_mlx.files import write_json, write_tensors
-from tlora_mlx.importing.read import read_as_run
+from tlora_mlx.importing.read import read_as_run, without_dead_ranks
 
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -110,7 +110,7 @@ def test_the_circle(model_path, data_path, tlora_here, tmp_path, layout):
     source = str(tmp_path / "back")
     on = quick_train(model_path, data_path, tmp_path / "on", from_adapter=source, rank=8, **options)
     start = mx.load(str(on / "checkpoints" / "0000000" / "adapters.safetensors"))
-    for name, tensor in read_as_run(source).tensors.items():
+    for name, tensor in again.tensors.items():
         assert mx.array_equal(start[name], tensor)
     for name, tensor in read_run(on).tensors.items():
         assert mx.array_equal(start[name], tensor) == name.endswith(".lora_a"), name
@@ -226,6 +226,10 @@ def test_what_tensors_are_refused(plain, tmp_path):
     embedding = {"base_model.model.model.embed_tokens.lora_embedding_A": mx.zeros((4, 300))}
     refused("no LoRA of a linear layer: .*lora_embedding_A", embedding)
     refused("holds no tensor", without=tensors)
+    nothing = {key: mx.zeros(tensors[key].shape) for key in tensors if "lora_A" in key}
+    write_tensors(file, tensors | nothing, {})
+    with pytest.raises(UserError, match="does nothing: A is zero in all of its modules"):
+        without_dead_ranks(read_as_run(path))
     write_tensors(file, tensors, {})
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(UserError, match="damaged or cut short"):

@@ -41,11 +41,11 @@ def read_run_or_adapters(config: ExportCommand) -> Run:
         UserError: one cannot be read, or they cannot be combined.
     """
     from tlora_mlx.exporting.combine import Combination, combine
-    from tlora_mlx.importing.read import read_as_run
+    from tlora_mlx.importing.read import read_as_run, without_dead_ranks
     from tlora_mlx.training.progress import bar
 
     if config.run is not None:
-        return read_as_run(config.run, config.base_model)
+        return without_dead_ranks(read_as_run(config.run, config.base_model))
     paths, weights = zip(*map(_path_and_weight, config.adapter), strict=True)
     runs = [read_as_run(path, config.base_model) for path in paths]
     combination = Combination(
@@ -57,7 +57,8 @@ def read_run_or_adapters(config: ExportCommand) -> Run:
     )
     modules = {name for run in runs for name in run.plan.modules}
     with bar("combining", len(modules)) as advance:
-        return combine(runs, weights, combination, config.base_model, advance)
+        run = combine(runs, weights, combination, config.base_model, advance)
+    return without_dead_ranks(run)
 
 
 def _path_and_weight(text: str) -> tuple[str, float]:

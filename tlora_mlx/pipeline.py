@@ -19,7 +19,7 @@ from tlora_mlx.config import PlanConfig, TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.exporting.names import unexportable
 from tlora_mlx.files import read_json
-from tlora_mlx.importing.read import read_adapter, run_on
+from tlora_mlx.importing.read import read_adapter, run_on, without_dead_ranks
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
@@ -229,6 +229,7 @@ def from_adapter(path: str, base: BaseModel) -> tuple[RankPlan, dict[str, mx.arr
     """
     adapter = read_adapter(path)
     run = run_on(adapter, base.name, base.original, base.config["model_type"])
+    run = without_dead_ranks(run)
     if adapter.base and adapter.base not in (base.name, base.original):
         say(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
     shapes = linear_shapes(base.model)

@@ -72,9 +72,6 @@ def read_as_run(path: str | Path, base_model: str | None = None) -> Run:
 def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) -> Run:
     """An adapter as a run on a model.
 
-    Another tool's loses the ranks whose row of A is all zeros, such as the padding of a portable
-    export: they do nothing, and with A frozen never could.
-
     Args:
         adapter: what ``read_adapter`` read.
         model: the model's directory or Hub repository.
@@ -82,8 +79,7 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
         model_type: its family.
 
     Raises:
-        UserError: it is a run of another family, the MLX name of a module is not known, or every A
-            is zero.
+        UserError: it is a run of another family, or the MLX name of a module is not known.
     """
     plan, tensors = adapter.plan, adapter.tensors
     if adapter.format == "tlora":
@@ -106,7 +102,6 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
             for key in ("lora_a", "lora_b")
         }
         original = original or adapter.base
-    plan, tensors = _without_dead_ranks(adapter.path, plan, tensors)
     config = {
         "fine_tune_type": "tlora",
         "model": model,
@@ -117,21 +112,26 @@ def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) 
     return Run(adapter.path, config, with_gaps(plan), tensors)
 
 
-def _without_dead_ranks(
-    path: Path, plan: RankPlan, tensors: dict[str, mx.array]
-) -> tuple[RankPlan, dict[str, mx.array]]:
-    modules, kept = {}, {}
-    for name, module in plan.modules.items():
-        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+def without_dead_ranks(run: Run) -> Run:
+    """The run without the ranks whose row of A is all zeros, such as a portable export's padding.
+
+    They do nothing, and with A frozen never could.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    modules, tensors = dict(run.plan.modules), {}
+    for name, module in run.plan.adapted().items():
+        a, b = run.tensors[f"{name}.lora_a"], run.tensors[f"{name}.lora_b"]
         alive = [i for i, any_entry in enumerate((a != 0).any(axis=0).tolist()) if any_entry]
-        modules[name] = replace(module, rank=len(alive))
         if len(alive) < module.rank:
+            modules[name] = replace(module, rank=len(alive))
             a, b = a[:, mx.array(alive, mx.int32)], b[mx.array(alive, mx.int32)]
         if alive:
-            kept |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
-    if not kept:
-        raise UserError(f"the adapter {path} does nothing: A is zero in all of its modules")
-    return replace(plan, modules=modules), kept
+            tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    if not tensors:
+        raise UserError(f"the adapter {run.path} does nothing: A is zero in all of its modules")
+    return replace(run, plan=replace(run.plan, modules=modules), tensors=tensors)
 
 
 def with_gaps(plan: RankPlan) -> RankPlan:
