@@ -172,9 +172,17 @@ def test_another_base_for_another_tools_adapter(model_path, plain, tmp_path):
     with pytest.raises(UserError, match="names no base model; name it with --base-model"):
         read_as_run(adapter)
     (tmp_path / "gpt").mkdir()
-    write_json(tmp_path / "gpt" / "config.json", {"model_type": "gpt2"})
+    gpt2 = {"n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
+    gpt2 |= {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "vocab_size": 300}
+    write_json(tmp_path / "gpt" / "config.json", gpt2)
     with pytest.raises(UserError, match="MLX names of these modules of family 'gpt2' are not"):
         read_as_run(plain, str(tmp_path / "gpt"))
+    write_json(tmp_path / "gpt" / "config.json", {"model_type": "gpt2"})
+    with pytest.raises(UserError, match=r"mlx-lm cannot build model .*; see --base-model"):
+        read_as_run(plain, str(tmp_path / "gpt"))
+    narrow = save_model(tmp_path / "narrow", hidden_size=24)
+    with pytest.raises(UserError, match=rf"{plain} does not fit model {narrow}: .*q_proj.lora_a"):
+        read_as_run(plain, str(narrow))
 
 
 @pytest.mark.parametrize(

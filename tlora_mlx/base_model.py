@@ -95,14 +95,37 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 
 
-def describe_base_model(name: str) -> tuple[str, str | None, str]:
-    """Name, original and ``model_type`` of a model, from its configuration and card alone.
+@dataclass(frozen=True)
+class Description:
+    """What a base model's ``config.json`` and card say of it.
+
+    Attributes:
+        name: as in ``BaseModel``; so is ``original``.
+        model: its modules, whose weights are never made.
+    """
+
+    name: str
+    original: str | None
+    model_type: str
+    model: nn.Module
+
+
+def describe_base_model(name: str) -> Description:
+    """Describe a model directory or Hub repository without its weights.
 
     Raises:
-        UserError: it is not found, or has no configuration.
+        UserError: it is not found, has no configuration, or is of a kind that mlx-lm does not load.
     """
+    from mlx_lm.utils import _get_classes
+
     name, path, config = _find(name, DESCRIPTION)
-    return name, _original(name, path, config), config["model_type"]
+    try:
+        model_class, arguments_class = _get_classes(config)
+        # MLX is lazy: nobody asks for the values that the weights start with.
+        model = model_class(arguments_class.from_dict({**config, **_rope_settings(config)}))
+    except (Exception, SystemExit) as error:  # whatever the model's own code raises
+        raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
+    return Description(name, _original(name, path, config), config["model_type"], model)
 
 
 def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:

@@ -31,12 +31,7 @@ from tlora_mlx.method.initialise import (
     streamed_bytes,
     streamed_subspaces,
 )
-from tlora_mlx.method.layers import (
-    adapter_faults,
-    linear_shape,
-    linear_shapes,
-    target_linears,
-)
+from tlora_mlx.method.layers import linear_shape, target_linears
 from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data, split_off
 from tlora_mlx.training.progress import bar, print_plan, say
 
@@ -228,17 +223,12 @@ def from_adapter(path: str, base: BaseModel) -> tuple[RankPlan, dict[str, mx.arr
         UserError: it cannot be read, or does not fit the model; all faults in one message.
     """
     adapter = read_adapter(path)
-    run = run_on(adapter, base.name, base.original, base.config["model_type"])
-    run = without_dead_ranks(run)
     if adapter.base and adapter.base not in (base.name, base.original):
         say(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
-    shapes = linear_shapes(base.model)
-    if faults := adapter_faults(run.plan, run.tensors, shapes):
-        raise UserError(f"the adapter {path} does not fit model {base.name}: {'; '.join(faults)}")
-    there = {name: module for name, module in run.plan.modules.items() if name in shapes}
-    plan = replace(run.plan, modules=there)
-    print_plan(plan)
-    return plan, run.tensors
+    run = run_on(adapter, base.model, base.name, base.original, base.config["model_type"])
+    run = without_dead_ranks(run)
+    print_plan(run.plan)
+    return run.plan, run.tensors
 
 
 def default_memory() -> float:

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.importing.read import with_gaps
 from tlora_mlx.method import linalg
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.subspace import top_right_vectors
@@ -125,7 +124,7 @@ def combine(
         "made_from": {"combine": combination.type, "adapters": made_from},
     }
     path = Path(" + ".join(str(run.path) for run in runs))
-    return Run(path, config, with_gaps(RankPlan(rank, float(rank), modules)), tensors)
+    return Run(path, config, RankPlan(rank, float(rank), modules), tensors)
 
 
 def combine_module(

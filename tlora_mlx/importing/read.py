@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from tlora_mlx.base_model import describe_base_model
 from tlora_mlx.errors import UserError
@@ -15,7 +16,13 @@ from tlora_mlx.files import read_json
 from tlora_mlx.importing.adapter import Adapter
 from tlora_mlx.importing.mlx_lm import read_mlx_lm
 from tlora_mlx.importing.peft import read_peft
-from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.allocation import ModulePlan, RankPlan
+from tlora_mlx.method.layers import (
+    adapter_faults,
+    linear_shape,
+    linear_shapes,
+    target_linears,
+)
 from tlora_mlx.run_directory import CONFIG, Run, read_run
 
 
@@ -63,53 +70,61 @@ def read_as_run(path: str | Path, base_model: str | None = None) -> Run:
     if wanted is None:
         raise UserError(f"the adapter {path} names no base model; name it with --base-model")
     try:
-        name, original, model_type = describe_base_model(wanted)
+        base = describe_base_model(wanted)
     except UserError as error:
         raise UserError(f"the base model of adapter {path}: {error}; see --base-model") from None
-    return run_on(adapter, name, original, model_type)
+    return run_on(adapter, base.model, base.name, base.original, base.model_type)
 
 
-def run_on(adapter: Adapter, model: str, original: str | None, model_type: str) -> Run:
+def run_on(
+    adapter: Adapter, model: nn.Module, name: str, original: str | None, model_type: str
+) -> Run:
     """An adapter as a run on a model.
 
     Args:
         adapter: what ``read_adapter`` read.
-        model: the model's directory or Hub repository.
+        model: the model, with or without its weights.
+        name: its directory or Hub repository.
         original: the full-precision model behind it, if it is known.
         model_type: its family.
 
     Raises:
-        UserError: it is a run of another family, or the MLX name of a module is not known.
+        UserError: it is a run of another family, the MLX name of a module is not known, or the
+            adapter does not fit the model; all faults in one message.
     """
-    plan, tensors = adapter.plan, adapter.tensors
-    if adapter.format == "tlora":
-        if (own := adapter.config["model_type"]) != model_type:
-            raise UserError(
-                f"the run {adapter.path} is of family '{own}', and {model} of family '{model_type}'"
-            )
-        return Run(adapter.path, adapter.config, plan, tensors)
+    plan, tensors, config = adapter.plan, adapter.tensors, adapter.config
+    if adapter.format == "tlora" and (own := config["model_type"]) != model_type:
+        raise UserError(
+            f"the run {adapter.path} is of family '{own}', and {name} of family '{model_type}'"
+        )
     if adapter.format == "peft":
-        names = {name: mlx_name(model_type, name) for name in plan.modules}
-        if unknown := [name for name, known in names.items() if known is None]:
+        names = {theirs: mlx_name(model_type, theirs) for theirs in plan.modules}
+        if unknown := [theirs for theirs, known in names.items() if known is None]:
             raise UserError(
                 f"the adapter {adapter.path} cannot be taken over: the MLX names of these modules "
                 f"of family '{model_type}' are not known: {', '.join(unknown)}"
             )
         plan = replace(plan, modules={names[n]: module for n, module in plan.modules.items()})
         tensors = {
-            f"{names[name]}.{key}": tensors[f"{name}.{key}"]
-            for name in names
+            f"{names[theirs]}.{key}": tensors[f"{theirs}.{key}"]
+            for theirs in names
             for key in ("lora_a", "lora_b")
         }
         original = original or adapter.base
-    config = {
-        "fine_tune_type": "tlora",
-        "model": model,
-        "base_model": original,
-        "model_type": model_type,
-        "made_from": {"path": str(adapter.path.resolve()), "format": adapter.format},
-    }
-    return Run(adapter.path, config, with_gaps(plan), tensors)
+    if faults := adapter_faults(plan, tensors, linear_shapes(model)):
+        raise UserError(
+            f"the adapter {adapter.path} does not fit model {name}: {'; '.join(faults)}"
+        )
+    if adapter.format != "tlora":
+        plan = with_gaps(plan, model)
+        config = {
+            "fine_tune_type": "tlora",
+            "model": name,
+            "base_model": original,
+            "model_type": model_type,
+            "made_from": {"path": str(adapter.path.resolve()), "format": adapter.format},
+        }
+    return Run(adapter.path, config, plan, tensors)
 
 
 def without_dead_ranks(run: Run) -> Run:
@@ -134,26 +149,23 @@ def without_dead_ranks(run: Run) -> Run:
     return replace(run, plan=replace(run.plan, modules=modules), tensors=tensors)
 
 
-def with_gaps(plan: RankPlan) -> RankPlan:
-    """The plan with rank 0 for the kinds of modules that some of its blocks have and others lack.
+def with_gaps(plan: RankPlan, model: nn.Module) -> RankPlan:
+    """The plan with rank 0 for all that has an adapted module's last name, in the same blocks.
 
-    A run's plan has them anyway; another tool's adapter says only what it adapts. Readers of an
-    export need them: some drop a kind of module that is not in every block.
+    A run's plan has these modules anyway; another tool's adapter says only what it adapts. Readers
+    of an export need them: some drop a kind of module that is not in every block.
     """
-    places = {name: re.fullmatch(r"(.*?\.\d+\.)(.+)", name) for name in plan.modules}
-    blocks = dict.fromkeys(place[1] for place in places.values() if place)
-    kinds: dict[str, set] = {}
-    for name, place in places.items():
-        if place:
-            module = plan.modules[name]
-            kinds.setdefault(place[2], set()).add((module.out_features, module.in_features))
-    modules = dict(plan.modules)
-    absent = replace(next(iter(plan.modules.values())), rank=0, scale=1.0)
-    for block in blocks:
-        for kind, shapes in kinds.items():
-            if block + kind not in modules and len(shapes) == 1:
-                (out_features, in_features) = next(iter(shapes))
-                modules[block + kind] = replace(
-                    absent, out_features=out_features, in_features=in_features
-                )
-    return replace(plan, modules=modules)
+    kinds = {name.rpartition(".")[2] for name in plan.modules}
+    blocks = {_block(name) for name in plan.modules}
+    modules = {}
+    for name, linear in target_linears(model).items():
+        if name in plan.modules:
+            modules[name] = plan.modules[name]
+        elif name.rpartition(".")[2] in kinds and _block(name) in blocks:
+            modules[name] = ModulePlan(0, 1.0, 0.0, *linear_shape(linear))
+    return replace(plan, modules=modules | plan.modules)
+
+
+def _block(name: str) -> str:
+    """Up to the first number: model.layers.3 of model.layers.3.self_attn.q_proj."""
+    return re.match(r"(.*?\.\d+)?", name)[0]
