@@ -304,3 +304,14 @@ def test_what_cannot_be_combined(model_path, adapters, tmp_path):
 )
 def test_options_that_do_not_go_together(tlora_here, options, message):
     assert_one_sentence(tlora_here("export", *options), 2, message)
+
+
+def test_a_colon_in_a_path(tmp_path, monkeypatch):
+    from tlora_mlx.export import _path_and_weight
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:2").mkdir()
+    assert _path_and_weight("run:2") == ("run:2", 1)
+    assert _path_and_weight("run:2:-0.5") == ("run:2", -0.5)
+    assert _path_and_weight("other:2") == ("other", 2)
+    assert _path_and_weight("other") == ("other", 1)

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from test_train import assert_one_sentence
 
 from tlora_mlx import UserError, export_peft, load_run, read_adapter, read_run
 from tlora_mlx.files import write_json, write_tensors
-from tlora_mlx.importing.read import read_as_run, without_dead_ranks
+from tlora_mlx.importing.read import read_as_run, with_gaps, without_dead_ranks
+from tlora_mlx.method.allocation import ModulePlan, RankPlan
 
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -126,6 +128,24 @@ def test_kinds_that_are_missing_in_a_block_get_rank_0(model_path, tmp_path):
         "1.self_attn.q_proj": 4, "1.self_attn.o_proj": 0, "1.mlp.up_proj": 4,
     }  # fmt: skip
     assert plan.modules["model.layers.0.mlp.up_proj"].out_features == 80
+
+
+def test_no_kind_is_made_up_in_blocks_that_cannot_have_it():
+    """Attention and convolution in turn: q_proj is in the first and third block alone."""
+    model = nn.Module()
+    model.layers = [nn.Module(), nn.Module(), nn.Module(), nn.Module()]
+    for block, held in zip(model.layers, ["attn", "conv", "attn", "attn"], strict=True):
+        part = nn.Module()
+        for name in ("q_proj", "v_proj") if held == "attn" else ("in_proj",):
+            part[name] = nn.Linear(4, 6)
+        block[held] = part
+    adapted = ["layers.0.attn.q_proj", "layers.1.conv.in_proj", "layers.2.attn.v_proj"]
+    found = dict.fromkeys(adapted, ModulePlan(2, 1.0, 0.0, 6, 4))
+    plan = with_gaps(RankPlan(2, 2.0, found), model)
+    assert {name: module.rank for name, module in plan.modules.items()} == {
+        "layers.0.attn.q_proj": 2, "layers.0.attn.v_proj": 0, "layers.1.conv.in_proj": 2,
+        "layers.2.attn.q_proj": 0, "layers.2.attn.v_proj": 2,
+    }  # fmt: skip
 
 
 def mlx_lm_adapter(model_path, path, **changes):
