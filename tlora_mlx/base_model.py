@@ -95,6 +95,73 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 
 
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's base and scaling where mlx-lm looks for them.
+
+    transformers 5 writes them into ``rope_parameters``, which many of mlx-lm's models do not read:
+    they fall back to a default base without a word (ml-explore/mlx-lm issue 1563).
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    settings = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = rope
+    return {key: value for key, value in settings.items() if config.get(key) is None}
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, from the first two lines: mlx-lm puts the tensors' names on the second."""
+    lines = str(error).strip().splitlines()[:2] or [type(error).__name__]
+    text = " ".join(line.strip() for line in lines)
+    text = text if len(text) <= 300 else text[:300] + " …"
+    return f"'{text}' is missing" if isinstance(error, KeyError) else text
+
+
+def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
+    """A model's name (absolute where it is a directory), its directory here, its configuration."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _download(name, files)
+    elif not path.is_dir():
+        raise UserError(f"model {name} is a file; give the directory that holds config.json")
+    else:
+        name = str(path.resolve())
+    config = read_json(path / "config.json", f"the configuration of model {name}")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    return name, path, config
+
+
+def _download(name: str, files: list[str]) -> Path:
+    """The local snapshot of a Hub repository, of these files."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"model directory {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the client's errors have no common base below Exception
+        raise UserError(
+            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
+    """The full-precision model's name: from the card of a quantized model, else the model's own."""
+    if not {"quantization", "quantization_config"} & config.keys():
+        return name
+    card = path / "README.md"
+    try:
+        _, front_matter, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+        base = yaml.safe_load(front_matter).get("base_model")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) and base else None
+
+
 @dataclass(frozen=True)
 class Description:
     """What a base model's ``config.json`` and card say of it.
@@ -126,70 +193,3 @@ def describe_base_model(name: str) -> Description:
     except (Exception, SystemExit) as error:  # whatever the model's own code raises
         raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
     return Description(name, _original(name, path, config), config["model_type"], model)
-
-
-def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
-    """A model's name (absolute where it is a directory), its directory here, its configuration."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        path = _download(name, files)
-    elif not path.is_dir():
-        raise UserError(f"model {name} is a file; give the directory that holds config.json")
-    else:
-        name = str(path.resolve())
-    config = read_json(path / "config.json", f"the configuration of model {name}")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
-    return name, path, config
-
-
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's base and scaling where mlx-lm looks for them.
-
-    transformers 5 writes them into ``rope_parameters``, which many of mlx-lm's models do not read:
-    they fall back to a default base without a word (ml-explore/mlx-lm issue 1563).
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    settings = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        settings["rope_scaling"] = rope
-    return {key: value for key, value in settings.items() if config.get(key) is None}
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, from the first two lines: mlx-lm puts the tensors' names on the second."""
-    lines = str(error).strip().splitlines()[:2] or [type(error).__name__]
-    text = " ".join(line.strip() for line in lines)
-    text = text if len(text) <= 300 else text[:300] + " …"
-    return f"'{text}' is missing" if isinstance(error, KeyError) else text
-
-
-def _download(name: str, files: list[str]) -> Path:
-    """The local snapshot of a Hub repository, of these files."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"model directory {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the client's errors have no common base below Exception
-        raise UserError(
-            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
-            f"{first_line(error)}"
-        ) from None
-
-
-def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
-    """The full-precision model's name: from the card of a quantized model, else the model's own."""
-    if not {"quantization", "quantization_config"} & config.keys():
-        return name
-    card = path / "README.md"
-    try:
-        _, front_matter, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-        base = yaml.safe_load(front_matter).get("base_model")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return None
-    base = base[0] if isinstance(base, list) and base else base
-    return base if isinstance(base, str) and base else None
