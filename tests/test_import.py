@@ -66,8 +66,14 @@ PATTERNS = {
         {**PATTERNS, "use_rslora": True, "target_modules": r".*\.\d+\.(mlp\.[ud].*|.*\.[qv]_proj)"},
         {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
         {"target_modules": ["v_proj"], "init_lora_weights": "orthogonal"},
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["up_proj.weight"],
+            "rank_pattern": {"up_proj": 7, "up_proj.weight": 3},
+            "alpha_pattern": {"1.mlp.up_proj.weight": 1},
+        },
     ],
-    ids=["plain", "rslora", "patterns", "regex", "layers", "one kind"],
+    ids=["plain", "rslora", "patterns", "regex", "layers", "one kind", "parameters"],
 )  # fmt: skip
 def test_what_peft_writes_gives_its_logits(model_path, tmp_path, options):
     expected = peft_adapter(model_path, tmp_path / "peft", **options)
@@ -211,7 +217,7 @@ def test_another_base_for_another_tools_adapter(model_path, plain, tmp_path):
         ({"use_dora": True, "modules_to_save": ["lm_head"]}, "uses use_dora, modules_to_save"),
         ({"bias": "all"}, "uses bias all"),
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
-        ({"target_parameters": ["experts.up"]}, "uses target_parameters"),
+        ({"target_parameters": ["mlp.experts.up"]}, "uses target_parameters that are no linear"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights pissa_niter_4"),
         ({"peft_type": "IA3"}, "is a PEFT adapter of type IA3, not LORA"),
         ({"peft_type": None, "r": 8}, "of type None, not LORA"),
@@ -297,7 +303,13 @@ JSON = st.recursive(
     max_leaves=6,
 )
 KEYS = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "peft_type"]
-KEYS += ["init_lora_weights", "base_model_name_or_path", "fine_tune_type", "lora_parameters"]
+KEYS += [
+    "target_parameters",
+    "init_lora_weights",
+    "base_model_name_or_path",
+    "fine_tune_type",
+    "lora_parameters",
+]
 
 
 @settings(

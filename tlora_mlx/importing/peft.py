@@ -19,8 +19,8 @@ TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # (huggingface/peft, tuners/lora/config.py).
 MORE_THAN_LORA = (
     "use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices",
-    "target_parameters", "layer_replication", "alora_invocation_tokens", "monteclora_config",
-    "use_bdlora", "arrow_config", "kasa_config",
+    "layer_replication", "alora_invocation_tokens", "monteclora_config", "use_bdlora",
+    "arrow_config", "kasa_config",
 )  # fmt: skip
 # Initialisations that change the base's weights, which the file does not hold (…/lora/layer.py).
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -58,15 +58,22 @@ def read_peft(path: Path, config: dict[str, Any]) -> Adapter:
             f"{', '.join(sorted(unknown))}"
         )
 
+    parameters = config.get("target_parameters") or []
+
+    def target(module: str) -> str:
+        """What PEFT matches patterns with: for a weight that is targeted itself, its name."""
+        weight = f"{module}.weight"
+        return weight if any(f".{weight}".endswith(f".{p}") for p in parameters) else module
+
     def scale_of(module: str, of_tensor: int) -> float:
         over = math.sqrt(of_tensor) if config.get("use_rslora") else of_tensor
-        return alphas.of(module, alpha) / over
+        return alphas.of(target(module), alpha) / over
 
     plan = plan_of(path / TENSORS, tensors, rank, alpha, scale_of)
     differing = [
         f"{name} has rank {module.rank}, and {expected} by the configuration"
         for name, module in plan.modules.items()
-        if module.rank != (expected := ranks.of(name, rank))
+        if module.rank != (expected := ranks.of(target(name), rank))
     ]
     if differing:
         raise UserError(f"the PEFT adapter {path} does not fit itself: {'; '.join(differing)}")
@@ -81,6 +88,10 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
     used = [key for key in MORE_THAN_LORA if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         used.append(f"bias {bias}")
+    # A linear layer's weight targeted as a parameter is that layer; stacks of experts are none.
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(str(p).endswith(".weight") for p in parameters):
+        used.append("target_parameters that are no linear layer's weight")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         used.append(
