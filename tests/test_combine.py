@@ -16,6 +16,7 @@ from test_train import assert_one_sentence
 
 from tlora_mlx import Combination, UserError, combine, export_peft, read_as_run, read_run
 from tlora_mlx.exporting import combine as combining
+from tlora_mlx.exporting.source import path_and_weight
 from tlora_mlx.method.subspace import top_right_vectors
 
 # Ranks differ from module to module and agree between the two; scales do neither.
@@ -307,11 +308,9 @@ def test_options_that_do_not_go_together(tlora_here, options, message):
 
 
 def test_a_colon_in_a_path(tmp_path, monkeypatch):
-    from tlora_mlx.export import _path_and_weight
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
-    assert _path_and_weight("run:2") == ("run:2", 1)
-    assert _path_and_weight("run:2:-0.5") == ("run:2", -0.5)
-    assert _path_and_weight("other:2") == ("other", 2)
-    assert _path_and_weight("other") == ("other", 1)
+    assert path_and_weight("run:2") == ("run:2", 1)
+    assert path_and_weight("run:2:-0.5") == ("run:2", -0.5)
+    assert path_and_weight("other:2") == ("other", 2)
+    assert path_and_weight("other") == ("other", 1)

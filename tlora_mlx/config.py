@@ -283,8 +283,8 @@ class TrainConfig(PlanConfig):
 
 
 @dataclass(kw_only=True)
-class ExportCommand(Config):
-    """``python -m tlora_mlx.export``."""
+class AdapterOptions(Config):
+    """One adapter directory, or several combined into one."""
 
     run: str | None = option(
         None, "run directory, or a PEFT or mlx-lm adapter to take over", positional=True
@@ -312,6 +312,29 @@ class ExportCommand(Config):
         choices=("total", "frequency"),
     )
     seed: int = option(0, "seed of dare_…'s random choice", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.run is None) == (self.adapter is None):
+            raise UserError("give either RUN or --adapter PATH:WEIGHT …; see --help")
+        prunes = "ties" in self.combine or "dare" in self.combine
+        if self.adapter and prunes and self.density is None:
+            raise UserError(f"--combine {self.combine} needs --density")
+        unused = {
+            "combine": self.combine != "cat" and not self.adapter,
+            "density": self.density is not None and not prunes,
+            "svd-rank": self.svd_rank is not None and not self.combine.endswith("svd"),
+            "majority-sign-method": self.majority_sign_method and "ties" not in self.combine,
+        }
+        for name in (name for name, fault in unused.items() if fault):
+            where = f"with --combine {self.combine}" if self.adapter else "without --adapter"
+            raise UserError(f"--{name} does nothing {where}; leave it out")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(AdapterOptions):
+    """``python -m tlora_mlx.export``."""
+
     format: str = option(
         "peft",
         "what to write; run: a run directory, of another tool's adapter or of several",
@@ -335,22 +358,8 @@ class ExportCommand(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.run is None) == (self.adapter is None):
-            raise UserError("give either RUN or --adapter PATH:WEIGHT …; see --help")
         if self.adapter and not self.output:
             raise UserError("--output must be given with --adapter")
-        prunes = "ties" in self.combine or "dare" in self.combine
-        if self.adapter and prunes and self.density is None:
-            raise UserError(f"--combine {self.combine} needs --density")
-        unused = {
-            "combine": self.combine != "cat" and not self.adapter,
-            "density": self.density is not None and not prunes,
-            "svd-rank": self.svd_rank is not None and not self.combine.endswith("svd"),
-            "majority-sign-method": self.majority_sign_method and "ties" not in self.combine,
-        }
-        for name in (name for name, fault in unused.items() if fault):
-            where = f"with --combine {self.combine}" if self.adapter else "without --adapter"
-            raise UserError(f"--{name} does nothing {where}; leave it out")
 
 
 @dataclass(kw_only=True)
