@@ -226,6 +226,9 @@ def test_a_run_and_an_adapter_of_peft_by_the_command(model_path, adapters, tlora
     assert (result.returncode, result.stderr) == (0, "")
     expected = mlx_logits(tmp_path / "new")
     assert np.abs(peft_logits(model_path, tmp_path / "peft") - expected).max() < 1e-4
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "combined from several with [tlora_mlx]" in card
+    assert "- tlora\n" not in card
     made_from = json.loads((tmp_path / "new" / "adapter_config.json").read_text())["made_from"]
     assert made_from["combine"] == "cat"
     assert [part["weight"] for part in made_from["adapters"]] == [0.5, -1.5]
@@ -301,6 +304,7 @@ def test_what_cannot_be_combined(model_path, adapters, tmp_path):
             "--density does nothing with --combine svd",
         ),
         (["--adapter", "a", "--output", "o", "--combine", "slerp"], "must be one of cat, svd"),
+        (["RUN", "--format", "run", "--push-to", "me/it"], "--push-to cannot go with --format run"),
     ],
 )
 def test_options_that_do_not_go_together(tlora_here, options, message):

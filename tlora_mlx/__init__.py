@@ -29,6 +29,7 @@ _HOME = {
     "export_run": "exporting.run",
     "combine": "exporting.combine",
     "Combination": "exporting.combine",
+    "push": "exporting.hub",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -14,7 +14,7 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.files import check_safetensors, read_json
+from tlora_mlx.files import check_safetensors, read_json, user_path
 
 # What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), and the card, which names what a
 # conversion was made from.
@@ -22,6 +22,8 @@ FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"
 FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
 # What tells a model's family and origin, without its weights.
 DESCRIPTION = ["config.json", "README.md"]
+# One of these is there wherever transformers finds a tokenizer.
+TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         raise UserError(f"model {name} has no model*.safetensors in {path}")
     for file in weights:
         check_safetensors(file, "a weight file of the model")
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
     trust = {"trust_remote_code": trust_remote_code}
     if config.get("model_file") and not trust_remote_code:
         raise UserError(
@@ -120,7 +124,7 @@ def _reason(error: Exception) -> str:
 
 def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
     """A model's name (absolute where it is a directory), its directory here, its configuration."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.exists():
         path = _download(name, files)
     elif not path.is_dir():

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as the user gave it, ``~`` replaced; one with an unknown user's home is left as is."""
+    return Path(os.path.expanduser(text))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, sync it, and rename it to ``path``.
 
@@ -30,7 +35,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = error.strerror or first_line(error)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from tlora_mlx.config import ExportCommand
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.combine import Combination, combine
+from tlora_mlx.files import user_path
 from tlora_mlx.importing.read import read_as_run, without_dead_ranks
 from tlora_mlx.run_directory import Run
 from tlora_mlx.training.progress import bar
@@ -43,7 +43,7 @@ def path_and_weight(text: str) -> tuple[str, float]:
         UserError: the weight is no finite number.
     """
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).expanduser().exists():
+    if not colon or user_path(text).exists():
         return text, 1.0
     try:
         weight = float(number)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from tlora_mlx.base_model import describe_base_model
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.names import mlx_name
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.importing.adapter import Adapter
 from tlora_mlx.importing.mlx_lm import read_mlx_lm
 from tlora_mlx.importing.peft import read_peft
@@ -32,7 +32,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         UserError: it is none of them, or not whole, or more than LoRA on linear layers.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_dir():
         raise UserError(f"adapter directory {path} does not exist")
     config = read_json(path / CONFIG, "the adapter's configuration")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 from rich import progress as bars
@@ -14,9 +17,26 @@ from rich.table import Table
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.training.checkpoint import Progress
 
+
+class _Console(Console):
+    """A terminal that may go away: a run does not end with whoever watches it."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence; rich's own answer is to exit."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def print(self, *objects: object, **options: Any) -> None:
+        """As rich's; what cannot be written ends in silence."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+
 # Under mlx.launch the first process speaks for all.
 _quiet = mx.distributed.init().rank() > 0
-console = Console(highlight=False, soft_wrap=True, quiet=_quiet)
+console = _Console(highlight=False, soft_wrap=True, quiet=_quiet)
 
 
 def say(text: str) -> None:
@@ -53,7 +73,10 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
     for name in plan.modules:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        cells[parts[number], parts[-1]] = name
+        kind = parts[-1]
+        if (parts[number], kind) in cells:  # two of one kind in a block
+            kind = ".".join(parts[number + 1 :])
+        cells[parts[number], kind] = name
     return (
         list(dict.fromkeys(block for block, _ in cells)),
         list(dict.fromkeys(kind for _, kind in cells)),
@@ -74,7 +97,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(plan, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(
@@ -83,7 +106,8 @@ def print_plan(plan: RankPlan) -> None:
     )
 
 
-def _cell(plan: RankPlan, name: str | None) -> str:
+def plan_cell(plan: RankPlan, name: str | None) -> str:
+    """One module of the table: "12×1.5", a dash for rank 0, nothing where there is no module."""
     if name is None:
         return ""
     module = plan.modules[name]
@@ -103,5 +127,6 @@ def say_summary(progress: Progress, test_loss: float | None) -> None:
             f"validation loss {progress.first_val_loss:.4f} before, {progress.best_loss:.4f} after "
             f"iteration {progress.best_iteration}, whose adapter is kept"
         )
-    if test_loss is not None:
-        say(f"test loss {progress.test_loss:.4f} before, {test_loss:.4f} after")
+    if progress.test_loss is not None or test_loss is not None:
+        losses = ("nan" if x is None else f"{x:.4f}" for x in (progress.test_loss, test_loss))
+        say("test loss {} before, {} after".format(*losses))
