@@ -73,8 +73,8 @@ def write_card(
         library_name=export.library,
         pipeline_tag="text-generation",
         tags=[
-            "tlora_mlx",
             *([] if _taken_over(run) else ["tlora"]),
+            "tlora_mlx",
             *([] if format == "merged" else ["lora"]),
         ],
         datasets=[data] if isinstance(data, str) and is_repository(data) else None,
