@@ -115,13 +115,13 @@ def test_bad_yaml(tmp_path, text, message):
 def test_what_is_missing():
     with pytest.raises(UserError, match="--model and --data must be given"):
         parse(TrainConfig, "tlora train", "", [])
-    with pytest.raises(UserError, match="RUN must be given"):
+    with pytest.raises(UserError, match="give either RUN or --adapter"):
         parse(ExportCommand, "tlora export", "", [])
     with pytest.raises(UserError, match=r"cannot read the configuration file no\.yaml"):
         parse(TrainConfig, "tlora train", "", ["-c", "no.yaml"])
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "export", "generate"])
+@pytest.mark.parametrize("command", ["train", "plan", "export", "generate", "inspect"])
 def test_help_loads_nothing_heavy(command):
     """Not a time, which a busy machine would spoil, but what makes it short."""
     code = (
@@ -156,6 +156,7 @@ def test_the_console_script():
     unknown = tlora_script("trian")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        "error: unknown command 'trian'; it is one of train, plan, export, upload, generate\n"
+        "error: unknown command 'trian'; it is one of train, plan, export, inspect, upload, "
+        "generate\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

@@ -15,6 +15,8 @@ _HOME = {
     "TrainConfig": "config",
     "load_run": "run_directory",
     "read_run": "run_directory",
+    "read_adapter": "importing.read",
+    "read_as_run": "importing.read",
     "calibrate": "method.calibration",
     "Calibration": "method.calibration",
     "plan_ranks": "method.allocation",
@@ -24,6 +26,9 @@ _HOME = {
     "attach": "method.layers",
     "TLoRALinear": "method.layers",
     "export_peft": "exporting.peft",
+    "export_run": "exporting.run",
+    "combine": "exporting.combine",
+    "Combination": "exporting.combine",
     "push": "exporting.hub",
 }
 

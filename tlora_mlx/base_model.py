@@ -20,6 +20,8 @@ from tlora_mlx.files import check_safetensors, read_json, user_path
 # conversion was made from.
 FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"]
 FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
+# What tells a model's family and origin, without its weights.
+DESCRIPTION = ["config.json", "README.md"]
 # One of these is there wherever transformers finds a tokenizer.
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
@@ -71,16 +73,7 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """
     from mlx_lm.utils import load
 
-    path = user_path(name)
-    if not path.exists():
-        path = _download(name)
-    elif not path.is_dir():
-        raise UserError(f"model {name} is a file; give the directory that holds config.json")
-    else:
-        name = str(path.resolve())
-    config = read_json(path / "config.json", f"the configuration of model {name}")
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    name, path, config = _find(name, FILES)
     weights = _weight_files(path)
     if not weights:
         raise UserError(f"model {name} has no model*.safetensors in {path}")
@@ -129,14 +122,29 @@ def _reason(error: Exception) -> str:
     return f"'{text}' is missing" if isinstance(error, KeyError) else text
 
 
-def _download(name: str) -> Path:
-    """The local snapshot of a Hub repository."""
+def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
+    """A model's name (absolute where it is a directory), its directory here, its configuration."""
+    path = user_path(name)
+    if not path.exists():
+        path = _download(name, files)
+    elif not path.is_dir():
+        raise UserError(f"model {name} is a file; give the directory that holds config.json")
+    else:
+        name = str(path.resolve())
+    config = read_json(path / "config.json", f"the configuration of model {name}")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+    return name, path, config
+
+
+def _download(name: str, files: list[str]) -> Path:
+    """The local snapshot of a Hub repository, of these files."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UserError(f"model directory {name} does not exist")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the client's errors have no common base below Exception
         raise UserError(
             f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
@@ -156,3 +164,36 @@ def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
         return None
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and base else None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a base model's ``config.json`` and card say of it.
+
+    Attributes:
+        name: as in ``BaseModel``; so is ``original``.
+        model: its modules, whose weights are never made.
+    """
+
+    name: str
+    original: str | None
+    model_type: str
+    model: nn.Module
+
+
+def describe_base_model(name: str) -> Description:
+    """Describe a model directory or Hub repository without its weights.
+
+    Raises:
+        UserError: it is not found, has no configuration, or is of a kind that mlx-lm does not load.
+    """
+    from mlx_lm.utils import _get_classes
+
+    name, path, config = _find(name, DESCRIPTION)
+    try:
+        model_class, arguments_class = _get_classes(config)
+        # MLX is lazy: nobody asks for the values that the weights start with.
+        model = model_class(arguments_class.from_dict({**config, **_rope_settings(config)}))
+    except (Exception, SystemExit) as error:  # whatever the model's own code raises
+        raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
+    return Description(name, _original(name, path, config), config["model_type"], model)

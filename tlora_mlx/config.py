@@ -21,6 +21,10 @@ from tlora_mlx.version import __version__
 
 C = TypeVar("C")
 
+# PEFT's combination types that tlora_mlx.exporting.combine knows.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
+COMBINATIONS += ("dare_ties", "dare_ties_svd")
+
 
 def option(
     default: Any,
@@ -152,6 +156,11 @@ class PlanCommand(PlanConfig):
             raise UserError("--model and --data must be given, or --sensitivities; see --help")
 
 
+# What makes ranks, scales and A, where no adapter brings them.
+SETS_THE_START = {"rank", "alpha", "max_rank", "target_modules", "num_layers", "plan"}
+SETS_THE_START |= {"calibration_samples", "covariance", "calibration_memory"}
+
+
 @dataclass(kw_only=True)
 class TrainConfig(PlanConfig):
     """``python -m tlora_mlx.train``."""
@@ -164,6 +173,11 @@ class TrainConfig(PlanConfig):
     )
     plan: str | None = option(
         None, "take ranks and scales from this file of tlora plan, edited by hand or not"
+    )
+    from_adapter: str | None = option(
+        None,
+        "start from this adapter (a run, PEFT's or mlx-lm's) instead of calibrating: its ranks, "
+        "scales, A and B, of which A stays frozen",
     )
     covariance: str = option(
         "auto",
@@ -234,9 +248,24 @@ class TrainConfig(PlanConfig):
     test: bool = option(False, "report the loss on test.jsonl before and after training")
 
     def __post_init__(self) -> None:
+        if self.from_adapter and not self.resume:
+            self._refuse_with_adapter()
         super().__post_init__()
         if self.val_batches == 0:
             raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
+
+    def _refuse_with_adapter(self) -> None:
+        """An adapter that is gone on from has its ranks and A already."""
+        given = [
+            f"--{_dashed(item)}"
+            for item in fields(self)
+            if item.name in SETS_THE_START and getattr(self, item.name) != item.default
+        ]
+        if given:
+            raise UserError(
+                f"{', '.join(given)} cannot be given with --from-adapter, which brings its own "
+                "ranks, scales and A; leave them out"
+            )
 
     @classmethod
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -264,12 +293,64 @@ class TrainConfig(PlanConfig):
 
 
 @dataclass(kw_only=True)
-class ExportCommand(Config):
+class AdapterOptions(Config):
+    """One adapter directory, or several combined into one."""
+
+    run: str | None = option(
+        None, "run directory, or a PEFT or mlx-lm adapter to take over", positional=True
+    )
+    adapter: list[str] | None = option(
+        None,
+        "PATH:WEIGHT, instead of RUN: adapters to combine into one, each a run, PEFT's or mlx-lm's;"
+        " the weight is 1 where it is left out",
+    )
+    combine: str = option(
+        "cat",
+        "how, by PEFT's names: cat is the exact sum, ranks add up; svd cuts it to --svd-rank; "
+        "linear adds A and B apart, a rough way; ties and dare_… prune to --density",
+        choices=COMBINATIONS,
+    )
+    density: float | None = option(
+        None, "share of entries that ties and dare_… keep", above=0.0, at_most=1.0
+    )
+    svd_rank: int | None = option(
+        None, "rank that svd and …_svd cut to; default: the adapters' largest", at_least=1
+    )
+    majority_sign_method: str | None = option(
+        None,
+        "ties: total (default) goes by the sum's sign, frequency by the number of signs",
+        choices=("total", "frequency"),
+    )
+    seed: int = option(0, "seed of dare_…'s random choice", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.run is None) == (self.adapter is None):
+            raise UserError("give either RUN or --adapter PATH:WEIGHT …; see --help")
+        prunes = "ties" in self.combine or "dare" in self.combine
+        if self.adapter and prunes and self.density is None:
+            raise UserError(f"--combine {self.combine} needs --density")
+        unused = {
+            "combine": self.combine != "cat" and not self.adapter,
+            "density": self.density is not None and not prunes,
+            "svd-rank": self.svd_rank is not None and not self.combine.endswith("svd"),
+            "majority-sign-method": self.majority_sign_method and "ties" not in self.combine,
+        }
+        for name in (name for name, fault in unused.items() if fault):
+            where = f"with --combine {self.combine}" if self.adapter else "without --adapter"
+            raise UserError(f"--{name} does nothing {where}; leave it out")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(AdapterOptions):
     """``python -m tlora_mlx.export``."""
 
-    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
-    format: str = option("peft", "what to write", choices=("peft",))
-    output: str | None = option(None, "directory to make; default: RUN-peft")
+    format: str = option(
+        "peft",
+        "what to write; run: a run directory, of another tool's adapter or of several",
+        choices=("peft", "run"),
+    )
+    output: str | None = option(None, "directory to make; default: RUN-FORMAT")
     layout: str = option(
         "portable",
         "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
@@ -280,7 +361,9 @@ class ExportCommand(Config):
         "float32", "dtype of the tensors", choices=("float32", "float16", "bfloat16")
     )
     base_model: str | None = option(
-        None, "the base model's Hub repository, for readers; default: the run's own"
+        None,
+        "the base model: for readers of an export, and for another tool's adapter the one to load "
+        "it on; default: what the adapter names",
     )
     push_to: str | None = option(
         None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
@@ -291,6 +374,10 @@ class ExportCommand(Config):
         super().__post_init__()
         if self.private and self.push_to is None:
             raise UserError("--private goes with --push-to USER/NAME")
+        if self.adapter and not self.output:
+            raise UserError("--output must be given with --adapter")
+        if self.format == "run" and self.push_to is not None:
+            raise UserError("--push-to cannot go with --format run, which no other tool loads")
 
 
 @dataclass(kw_only=True)
@@ -308,10 +395,17 @@ class UploadCommand(Config):
 class GenerateCommand(Config):
     """``python -m tlora_mlx.generate``."""
 
-    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    run: str = option(MISSING, "run directory, or a PEFT or mlx-lm adapter", positional=True)
     prompt: str = option(MISSING, "what to complete; '-' reads it from standard input")
     max_tokens: int = option(100, "tokens to generate at most", at_least=1)
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+
+@dataclass(kw_only=True)
+class InspectCommand(Config):
+    """``python -m tlora_mlx.inspect``."""
+
+    path: str = option(MISSING, "run directory, PEFT adapter or mlx-lm adapter", positional=True)
 
 
 def parse(
@@ -392,7 +486,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint
         action = "store_true" if hint is bool else argparse.BooleanOptionalAction
         parser.add_argument(f"--{_dashed(item)}", action=action, default=None, help=text)
     elif typing.get_origin(kind) is list:
-        parser.add_argument(f"--{_dashed(item)}", nargs="+", metavar="NAME", help=text)
+        parser.add_argument(
+            f"--{_dashed(item)}", nargs="+", action="extend", metavar="NAME", help=text
+        )
     else:
         metavar = "|".join(item.metadata["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT")
         parser.add_argument(f"--{_dashed(item)}", metavar=metavar, help=text)

@@ -13,7 +13,7 @@ from tlora_mlx.errors import run_command
 if TYPE_CHECKING:
     from tlora_mlx.run_directory import Run
 
-DESCRIPTION = "Export a run of tlora_mlx.train to PEFT."
+DESCRIPTION = "Export a run, another tool's adapter, or several combined, to PEFT or as a run."
 
 
 def export(config: ExportCommand) -> Path:
@@ -25,13 +25,16 @@ def export(config: ExportCommand) -> Path:
     """
     from tlora_mlx.exporting.card import write_card
     from tlora_mlx.exporting.peft import export_peft
+    from tlora_mlx.exporting.run import export_run
+    from tlora_mlx.exporting.source import read_source
     from tlora_mlx.files import user_path
-    from tlora_mlx.run_directory import read_run
 
-    run = read_run(config.run)
+    run = read_source(config)
     if config.push_to is not None:
         _check_push(config, run)
-    output = user_path(config.output or f"{run.path}-peft")
+    output = user_path(config.output or f"{run.path}-{config.format}")
+    if config.format == "run":
+        return export_run(run, output, config.dtype)
     export_peft(run, output, config.layout, config.dtype, config.base_model)
     write_card(output, run, config.format, config.base_model, config.push_to)
     return output
@@ -53,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)
         output = export(config)
+        if config.format == "run":
+            print(f"run directory in {output}; try it with")
+            print(f"  python -m tlora_mlx.generate {output} --prompt TEXT")
+            return
         print(f"{config.layout} PEFT adapter in {output}; load it with")
         print(f"  PeftModel.from_pretrained(base_model, {str(output)!r})")
         if config.push_to is not None:

@@ -19,6 +19,7 @@ from tlora_mlx.config import PlanConfig, TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.exporting.names import unexportable
 from tlora_mlx.files import read_json, user_path
+from tlora_mlx.importing.read import read_adapter, run_on, without_dead_ranks
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
@@ -255,6 +256,21 @@ def plan_and_initialise(
     say(f"initialised in {seconds:.1f} s, peak memory {_size(peak)} above the model")
     mx.reset_peak_memory()
     return plan, tensors
+
+
+def from_adapter(path: str, base: BaseModel) -> tuple[RankPlan, dict[str, mx.array]]:
+    """The plan of an adapter, and its ``NAME.lora_a`` and ``NAME.lora_b``, to go on from.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the model; all faults in one message.
+    """
+    adapter = read_adapter(path)
+    if adapter.base and adapter.base not in (base.name, base.original):
+        say(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
+    run = run_on(adapter, base.model, base.name, base.original, base.config["model_type"])
+    run = without_dead_ranks(run)
+    print_plan(run.plan)
+    return run.plan, run.tensors
 
 
 def default_memory() -> float:

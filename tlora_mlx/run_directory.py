@@ -72,12 +72,15 @@ def read_run(path: str | Path) -> Run:
 def load_run(path: str | Path, trust_remote_code: bool = False) -> BaseModel:
     """Load a run's base model with its adapter attached, ready to generate or evaluate.
 
+    A PEFT LoRA adapter or an mlx-lm adapter is loaded just so, on the base model that it names.
+
     Raises:
         UserError: the run or its base model cannot be loaded, or they do not fit each other.
     """
     from tlora_mlx.base_model import load_base_model
+    from tlora_mlx.importing.read import read_as_run
 
-    run = read_run(path)
+    run = read_as_run(path)
     base = load_base_model(run.config["model"], trust_remote_code)
     try:
         attach(base.model, run.plan, run.tensors)

@@ -37,9 +37,9 @@ from tlora_mlx.training.progress import say
 from tlora_mlx.version import __version__
 
 # Options that a resumed run may change: what it computes does not depend on them. Model, data and
-# plan are compared by content, wherever they lie now.
+# plan are compared by content, wherever they lie now; an adapter to start from is not read again.
 FREE = {"adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every"}
-FREE |= {"report_to", "skip_nonfinite", "trust_remote_code"}
+FREE |= {"report_to", "skip_nonfinite", "trust_remote_code", "from_adapter"}
 
 
 class RunWriter:
@@ -124,8 +124,9 @@ class RunWriter:
 
     def _binding_options(self, stored: Mapping[str, object]) -> dict[str, object]:
         """The options that a resumed run must have as they are."""
-        # A given plan brings its own rank and alpha.
-        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
+        # A given plan or adapter brings its own rank and alpha.
+        given = stored.get("plan") or stored.get("from_adapter")
+        free = FREE | ({"rank", "alpha", "max_rank"} if given else set())
         return {k: v for k, v in self.config.to_dict().items() if k not in free}
 
     def _own_fingerprints(self) -> dict[str, str]:
@@ -313,8 +314,7 @@ class RunWriter:
             RunError: it could not be written.
         """
         self.give_best(model)
-        iteration = progress.best_iteration or progress.iteration
-        metadata = {"format": "mlx", "iteration": str(iteration)}
+        metadata = {"format": "mlx", "iteration": str(_kept(progress))}
         write_tensors(self.path / ADAPTERS, adapter_tensors(model), metadata)
 
     def give_best(self, model: nn.Module) -> None:
@@ -343,7 +343,13 @@ class RunWriter:
                 iteration = (file.metadata() or {}).get("iteration")
         except SafetensorError:  # damaged: to be written again
             return False
-        return iteration == str(progress.best_iteration or progress.iteration)
+        return iteration == str(_kept(progress))
+
+
+def _kept(progress: Progress) -> int:
+    """The iteration whose adapter is kept."""
+    best = progress.best_iteration
+    return progress.iteration if best is None else best
 
 
 def _b_matrices(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:

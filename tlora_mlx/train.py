@@ -76,9 +76,10 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
         say(f"going on after iteration {progress.iteration}")
         run.report_to_others()
     else:
+        given = pipeline.from_adapter(config.from_adapter, base) if config.from_adapter else None
         run.report_to_others()
         run.create()
-        plan, tensors = pipeline.plan_and_initialise(config, base, data["train"], targets)
+        plan, tensors = given or pipeline.plan_and_initialise(config, base, data["train"], targets)
         progress, optimizer_state = Progress(), None
     attach(base.model, plan, tensors)
     optimizer = make_optimizer(config, base.model, optimizer_state)

@@ -72,22 +72,22 @@ def write_card(
         base_model_relation="finetune" if format == "merged" else "adapter",
         library_name=export.library,
         pipeline_tag="text-generation",
-        tags=["tlora", "tlora_mlx", *([] if format == "merged" else ["lora"])],
+        tags=[
+            *([] if _taken_over(run) else ["tlora"]),
+            "tlora_mlx",
+            *([] if format == "merged" else ["lora"]),
+        ],
         datasets=[data] if isinstance(data, str) and is_repository(data) else None,
         **_of_the_base((base, run.config["model"])),
     )
     if can_draw():
         draw_plan(run.plan, directory / PICTURE)
     origin = f"[{base}](https://huggingface.co/{base})" if is_repository(base) else _shown(base)
-    method = f"[TLoRA]({PAPER}) (task-aware LoRA)"
-    what = f"{origin}, fine-tuned by {method}"
-    if format != "merged":
-        what = f"A {method} adapter of {origin}, trained"
+    intro = _intro(run, origin, format)
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {name.rsplit('/', 1)[-1]}\n",
-        f"{what} with [tlora_mlx]({HOME}). LoRA's A is set from the training data and frozen, B is "
-        "trained, and each module's rank and scale follow its sensitivity.\n",
+        f"{intro}\n",
         "## How to load it\n",
         *export.loading(),
         "## Rank plan\n",
@@ -156,6 +156,31 @@ def _plan(plan: RankPlan, picture: str | None) -> list[str]:
         _table(["block", *kinds], rows),
         *([picture] if picture else []),
     ]
+
+
+def _taken_over(run: Run) -> bool:
+    """Whether A is another's: of an adapter that was gone on from, taken over or combined."""
+    return bool(run.config.get("made_from") or run.config.get("from_adapter"))
+
+
+def _intro(run: Run, origin: str, format: str) -> str:
+    """What the export is and how it came about."""
+    what = f"{origin} with a LoRA adapter" if format == "merged" else f"A LoRA adapter of {origin}"
+    if made_from := run.config.get("made_from"):
+        how = "combined from several" if "combine" in made_from else "taken over from another tool"
+        return f"{what}, {how} with [tlora_mlx]({HOME})."
+    if _taken_over(run):
+        return (
+            f"{what}, trained on from an earlier one with [tlora_mlx]({HOME}): A frozen, B trained."
+        )
+    method = f"[TLoRA]({PAPER}) (task-aware LoRA)"
+    what = f"{origin}, fine-tuned by {method}"
+    if format != "merged":
+        what = f"A {method} adapter of {origin}, trained"
+    return (
+        f"{what} with [tlora_mlx]({HOME}). LoRA's A is set from the training data and frozen, B is "
+        "trained, and each module's rank and scale follow its sensitivity."
+    )
 
 
 def _training(run: Run) -> list[str]:

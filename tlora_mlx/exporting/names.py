@@ -32,6 +32,12 @@ def hf_weight(model_type: str, name: str) -> HFWeight | None:
     return HFWeight(name, f"{name}.weight") if pattern and pattern.fullmatch(name) else None
 
 
+def mlx_name(model_type: str, module: str) -> str | None:
+    """The MLX module of a Hugging Face module; None where it is not known: the way back."""
+    pattern = SAME_NAMES.get(model_type)
+    return module if pattern and pattern.fullmatch(module) else None
+
+
 def unexportable(model_type: str, names: Iterable[str]) -> str | None:
     """Why these modules cannot be exported, in one sentence; None where they can."""
     if model_type not in SAME_NAMES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,7 @@ def export_peft(
         )
     write = {"portable": _portable, "compact": _compact}[layout]
     tensors, config = write(run, DTYPES[dtype])
-    overflown = [key for key, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if overflown:
-        raise UserError(f"{', '.join(overflown)} overflow {dtype}; use --dtype bfloat16 or float32")
+    refuse_overflow(tensors, dtype)
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -80,6 +79,13 @@ def export_peft(
         write_tensors(beside / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "adapter_config.json", config)
     return output
+
+
+def refuse_overflow(tensors: Mapping[str, mx.array], dtype: str) -> None:
+    """Raise a UserError where tensors that were cast to ``dtype`` are not finite any more."""
+    overflown = [key for key, value in tensors.items() if not mx.isfinite(value).all().item()]
+    if overflown:
+        raise UserError(f"{', '.join(overflown)} overflow {dtype}; use --dtype bfloat16 or float32")
 
 
 def _hf_names(run: Run) -> dict[str, str]:

@@ -120,6 +120,15 @@ def target_linears(
     return {k: v for k, v in found.items() if not suffixes or k.rsplit(".", 1)[-1] in suffixes}
 
 
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of a model, in its blocks or not, by full name."""
+    return {name: linear_shape(module) for name, module in _linears(model).items()}
+
+
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put ``modules`` into ``model`` in place, by full name."""
     model.update_modules(tree_unflatten(list(modules.items())))
@@ -140,8 +149,8 @@ def attach(model: nn.Module, plan: RankPlan, tensors: Mapping[str, mx.array]) ->
     Raises:
         ValueError: the plan or the tensors do not fit the model; all faults in one message.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
-    faults = adapter_faults(plan, tensors, {n: linear_shape(m) for n, m in linears.items()})
+    linears = _linears(model)
+    faults = adapter_faults(plan, tensors, linear_shapes(model))
     if faults:
         raise ValueError("; ".join(faults))
     model.freeze()

@@ -53,7 +53,30 @@ def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int =
     if not mx.isfinite(largest).item():
         raise ValueError("the covariance has entries that are not finite")
     scaled = covariance / mx.where(largest > 0, largest, 1.0)
-    weight = weight.astype(mx.float32)
+    return _top_right_vectors(weight.astype(mx.float32), scaled, rank, seed)
+
+
+def top_right_vectors(matrix: mx.array, rank: int, seed: int = 0) -> mx.array:
+    """The ``rank`` top right singular vectors of a matrix, found as in ``task_subspace``.
+
+    Args:
+        matrix: (m, n), any float dtype.
+        rank: between 1 and min(m, n).
+        seed: of the Krylov method's first block.
+
+    Returns:
+        (rank, n) float32 with orthonormal rows, evaluated.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    return _top_right_vectors(matrix.astype(mx.float32), None, rank, seed)
+
+
+def _top_right_vectors(
+    weight: mx.array, covariance: mx.array | None, rank: int, seed: int
+) -> mx.array:
+    """Of W·C, both float32; of W where C is None."""
     if min(weight.shape) > TYPICAL_BLOCKS * (rank + OVERSAMPLING):
         steps = krylov_subspace(
             lambda: weight, weight.shape, rank, OVERSAMPLING, PRODUCTS, TOLERANCE, seed
@@ -61,13 +84,13 @@ def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int =
         block = next(steps)
         while True:
             try:
-                block = steps.send(scaled @ block)
+                block = steps.send(block if covariance is None else covariance @ block)
             except StopIteration as done:
                 a, converged = done.value
                 break
         if converged:
             return a
-    return _exact_subspace(weight @ scaled, rank)
+    return _exact_subspace(weight if covariance is None else weight @ covariance, rank)
 
 
 def _exact_subspace(product: mx.array, rank: int) -> mx.array:

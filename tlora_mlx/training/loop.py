@@ -338,12 +338,14 @@ def _validate(
     now = progress.validated = progress.iteration
     known = loss if math.isfinite(loss) else None
     progress.val_loss = known
-    if now == 0:  # the base model's: B is zero
+    if now == 0:
         progress.first_val_loss = known
-    elif known is not None and (progress.best_loss is None or known < progress.best_loss):
+    lowest = known is not None and (progress.best_loss is None or known < progress.best_loss)
+    # Before the first update there is an adapter to keep only where one was given: else B is zero.
+    if lowest and (now > 0 or config.from_adapter):
         progress.best_loss, progress.best_iteration, progress.stale = known, now, 0
         recorder.best(model)
-    else:
+    elif now > 0:
         progress.stale += 1
     say(f"iteration {now}: validation loss {loss:.4f}")
     seconds = time.perf_counter() - start

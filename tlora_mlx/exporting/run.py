@@ -1,0 +1,26 @@
+"""Another tool's adapter, or several combined, as a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlora_mlx.exporting.peft import DTYPES, refuse_overflow
+from tlora_mlx.files import new_directory, write_json, write_tensors
+from tlora_mlx.run_directory import ADAPTERS, CONFIG, PLAN, Run
+from tlora_mlx.version import __version__
+
+
+def export_run(run: Run, output: Path, dtype: str = "float32") -> Path:
+    """Write a run directory that ``load_run`` and every command read.
+
+    Raises:
+        UserError: a value overflows ``dtype``, or ``output`` is taken.
+        RunError: it could not be written; nothing is left of it.
+    """
+    tensors = {key: value.astype(DTYPES[dtype]) for key, value in run.tensors.items()}
+    refuse_overflow(tensors, dtype)
+    with new_directory(output) as beside:
+        write_json(beside / PLAN, run.plan.to_dict())
+        write_tensors(beside / ADAPTERS, tensors, {"format": "mlx"})
+        write_json(beside / CONFIG, {"versions": {"tlora_mlx": __version__}, **run.config})
+    return output

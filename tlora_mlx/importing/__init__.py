@@ -1,0 +1,1 @@
+"""From the adapters of other tools to the form of a run."""
