@@ -28,7 +28,8 @@ def plan(config: PlanCommand) -> RankPlan:
     from tlora_mlx import pipeline
     from tlora_mlx.files import write_json
     from tlora_mlx.pictures import can_draw, draw_plan
-    from tlora_mlx.training.progress import print_plan, say
+    from tlora_mlx.terminal import say
+    from tlora_mlx.training.progress import print_plan
 
     output = Path(config.output).expanduser()
     if output.is_dir() or not output.parent.is_dir():

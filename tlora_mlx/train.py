@@ -42,9 +42,10 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, run: RunWriter) -> None:
     from tlora_mlx import pipeline
     from tlora_mlx.method.layers import attach
+    from tlora_mlx.terminal import say
     from tlora_mlx.training.checkpoint import Progress
     from tlora_mlx.training.loop import evaluate, fit, make_optimizer
-    from tlora_mlx.training.progress import say, say_summary
+    from tlora_mlx.training.progress import say_summary
 
     checkpoint = run.newest_checkpoint() if config.resume else None
     if checkpoint and run.is_finished(checkpoint.progress):
