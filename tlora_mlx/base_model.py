@@ -13,13 +13,9 @@ import mlx.nn as nn
 import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.files import check_safetensors, read_json
-
-# What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), and the card, which names what a
-# conversion was made from.
-FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"]
-FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
+from tlora_mlx.errors import UserError
+from tlora_mlx.files import check_safetensors
+from tlora_mlx.model_directory import find_model, read_model_config, weight_files
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class BaseModel:
     def fingerprint(self) -> str:
         """A digest of ``config.json`` and of 4 KiB from the middle of every weight tensor."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in _weight_files(self.path):
+        for file in weight_files(self.path, self.name):
             with file.open("rb") as weights:
                 header = weights.read(int.from_bytes(weights.read(8), "little"))
                 digest.update(header)
@@ -57,10 +53,6 @@ class BaseModel:
         return digest.hexdigest()
 
 
-def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("model*.safetensors"))
-
-
 def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """Load a model directory or Hub repository.
 
@@ -69,20 +61,9 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """
     from mlx_lm.utils import load
 
-    path = Path(name).expanduser()
-    if not path.exists():
-        path = _download(name)
-    elif not path.is_dir():
-        raise UserError(f"model {name} is a file; give the directory that holds config.json")
-    else:
-        name = str(path.resolve())
-    config = read_json(path / "config.json", f"the configuration of model {name}")
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
-    weights = _weight_files(path)
-    if not weights:
-        raise UserError(f"model {name} has no model*.safetensors in {path}")
-    for file in weights:
+    name, path = find_model(name)
+    config = read_model_config(path, name)
+    for file in weight_files(path, name):
         check_safetensors(file, "a weight file of the model")
     trust = {"trust_remote_code": trust_remote_code}
     if config.get("model_file") and not trust_remote_code:
@@ -123,21 +104,6 @@ def _reason(error: Exception) -> str:
     text = " ".join(line.strip() for line in lines)
     text = text if len(text) <= 300 else text[:300] + " …"
     return f"'{text}' is missing" if isinstance(error, KeyError) else text
-
-
-def _download(name: str) -> Path:
-    """The local snapshot of a Hub repository."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"model directory {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the client's errors have no common base below Exception
-        raise UserError(
-            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
-            f"{first_line(error)}"
-        ) from None
 
 
 def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:

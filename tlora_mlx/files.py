@@ -94,7 +94,7 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{what} is missing: there is no {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
         raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
 
 
