@@ -24,6 +24,10 @@ _HOME = {
     "attach": "method.layers",
     "TLoRALinear": "method.layers",
     "export_peft": "exporting.peft",
+    "export_mlx_lm": "exporting.mlx_lm",
+    "export_merged": "exporting.merge",
+    "export_dequantized": "exporting.dequantize",
+    "export_requantized": "exporting.requantize",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -11,7 +11,7 @@ from tlora_mlx.version import __version__
 COMMANDS = {
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
-    "export": "write a run as a PEFT adapter",
+    "export": "write a run as an adapter for PEFT or mlx-lm, or merged",
     "generate": "complete a prompt with base model and adapter",
 }
 

@@ -258,8 +258,13 @@ class ExportCommand(Config):
     """``python -m tlora_mlx.export``."""
 
     run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
-    format: str = option("peft", "what to write", choices=("peft",))
-    output: str | None = option(None, "directory to make; default: RUN-peft")
+    format: str = option(
+        "peft",
+        "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
+        "merged: the whole model with the adapter in its weights",
+        choices=("peft", "mlx-lm", "merged"),
+    )
+    output: str | None = option(None, "directory to make; default: RUN-FORMAT")
     layout: str = option(
         "portable",
         "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
@@ -267,11 +272,40 @@ class ExportCommand(Config):
         choices=("portable", "compact"),
     )
     dtype: str = option(
-        "float32", "dtype of the tensors", choices=("float32", "float16", "bfloat16")
+        "float32", "dtype of an adapter's tensors", choices=("float32", "float16", "bfloat16")
     )
     base_model: str | None = option(
-        None, "the base model's Hub repository, for readers; default: the run's own"
+        None,
+        "the base model: the Hub repository that an adapter names, the repository or directory "
+        "whose weights are merged; default: the run's own",
     )
+    dequantize: bool = option(
+        False, "merged: into the weights of the run's own quantized model, written dense"
+    )
+    quantize: bool = option(
+        False,
+        "merged: into the weights of the run's own quantized model, quantized again; says how much "
+        "of the adapter survives",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        merged = self.format == "merged"
+        wrong = [
+            ("--layout", self.layout != "portable" and self.format != "peft"),
+            ("--dtype", self.dtype != "float32" and merged),
+            ("--dequantize", self.dequantize and not merged),
+            ("--quantize", self.quantize and not merged),
+        ]
+        if names := [name for name, is_wrong in wrong if is_wrong]:
+            raise UserError(f"{' and '.join(names)} cannot go with --format {self.format}")
+        if self.dequantize and self.quantize:
+            raise UserError("--dequantize and --quantize exclude each other")
+        if self.base_model and (self.dequantize or self.quantize):
+            raise UserError(
+                "--base-model cannot go with --dequantize or --quantize, which merge into the "
+                "run's own model"
+            )
 
 
 @dataclass(kw_only=True)

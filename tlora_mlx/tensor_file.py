@@ -89,15 +89,31 @@ class TensorFile(Mapping[str, "mx.array"]):
         import mlx.core as mx
 
         entry = self.entries[name]
-        if entry.dtype not in MLX_DTYPES:
-            raise UserError(f"{name} in {self.path} has dtype {entry.dtype}, which MLX has not")
-        dtype = getattr(mx, MLX_DTYPES[entry.dtype])
         if not math.prod(entry.shape):
-            return mx.zeros(entry.shape, dtype)
-        stored = np.fromfile(
-            self.path, np.uint8, count=entry.stop - entry.start, offset=entry.start
-        )
-        return mx.array(stored).view(dtype).reshape(entry.shape)
+            return mx.zeros(entry.shape, self._dtype(name))
+        return self._read(name, entry.start, entry.stop).reshape(entry.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Some rows of a tensor as a matrix, (stop - start, last dimension)."""
+        entry = self.entries[name]
+        width = entry.shape[-1]
+        row = (entry.stop - entry.start) // math.prod(entry.shape[:-1])
+        values = self._read(name, entry.start + start * row, entry.start + stop * row)
+        return values.reshape(stop - start, width)
+
+    def _read(self, name: str, start: int, stop: int) -> mx.array:
+        import mlx.core as mx
+
+        stored = np.fromfile(self.path, np.uint8, count=stop - start, offset=start)
+        return mx.array(stored).view(self._dtype(name))
+
+    def _dtype(self, name: str) -> mx.Dtype:
+        import mlx.core as mx
+
+        code = self.entries[name].dtype
+        if code not in MLX_DTYPES:
+            raise UserError(f"{name} in {self.path} has dtype {code}, which MLX has not")
+        return getattr(mx, MLX_DTYPES[code])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

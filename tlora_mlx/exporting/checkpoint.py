@@ -118,9 +118,11 @@ class Scratch(threading.local):
 class OpenFile:
     """A file by its descriptor, read and written at offsets, from several threads."""
 
-    def __init__(self, path: Path, size: int | None = None):
-        """Open for reading, or, with ``size``, make a new file of so many bytes."""
-        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_EXCL
+    def __init__(self, path: Path, size: int | None = None, patch: bool = False):
+        """Open for reading, or make a new file of ``size`` bytes, or ``patch`` one that exists."""
+        flags = os.O_RDWR if patch else os.O_RDONLY
+        if size is not None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._path, self._descriptor = path, os.open(path, flags, 0o644)
         if size is not None:
             os.ftruncate(self._descriptor, size)

@@ -26,7 +26,7 @@ from tlora_mlx.exporting.checkpoint import (
 )
 from tlora_mlx.exporting.delta import Delta, run_delta
 from tlora_mlx.exporting.names import hf_weight, unexportable
-from tlora_mlx.exporting.proof import NOISE, ROUNDING, Errors, Proof, blocks, wrong
+from tlora_mlx.exporting.proof import Errors, Proof, blocks, compare_merged, wrong
 from tlora_mlx.files import new_directory
 from tlora_mlx.run_directory import Run
 from tlora_mlx.tensor_file import TensorFile
@@ -213,28 +213,7 @@ def _prove_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Bloc
         if not np.array_equal(before, after):
             raise wrong("what is not adapted")
         return Errors()
-    with np.errstate(invalid="ignore"):
-        return _compare(before, after, scratch, block)
-
-
-def _compare(before: np.ndarray, after: np.ndarray, scratch: Scratch, block: _Block) -> Errors:
-    """The errors of a block of a weight, W and W + Δ as stored."""
     weight = decode(before, scratch.array("weight", block.shape, np.float32))
     merged = decode(after, scratch.array("merged", block.shape, np.float32))
     delta = block.delta.product(scratch.array("delta", block.shape, np.float32))
-    error = np.subtract(merged, weight, out=weight)
-    error -= delta
-    errors = Errors.of(error, delta)
-    unit, least = ROUNDING[FLOATS[block.dtype]]
-    np.abs(merged, out=merged)
-    floor = NOISE * (merged.max() + np.abs(delta, out=delta).max()) + least
-    merged *= unit * (1 + 2 * unit)
-    excess = np.subtract(np.abs(error, out=error), merged, out=error).max()
-    if not np.isfinite(floor):
-        raise UserError(
-            f"{block.tensor} with its delta is not finite in {FLOATS[block.dtype]}: the delta is "
-            "too large for it, or the base model's weight is damaged"
-        )
-    if not excess <= floor:
-        raise wrong(block.tensor)
-    return errors
+    return compare_merged(block.tensor, weight, merged, delta, FLOATS[block.dtype])

@@ -146,6 +146,40 @@ def prove_adapter(run: Run, read: Callable[[str], Delta | None], dtype: str) -> 
     return proof
 
 
+def compare_merged(
+    name: str, weight: np.ndarray, merged: np.ndarray, delta: np.ndarray, dtype: str
+) -> Errors:
+    """Hold W + Δ as it was written against W and Δ; rounding to ``dtype`` is allowed.
+
+    Args:
+        name: of the weight.
+        weight: W, float32; it, and the next two, are overwritten.
+        merged: what was written, as float32.
+        delta: Δ.
+        dtype: of what was written.
+
+    Raises:
+        UserError: W + Δ is not finite.
+        RunError: it is off by more than rounding.
+    """
+    unit, least = ROUNDING[dtype]
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.subtract(merged, weight, out=weight)
+        error -= delta
+        errors = Errors.of(error, delta)
+        np.abs(merged, out=merged)
+        floor = NOISE * (merged.max() + np.abs(delta, out=delta).max()) + least
+        if not np.isfinite(floor) or not np.isfinite(errors.squares):
+            raise UserError(
+                f"{name} with its delta is not finite in {dtype}: the delta is too large for it, "
+                "or the base model's weight is damaged"
+            )
+        merged *= unit * (1 + 2 * unit)
+        if np.subtract(np.abs(error, out=error), merged, out=error).max() > floor:
+            raise wrong(name)
+    return errors
+
+
 def finite_in(tensors: Mapping[str, mx.array], dtype: str) -> None:
     """Raise a UserError where tensors do not fit into ``dtype``, to which they have been cast."""
     overflown = [key for key, value in tensors.items() if not mx.isfinite(value).all().item()]
