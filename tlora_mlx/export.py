@@ -57,11 +57,8 @@ def loaded_by(config: ExportCommand, output: Path) -> str:
             f"mlx-lm adapter in {output}; try it with\n"
             f"  mlx_lm.generate --model … --adapter-path {where} --prompt …"
         )
-    if config.quantize:
-        return f"merged model in {output}; load it with\n  mlx_lm.load({where})"
-    return (
-        f"merged model in {output}; load it with\n  AutoModelForCausalLM.from_pretrained({where})"
-    )
+    loader = "mlx_lm.load" if config.quantize else "AutoModelForCausalLM.from_pretrained"
+    return f"merged model in {output}; load it with\n  {loader}({where})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.checkpoint import FLOATS, Checkpoint
-from tlora_mlx.exporting.delta import float32
+from tlora_mlx.exporting.delta import adapted, float32
 from tlora_mlx.exporting.proof import DTYPES
 from tlora_mlx.run_directory import Run
 from tlora_mlx.tensor_file import TensorFile
@@ -97,7 +97,7 @@ def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, Stored
     if odd:
         raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
     weights, faults = {}, []
-    for name, module in run.plan.adapted().items():
+    for name, module in adapted(run).items():
         shape = (module.out_features, module.in_features)
         if f"{name}.weight" not in base.home:
             faults.append(f"it has no {name}.weight")

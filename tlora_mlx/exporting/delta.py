@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.allocation import ModulePlan
 from tlora_mlx.run_directory import Run
 
 
@@ -33,6 +35,17 @@ class Delta(NamedTuple):
 def float32(tensor: mx.array) -> np.ndarray:
     """An array of MLX as numpy's, in float32."""
     return np.array(tensor.astype(mx.float32))
+
+
+def adapted(run: Run) -> dict[str, ModulePlan]:
+    """The run's modules that have an adapter.
+
+    Raises:
+        UserError: none has.
+    """
+    if modules := run.plan.adapted():
+        return modules
+    raise UserError(f"no module of {run.path} has an adapter, so there is nothing to export")
 
 
 def run_delta(run: Run, name: str) -> Delta | None:

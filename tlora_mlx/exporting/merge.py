@@ -24,7 +24,7 @@ from tlora_mlx.exporting.checkpoint import (
     encode,
     segments,
 )
-from tlora_mlx.exporting.delta import Delta, run_delta
+from tlora_mlx.exporting.delta import Delta, adapted, run_delta
 from tlora_mlx.exporting.names import hf_weight, unexportable
 from tlora_mlx.exporting.proof import Errors, Proof, blocks, compare_merged, wrong
 from tlora_mlx.files import new_directory
@@ -89,7 +89,7 @@ def export_merged(run: Run, output: Path, base_model: str | None = None) -> Path
 def _targets(run: Run, base: Checkpoint) -> dict[str, str]:
     """The adapted module by the name of its tensor in the checkpoint; all faults in one message."""
     targets, faults = {}, []
-    for name, module in run.plan.adapted().items():
+    for name, module in adapted(run).items():
         tensor = hf_weight(run.config["model_type"], name).tensor
         targets[tensor] = name
         if tensor not in base.home:

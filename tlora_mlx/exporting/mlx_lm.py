@@ -6,8 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tlora_mlx.errors import UserError
-from tlora_mlx.exporting.delta import Delta, float32
+from tlora_mlx.exporting.delta import Delta, adapted, float32
 from tlora_mlx.exporting.proof import DTYPES, Proof, finite_in, prove_adapter
 from tlora_mlx.files import new_directory, read_json, write_json, write_tensors
 from tlora_mlx.run_directory import Run
@@ -43,9 +42,7 @@ def export_mlx_lm(
         RunError: it could not be written, or not as it should be; nothing is left of it.
     """
     modules = run.plan.modules
-    if not run.plan.adapted():
-        raise UserError(f"no module of {run.path} has an adapter, so there is nothing to export")
-    rank = max(module.rank for module in modules.values())
+    rank = max(module.rank for module in adapted(run).values())
     tensors = {}
     for name, module in modules.items():
         a, b = mx.zeros((module.in_features, rank)), mx.zeros((rank, module.out_features))
