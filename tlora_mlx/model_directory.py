@@ -25,8 +25,12 @@ def find_model(name: str) -> tuple[str, Path]:
     Raises:
         UserError: it is neither.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
+        raise UserError(f"model {name!r} is no path") from None
+    if not exists:
         return name, _download(name)
     if not path.is_dir():
         raise UserError(f"model {name} is a file; give the directory that holds config.json")

@@ -57,6 +57,10 @@ def read_run(path: str | Path) -> Run:
     missing = [key for key in ("model", "model_type") if not isinstance(config.get(key), str)]
     if missing:
         raise UserError(f"{path / CONFIG} has no {' and no '.join(map(repr, missing))}")
+    if not isinstance(config.get("base_model"), (str, type(None))):
+        raise UserError(f"'base_model' in {path / CONFIG} is no name")
+    if type(config.get("num_layers", -1)) is not int:
+        raise UserError(f"'num_layers' in {path / CONFIG} is no whole number")
     try:
         plan = RankPlan.from_dict(read_json(path / PLAN, "the run's rank plan"))
     except ValueError as error:

@@ -45,13 +45,18 @@ class StoredWeight:
         if parts[1] in base.home:
             scales = base.home[parts[1]].entries[parts[1]]
             self._settings = settings = _settings(base, name)
-            width = scales.shape[-1] * settings["group_size"]
-            fits = weight.shape[:-1] == scales.shape[:-1] and weight.dtype == "U32"
-            if not fits or weight.shape[-1] * 32 != width * settings["bits"]:
+            try:
+                width = scales.shape[-1] * settings["group_size"]
+                if weight.shape[:-1] != scales.shape[:-1] or math.prod(weight.shape[:-1]) < 1:
+                    raise ValueError
+                if weight.shape[-1] * 32 != width * settings["bits"]:
+                    raise ValueError
+                self.dense(base.home, 0, 1)
+            except (ValueError, TypeError, IndexError, RuntimeError):  # MLX checks the rest
                 raise UserError(
                     f"{name} of model {base.name} is not quantized as its config.json says: weight "
                     f"{weight.shape} and scales {scales.shape}, with {settings}"
-                )
+                ) from None
             self.shape = (*weight.shape[:-1], width)
             self.dtype = scales.dtype if scales.dtype in FLOATS else "BF16"
         self.rows = math.prod(self.shape[:-1])

@@ -20,7 +20,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 ROUNDING = {"float32": (2.0**-24, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
 # Sums in float32 may be taken in another order when they are taken again.
 NOISE = 2.0**-20
-BLOCK = 1 << 20  # entries of Δ that are formed at a time
+BLOCK = 1 << 18  # entries that are worked on at a time: they stay in a core's cache
 
 
 @dataclass
