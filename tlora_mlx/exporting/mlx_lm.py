@@ -83,7 +83,10 @@ def _prove(run: Run, path: Path, dtype: str) -> Proof:
     tensors = TensorFile(path / ADAPTERS, "the adapter")
 
     def delta(name: str) -> Delta | None:
-        a, b = float32(tensors[f"{name}.lora_a"]), float32(tensors[f"{name}.lora_b"])
+        keys = f"{name}.lora_a", f"{name}.lora_b"
+        if not set(keys) <= tensors.keys():
+            return None
+        a, b = (float32(tensors[key]) for key in keys)
         if a.shape[1] != parameters["rank"]:
             return None
         return Delta(parameters["scale"] * b.T, a.T)

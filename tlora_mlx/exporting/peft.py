@@ -165,7 +165,7 @@ def _prove(run: Run, path: Path, dtype: str) -> Proof:
 
     def delta(name: str) -> Delta | None:
         a_key, b_key = _keys(names[name])
-        if a_key not in tensors:
+        if not {a_key, b_key} <= tensors.keys():
             return None
         a, b = float32(tensors[a_key]), float32(tensors[b_key])
         rank = setting("rank", names[name])
