@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -16,6 +17,7 @@ from test_export import TOKENS, base_model, logits_of, make_run, mlx_logits, zer
 from transformers import AutoTokenizer
 
 from tlora_mlx import UserError, export_merged, load_run, read_run
+from tlora_mlx.exporting import merge
 from tlora_mlx.exporting.checkpoint import Scratch, decode, encode
 from tlora_mlx.files import write_json, write_tensors
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
@@ -115,6 +117,29 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
     assert different <= 1e-4 * sum(tensor.numel() for tensor in got.values())
     logits = np.array(load_run(run).model(mx.array(TOKENS)).astype(mx.float32))
     assert np.abs(mlx_lm_logits(out) - logits).max() < 0.1 * np.abs(logits).max()
+
+
+def test_a_weight_that_is_kept_transposed(model_path, tmp_path, monkeypatch):
+    """As Conv1D's are: even a square one is told apart by its family, not by its shape."""
+    kept = r"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"  # square, and not
+    tensors = all_tensors(model_path)
+    for name in kept:
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T.contiguous()
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    write_json(base / "config.json", {"model_type": "llama"})
+    monkeypatch.setattr(
+        merge,
+        "hf_weight",
+        lambda family, name: SimpleNamespace(tensor=f"{name}.weight", transposed=name in kept),
+    )
+    run = make_run(tmp_path / "run", model_path, lambda i, shape: 3)
+    out = all_tensors(export_merged(read_run(run), tmp_path / "merged", str(base)))
+    for name in kept:
+        out[f"{name}.weight"] = out[f"{name}.weight"].T
+    for name, expected in merged_by_torch(model_path, run).items():
+        assert (out[name] - expected).abs().max() < 1e-6, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -94,7 +94,11 @@ def read_json(path: Path, what: str) -> Any:
         UserError: it is missing, unreadable or not JSON; the sentence begins with ``what``.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair can be escaped, and never written again
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -27,6 +27,10 @@ class Delta(NamedTuple):
         """Some rows of Δ, as factors."""
         return Delta(self.b[start:stop], self.a)
 
+    def transposed(self) -> Delta:
+        """Δᵀ, (in, out)."""
+        return Delta(np.ascontiguousarray(self.a.T), np.ascontiguousarray(self.b.T))
+
     def product(self, out: np.ndarray | None = None) -> np.ndarray:
         """Δ itself."""
         return np.matmul(self.b, self.a, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from tlora_mlx.exporting.checkpoint import (
 from tlora_mlx.exporting.conversion import StoredWeight, read_conversion
 from tlora_mlx.exporting.delta import float32, run_delta
 from tlora_mlx.exporting.proof import Proof, blocks, compare_merged, wrong
-from tlora_mlx.files import ITEM_SIZES, new_directory, tensors_header, write_json
+from tlora_mlx.files import ITEM_SIZES, new_directory, tensors_header, write_json, write_text
 from tlora_mlx.run_directory import Run
 from tlora_mlx.tensor_file import TensorFile
 from tlora_mlx.terminal import bar, say
@@ -69,7 +70,9 @@ def export_dequantized(run: Run, output: Path) -> Path:
     proof = Proof()
     with new_directory(output) as beside:
         base.copy_other_files(beside)
-        write_json(beside / "config.json", _without_quantization(base.config))
+        # Infinity in a configuration is as it was: transformers and mlx-lm read it.
+        text = json.dumps(_without_quantization(base.config), indent=2)
+        write_text(beside / "config.json", text + "\n")
         if len(files) > 1:
             places = {tensor: file for file, names in files.items() for tensor in names}
             size = sum(_bytes(tensor) for tensor in tensors.values())

@@ -86,16 +86,30 @@ def export_merged(run: Run, output: Path, base_model: str | None = None) -> Path
     return output
 
 
-def _targets(run: Run, base: Checkpoint) -> dict[str, str]:
-    """The adapted module by the name of its tensor in the checkpoint; all faults in one message."""
+class _Target(NamedTuple):
+    """A module that is merged, and whether the checkpoint keeps its weight as (in, out)."""
+
+    module: str
+    transposed: bool
+
+    def delta(self, run: Run) -> Delta:
+        """Δ as the checkpoint keeps the weight."""
+        delta = run_delta(run, self.module)
+        return delta.transposed() if self.transposed else delta
+
+
+def _targets(run: Run, base: Checkpoint) -> dict[str, _Target]:
+    """What is merged by the name of its tensor in the checkpoint; all faults in one message."""
     targets, faults = {}, []
     for name, module in adapted(run).items():
-        tensor = hf_weight(run.config["model_type"], name).tensor
-        targets[tensor] = name
+        weight = hf_weight(run.config["model_type"], name)
+        tensor = weight.tensor
+        targets[tensor] = target = _Target(name, getattr(weight, "transposed", False))
         if tensor not in base.home:
             faults.append(f"it has no {tensor}")
             continue
         entry, shape = base.home[tensor].entries[tensor], (module.out_features, module.in_features)
+        shape = shape[::-1] if target.transposed else shape
         if entry.shape != shape:
             faults.append(f"{tensor} has shape {entry.shape}, the run was trained on {shape}")
         elif entry.dtype not in FLOATS:
@@ -125,7 +139,7 @@ class _Block(NamedTuple):
     delta: Delta | None
 
 
-def _segments(file: TensorFile, run: Run, targets: Mapping[str, str]) -> Iterator[list[_Block]]:
+def _segments(file: TensorFile, run: Run, targets: Mapping[str, _Target]) -> Iterator[list[_Block]]:
     """The blocks of a whole file in its order: those of one weight, or of what is between two."""
     for tensor, start, stop in segments(file, targets.keys()):
         if tensor is None:
@@ -133,7 +147,7 @@ def _segments(file: TensorFile, run: Run, targets: Mapping[str, str]) -> Iterato
                 _Block(None, start + i, (j - i,), "U8", None) for i, j in blocks(stop - start, 1)
             ]
             continue
-        entry, delta = file.entries[tensor], run_delta(run, targets[tensor])
+        entry, delta = file.entries[tensor], targets[tensor].delta(run)
         row = np.dtype(STORED[entry.dtype]).itemsize * entry.shape[1]
         yield [
             _Block(
@@ -151,7 +165,7 @@ def _write(
     file: TensorFile,
     target: Path,
     run: Run,
-    targets: Mapping[str, str],
+    targets: Mapping[str, _Target],
     advance: Callable[[int], None],
 ) -> None:
     """Write one weight file of the merged model."""
@@ -169,7 +183,7 @@ def _prove(
     file: TensorFile,
     target: Path,
     run: Run,
-    targets: Mapping[str, str],
+    targets: Mapping[str, _Target],
     proof: Proof,
     advance: Callable[[int], None],
 ) -> None:
@@ -182,7 +196,7 @@ def _prove(
         for segment in _segments(file, run, targets):
             for errors in pool.map(work, segment):
                 if tensor := segment[0].tensor:
-                    proof.add(targets[tensor], errors)
+                    proof.add(targets[tensor].module, errors)
             advance(int(segment[0].tensor is not None))
 
 
