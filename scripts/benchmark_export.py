@@ -117,8 +117,8 @@ def peak_resident() -> float:
 
 def ours(place: Path, output: Path) -> dict[str, float]:
     """Our export, as its command runs it; seconds by stage."""
-    from tlora_mlx.config import ExportCommand
-    from tlora_mlx.export import export
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as tlora_mlx.export.main does
+    from tlora_mlx.export import main as export
     from tlora_mlx.exporting import merge
 
     seconds = {"write": 0.0, "fsync": 0.0, "read back": 0.0}
@@ -137,7 +137,8 @@ def ours(place: Path, output: Path) -> dict[str, float]:
     merge._prove = timed("read back", merge._prove)
     os.fsync = timed("fsync", os.fsync)
     start = time.perf_counter()
-    export(ExportCommand(run=str(place / "run"), format="merged", output=str(output)))
+    if export([str(place / "run"), "--format", "merged", "--output", str(output)]):
+        raise SystemExit(1)
     return {"work": time.perf_counter() - start, **seconds}
 
 

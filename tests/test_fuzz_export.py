@@ -31,7 +31,9 @@ JSON = st.one_of(
     st.booleans(),
     st.integers(-3, 3),
     st.sampled_from([10**30, 10**400, -1, 0.5, float("nan"), float("inf"), [], {}, [[]], "\0", ""]),
-    st.sampled_from(["../x", "/etc/passwd", "~nobody/x", "x" * 5000, "a/b", "\ud800", "F32", "llama"]),
+    st.sampled_from(
+        ["../x", "/etc/passwd", "~nobody/x", "x" * 5000, "a/b", "\ud800", "F32", "llama"]
+    ),
     st.text(max_size=4),
     st.lists(st.integers(-2, 200), max_size=3),
 )
@@ -122,7 +124,7 @@ def test_any_damage(place, capsys, data, case):
         else:
             assert code == 2, errors
             assert errors.startswith("error: ")
-            assert len(errors.strip().splitlines()) == 1
+            assert errors.strip().count("\n") == 0
         assert set(place.rglob("*")) == before
     finally:
         shutil.rmtree(out, ignore_errors=True)

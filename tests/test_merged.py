@@ -182,6 +182,8 @@ def big_run(place, layers):
     run = place / "run"
     run.mkdir(parents=True)
     write_tensors(place / "model.safetensors", weights, {})
+    placed = dict.fromkeys(weights, "model.safetensors")
+    write_json(place / "model.safetensors.index.json", {"weight_map": placed})
     write_json(place / "config.json", {"model_type": "llama"})
     base = {"model": str(place), "base_model": str(place), "model_type": "llama"}
     write_json(run / "adapter_config.json", {"fine_tune_type": "tlora", **base})

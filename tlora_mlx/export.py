@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ def loaded_by(config: ExportCommand, output: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    # Merging has threads of its own: those of numpy's OpenBLAS, not loaded yet, would fight them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     def command() -> None:
         config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)

@@ -115,6 +115,9 @@ class TensorFile(Mapping[str, "mx.array"]):
             raise UserError(f"{name} in {self.path} has dtype {code}, which MLX has not")
         return getattr(mx, MLX_DTYPES[code])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a Mapping's own reads the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
