@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -115,6 +116,11 @@ def peak_resident() -> float:
     raise SystemExit("this benchmark reads /proc/self/status, so it needs Linux")
 
 
+def spent(start: float, processor: float) -> dict[str, float]:
+    """Seconds since then, on the clock and of all processors."""
+    return {"work": time.perf_counter() - start, "cpu": time.process_time() - processor}
+
+
 def ours(place: Path, output: Path) -> dict[str, float]:
     """Our export, as its command runs it; seconds by stage."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as tlora_mlx.export.main does
@@ -136,10 +142,10 @@ def ours(place: Path, output: Path) -> dict[str, float]:
     merge._write = timed("write", merge._write)
     merge._prove = timed("read back", merge._prove)
     os.fsync = timed("fsync", os.fsync)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     if export([str(place / "run"), "--format", "merged", "--output", str(output)]):
         raise SystemExit(1)
-    return {"work": time.perf_counter() - start, **seconds}
+    return {**spent(start, processor), **seconds}
 
 
 def peft(place: Path, output: Path) -> dict[str, float]:
@@ -148,12 +154,12 @@ def peft(place: Path, output: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, place / "peft").merge_and_unload()
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(place / "model").save_pretrained(output)
-    return {"work": time.perf_counter() - start}
+    return spent(start, processor)
 
 
 def fuse(place: Path, output: Path) -> dict[str, float]:
@@ -162,9 +168,9 @@ def fuse(place: Path, output: Path) -> dict[str, float]:
 
     sys.argv = ["fuse", "--model", str(place / "model"), "--save-path", str(output)]
     sys.argv += ["--adapter-path", str(place / "mlx-lm")]
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     fuse.main()
-    return {"work": time.perf_counter() - start}
+    return spent(start, processor)
 
 
 def bare(place: Path, output: Path) -> dict[str, float]:
@@ -173,7 +179,7 @@ def bare(place: Path, output: Path) -> dict[str, float]:
     import numpy as np
 
     mx.eval(mx.array(np.ones((64, 64), np.float32)) @ mx.ones((64, 64)))
-    return {"work": 0.0}
+    return {}
 
 
 def measure(side: str, place: Path) -> dict[str, float]:
@@ -182,12 +188,19 @@ def measure(side: str, place: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--place", str(place)]
     if side == "cp":
         command = ["cp", "-r", str(place / "model"), str(output)]
-    start = time.perf_counter()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start, before = time.perf_counter(), children.ru_utime + children.ru_stime
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = children.ru_utime + children.ru_stime - before
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr}")
-    found = {"work": wall} if side == "cp" else json.loads(done.stdout.splitlines()[-1])
+    found = (
+        {"work": wall, "cpu": processor}
+        if side == "cp"
+        else json.loads(done.stdout.splitlines()[-1])
+    )
     written = output.exists() and sum(f.stat().st_size for f in output.glob("*.safetensors"))
     shutil.rmtree(output, ignore_errors=True)
     return {"wall": wall, "gb": written / 1e9, **found}
@@ -233,8 +246,8 @@ def report(rounds: dict[str, list[dict[str, float]]], baseline: float) -> None:
     largest = VOCABULARY * HIDDEN * 2 / 1e6
     print(f"{reference['gb']:.2f} GB of bf16, largest tensor {largest:.0f} MB, rank {RANK}; ")
     print(f"bare interpreter with MLX and numpy: {baseline:.0f} MB\n")
-    print("| way | process s | without imports s | GB/s | × ours | extra MB | ÷ largest tensor |")
-    print("|---|---|---|---|---|---|---|")
+    print("| way | process s | without imports s | CPU s | GB/s | × ours | extra MB | ÷ largest |")
+    print("|---|---|---|---|---|---|---|---|")
     for side, title in SIDES.items():
         row = middle[side]
         memory = "| | |"
@@ -242,7 +255,7 @@ def report(rounds: dict[str, list[dict[str, float]]], baseline: float) -> None:
             extra = row["peak"] - baseline
             memory = f"| {extra:.0f} | {extra / largest:.1f} |"
         print(
-            f"| {title} | {row['wall']:.2f} | {row['work']:.2f} | {row['gb'] / row['work']:.2f} "
+            f"| {title} | {row['wall']:.2f} | {row['work']:.2f} | {row['cpu']:.2f} | {row['gb'] / row['work']:.2f} "
             f"| {row['work'] / reference['work']:.1f} {memory}"
         )
     parts = ", ".join(f"{k} {reference[k]:.2f} s" for k in ("write", "fsync", "read back"))
