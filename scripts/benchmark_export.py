@@ -255,8 +255,8 @@ def report(rounds: dict[str, list[dict[str, float]]], baseline: float) -> None:
             extra = row["peak"] - baseline
             memory = f"| {extra:.0f} | {extra / largest:.1f} |"
         print(
-            f"| {title} | {row['wall']:.2f} | {row['work']:.2f} | {row['cpu']:.2f} | {row['gb'] / row['work']:.2f} "
-            f"| {row['work'] / reference['work']:.1f} {memory}"
+            f"| {title} | {row['wall']:.2f} | {row['work']:.2f} | {row['cpu']:.2f} "
+            f"| {row['gb'] / row['work']:.2f} | {row['work'] / reference['work']:.1f} {memory}"
         )
     parts = ", ".join(f"{k} {reference[k]:.2f} s" for k in ("write", "fsync", "read back"))
     share = middle["cp"]["work"] / reference["work"]
