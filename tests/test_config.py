@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -72,6 +73,9 @@ def test_plan_takes_the_yaml_of_train(tmp_path):
         (["--learning-rate", "nan"], "--learning-rate must be a finite number, not nan"),
         (["--learning-rate", "-0.1"], "--learning-rate must be above 0, not -0.1"),
         (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+        (["--learning-rate", "1e39"], "--learning-rate must be below 3e.38, not 1e.39"),
+        (["--adapter-path", ""], "--adapter-path must not be empty"),
+        (["-c", ""], "cannot read the configuration file"),
         (["--warmup", "1.5"], "--warmup must be at most 1, not 1.5"),
         (["--num-layers", "0"], "--num-layers must be -1 .all. or at least 1, not 0"),
         (["--val-batches", "0"], "--val-batches must be -1 .all. or at least 1, not 0"),
@@ -135,6 +139,12 @@ def test_help_loads_nothing_heavy(command):
     assert "usage: tlora" in result.stdout
 
 
+def test_a_terminal_without_our_characters():
+    result = tlora("train", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "(in ? in)" in result.stdout
+
+
 def test_the_console_script():
     def tlora_script(*arguments):
         code = f"import sys; from tlora_mlx.cli import main; sys.exit(main({list(arguments)!r}))"
@@ -146,6 +156,6 @@ def test_the_console_script():
     unknown = tlora_script("trian")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        "error: unknown command 'trian'; it is one of train, plan, export, generate\n"
+        "error: unknown command 'trian'; it is one of train, plan, export, upload, generate\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

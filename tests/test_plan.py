@@ -1,4 +1,5 @@
 import json
+import os
 
 from conftest import tlora
 
@@ -33,12 +34,29 @@ def test_the_options_reach_the_plan(model_path, data_path, tmp_path, tlora_here)
     assert min(m.scale for m in plan.modules.values()) == 2.0
 
 
+def test_modules_of_one_kind_in_one_block_all_have_a_cell():
+    from tlora_mlx.method.allocation import ModulePlan
+    from tlora_mlx.training.progress import plan_grid
+
+    names = [f"model.layers.{i}.{m}.up" for i in (0, 1) for m in ("mlp", "shared")]
+    plan = RankPlan(4, 4, {name: ModulePlan(4, 1.0, 1.0, 8, 8) for name in names})
+    blocks, kinds, cells = plan_grid(plan)
+    assert (blocks, kinds) == (["0", "1"], ["up", "shared.up"])
+    assert sorted(cells.values()) == sorted(names)
+
+
 def test_bad_output(model_path, data_path, tmp_path, tlora_here):
     arguments = ["--model", model_path, "--data", data_path, "--output"]
     for output in (tmp_path, tmp_path / "no" / "plan.json"):
         result = tlora_here("plan", *arguments, output)
         assert result.returncode == 2
         assert "must be a file in a directory that exists" in result.stderr
+    os.mkfifo(tmp_path / "pipe")  # stands in for a device: it must not be replaced by a file
+    assert "must be a file" in tlora_here("plan", *arguments, tmp_path / "pipe").stderr
+    result = tlora_here("plan", *arguments, tmp_path / "plan.png")
+    assert result.returncode == 2
+    assert "the picture goes beside it" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_another_rank_from_saved_sensitivities(model_path, data_path, tmp_path, tlora_here):

@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROWS, quick_train, save_model, tlora, write_jsonl
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from test_train import arguments, assert_one_sentence
 
 from tlora_mlx import read_run
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import RunError, UserError
 
 ITERATIONS = 40
 SLOW = {"iters": ITERATIONS, "save_every": 1, "keep_checkpoints": 2, "steps_per_report": 3}
@@ -130,6 +132,81 @@ def test_interrupted_and_gone_on_with(model_path, data_path, tmp_path, tlora_her
     assert progress["progress"]["iteration"] == int(newest(run)) > 0
 
 
+def raise_in(monkeypatch, where, number, wanted=lambda *args: True):
+    """Let a signal arrive as soon as a function is called with the wanted arguments."""
+    module, name = where.rsplit(".", 1)
+    function = getattr(import_module(module), name)
+
+    def interrupted(*args, **kwargs):
+        if wanted(*args):
+            signal.raise_signal(number)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(where, interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_before_the_first_checkpoint(
+    model_path, data_path, tmp_path, tlora_here, monkeypatch, number, code
+):
+    raise_in(monkeypatch, "tlora_mlx.pipeline.plan_ranks", number)
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "run"))
+    assert_one_sentence(result, code, "error: interrupted")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("kept")
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "mine"))
+    assert result.returncode == code
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_in_the_last_test(
+    model_path, data_path, tmp_path, tlora_here, monkeypatch, number, code
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert tlora_here(*arguments(model_path, data_path, whole, "--test")).returncode == 0
+    calls = []
+    with monkeypatch.context() as patch:
+        raise_in(
+            patch, "tlora_mlx.training.loop.evaluate", number,
+            lambda *args: args[3] == "testing" and calls.append(1) is None and len(calls) == 2,
+        )  # fmt: skip
+        result = tlora_here(*arguments(model_path, data_path, run, "--test"))
+    assert_one_sentence(result, code, f"tlora_mlx.train --adapter-path {run} --resume")
+    assert not (run / "adapters.safetensors").exists()
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert results(run) == results(whole)
+    assert ["test_loss" in report for report in results(run)[2]].count(True) == 2
+
+
+def test_a_signal_while_a_file_is_written(tmp_path):
+    from tlora_mlx.errors import Terminated, sigterm_as_ctrl_c
+    from tlora_mlx.files import replace_file
+
+    def write_and_stop(beside):
+        beside.write_text("half")
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated), sigterm_as_ctrl_c():
+        replace_file(tmp_path / "a", write_and_stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_reads_the_output(model_path, data_path, tmp_path):
+    """A terminal or pipe that goes away does not take the run with it."""
+    run = tmp_path / "run"
+    command = ["tlora_mlx.train", *arguments(model_path, data_path, run)[1:]]
+    command = [sys.executable, "-m", *map(str, command)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+    assert read_run(run).tensors
+
+
 def test_a_finished_run_says_so(uncut, tlora_here):
     before = {p: p.read_bytes() for p in uncut.rglob("*") if p.is_file()}
     result = tlora_here("train", "--adapter-path", uncut, "--resume")
@@ -151,6 +228,30 @@ def test_killed_between_the_last_checkpoint_and_the_adapter(uncut, tmp_path, tlo
     (run / "adapters.safetensors").unlink()
     assert tlora_here("train", "--adapter-path", run, "--resume").returncode == 0
     assert results(run) == results(uncut)
+
+
+@pytest.mark.parametrize("length", [0, 100, -10])
+def test_the_adapter_of_a_finished_run_is_cut_short(uncut, tmp_path, tlora_here, length):
+    run = shutil.copytree(uncut, tmp_path / "run")
+    adapters = (run / "adapters.safetensors").read_bytes()
+    (run / "adapters.safetensors").write_bytes(adapters[:length])
+    assert tlora_here("train", "--adapter-path", run, "--resume").returncode == 0
+    assert results(run) == results(uncut)
+
+
+def test_what_else_lies_in_a_run_or_is_missing(uncut, tmp_path, tlora_here):
+    run = unfinished(uncut, tmp_path / "run")
+    (run / "checkpoints" / "9999999").write_text("no directory")
+    (run / "metrics.jsonl").write_bytes(b"\xff no report\n" * 1000)
+    plan = (run / "rank_plan.json").read_bytes()
+    (run / "rank_plan.json").unlink()
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert_one_sentence(result, 2, "the run's rank plan is missing")
+    (run / "rank_plan.json").write_bytes(plan)
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "loss.png is not drawn" in result.stdout
+    assert (run / "adapters.safetensors").read_bytes() == results(uncut)[0]
 
 
 def test_a_damaged_checkpoint_is_skipped(uncut, tmp_path, tlora_here):
@@ -175,6 +276,7 @@ def test_without_any_whole_checkpoint_it_begins_again(uncut, tmp_path, tlora_her
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert result.returncode == 0
     assert "is skipped: its state is not valid JSON" in result.stdout
+    assert "no checkpoint is whole, so the run begins again" in result.stdout
     assert results(run) == results(uncut)
 
 
@@ -206,6 +308,41 @@ def test_damage_anywhere_is_seen(uncut, tmp_path_factory, name, position, change
     assert (name, same) == ("state.json", True)
 
 
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    finished=st.booleans(),
+    file=st.floats(0, 1, exclude_max=True),
+    position=st.floats(0, 1, exclude_max=True),
+    change=st.one_of(st.integers(1, 255), st.just("cut")),
+)
+def test_a_run_damaged_anywhere(
+    uncut, tmp_path_factory, tlora_here, finished, file, position, change
+):
+    """Resumed to the adapter of the whole run, or one sentence; no traceback either way."""
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(uncut, run) if finished else unfinished(uncut, run)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.suffix != ".png")
+    path = files[int(file * len(files))]
+    data = bytearray(path.read_bytes())
+    at = int(position * len(data))
+    if change == "cut":
+        del data[at:]
+    else:
+        data[at] ^= change
+    path.write_bytes(data)
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    if result.returncode == 0 and path.name != "adapters.safetensors":
+        assert (run / "adapters.safetensors").read_bytes() == results(uncut)[0]
+    elif result.returncode:
+        assert_one_sentence(result, 2, "")
+    shutil.rmtree(run)
+
+
 def test_what_changed_is_refused(uncut, model_path, data_path, tmp_path, tlora_here):
     run = unfinished(uncut, tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -233,6 +370,10 @@ def test_what_changed_is_refused(uncut, model_path, data_path, tmp_path, tlora_h
     (run / "rank_plan.json").write_text(json.dumps(plan))
     before[run / "rank_plan.json"] = (run / "rank_plan.json").read_bytes()
     refused("its rank plan changed")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "learning_rate": 2e-2}))
+    before[run / "adapter_config.json"] = (run / "adapter_config.json").read_bytes()
+    refused("its options and rank plan changed")
 
 
 def test_moved_model_and_data_are_the_same(uncut, model_path, data_path, tmp_path, tlora_here):
@@ -305,9 +446,9 @@ def test_a_full_disk(model_path, data_path, tmp_path):
     assert read_checkpoint(kept).progress.iteration >= 5
 
 
-def test_a_loss_that_is_not_finite(model_path, tmp_path, tlora_here):
-    """One poisoned token: a row whose embedding is not a number."""
-    model = save_model(tmp_path / "model")
+def poisoned_model(path):
+    """One poisoned token, ``~``: its embedding is not a number."""
+    model = save_model(path)
     from transformers import AutoTokenizer
 
     (token,) = AutoTokenizer.from_pretrained(model).encode("~")
@@ -318,7 +459,45 @@ def test_a_loss_that_is_not_finite(model_path, tmp_path, tlora_here):
     if "lm_head.weight" in tensors:
         tensors["lm_head.weight"] = mx.array(np.nan_to_num(np.array(tensors["lm_head.weight"])))
     mx.save_safetensors(str(model / "model.safetensors"), tensors, {"format": "pt"})
-    data = tmp_path / "data"
+    return model
+
+
+def test_a_validation_or_test_loss_that_is_not_finite(tmp_path, tlora_here):
+    model, data = poisoned_model(tmp_path / "model"), tmp_path / "data"
+    write_jsonl(data / "train.jsonl", ROWS[:4])
+    for split in ("valid", "test"):
+        write_jsonl(data / f"{split}.jsonl", [{"prompt": "~", "completion": "b"}])
+    run = tmp_path / "run"
+    result = tlora_here(*arguments(model, data, run, "--test"))
+    assert result.returncode == 0, result.stderr
+    assert "the test loss of iteration 4 is not finite" in result.stdout
+    reports = results(run)[2]
+    assert [r["test_loss"] for r in reports if "test_loss" in r] == [None, None]
+    assert [r["val_loss"] for r in reports if "val_loss" in r] == [None, None]
+    assert read_run(run).tensors
+
+
+def test_a_gradient_that_is_not_finite(model_path, data_path, tmp_path, monkeypatch):
+    """The loss is finite, its gradient at B = 0 is not: B stays what it was."""
+    from tlora_mlx.training import loop
+
+    plain = loop.summed_loss
+
+    def steep(model, *args):
+        squares = [mx.square(b).sum() for _, b in tree_flatten(model.trainable_parameters())]
+        loss, *rest = plain(model, *args)
+        return loss + mx.sqrt(sum(squares)), *rest
+
+    monkeypatch.setattr(loop, "summed_loss", steep)
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=r"the gradient is not finite in iteration 1 \(.*, line \d"):
+        quick_train(model_path, data_path, run)
+    tensors = mx.load(str(run / "checkpoints" / newest(run) / "adapters.safetensors"))
+    assert not any(value.any().item() for key, value in tensors.items() if key.endswith("lora_b"))
+
+
+def test_a_loss_that_is_not_finite(tmp_path, tlora_here):
+    model, data = poisoned_model(tmp_path / "model"), tmp_path / "data"
     rows = ROWS[:9]
     write_jsonl(data / "train.jsonl", rows)
     plan = tmp_path / "plan.json"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -102,6 +103,21 @@ def test_trained_parameters_before_and_after_a_save(run_path, model_path):
     assert mx.abs(base.model(tokens) - load_model(model_path)[0](tokens)).max().item() > 1e-3
 
 
+def test_a_hub_repository(model_path, data_path, tmp_path):
+    """By its name, from the Hub client's own cache: there is no network here."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model_path, repository / "snapshots" / commit)
+    run = tmp_path / "run"
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    result = tlora(*arguments("org/tiny", data_path, run), env=environment)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert (config["model"], config["base_model"]) == ("org/tiny", "org/tiny")
+
+
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
 def test_a_quantized_base(data_path, tmp_path, bits, mode):
     """A conversion by mlx-lm's own command, as users have them; exported onto its original."""
@@ -130,6 +146,9 @@ def test_generate_shows_base_and_adapter(run_path):
     assert base.split("\n", 1)[1].strip() != adapted.split("\n", 1)[1].strip()
     piped = tlora("generate", run_path, "--prompt", "-", "--max-tokens", 5, input="Add 1 and 2.\n")
     assert piped.stdout == result.stdout
+    for prompt, message in (("", "--prompt must not be empty"), ("-", "standard input is empty")):
+        result = tlora("generate", run_path, "--prompt", prompt, input="")
+        assert_one_sentence(result, 2, message)
 
 
 # ---------------------------------------------------------------- bad input
@@ -151,6 +170,10 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         del tensors["model.norm.weight"]
         mx.save_safetensors(str(path / "model.safetensors"), tensors, {"format": "pt"})
 
+    def drop_tokenizer(path):
+        for file in path.glob("tokenizer*"):
+            file.unlink()
+
     def set_type(path):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
@@ -167,6 +190,7 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         (data_path, "the configuration of model"),
         (broken("cut", cut), "damaged or cut short"),
         (broken("incomplete", drop_tensor), "norm.weight"),
+        (broken("mute", drop_tokenizer), "has no tokenizer (tokenizer.json, "),
         (broken("weightless", lambda p: (p / "model.safetensors").unlink()), "has no model*.safe"),
         (broken("garbled", lambda p: (p / "config.json").write_text("{")), "is not valid JSON"),
         (broken("typeless", lambda p: (p / "config.json").write_text("{}")), "no 'model_type'"),
@@ -207,6 +231,13 @@ def test_a_directory_that_holds_another_run_is_left_alone(
     assert {p: p.read_bytes() for p in run_path.rglob("*") if p.is_file()} == before
     result = tlora_here(*arguments(model_path, data_path, run_path / "metrics.jsonl"))
     assert_one_sentence(result, 2, "is a file")
+
+
+def test_somebody_elses_reports_are_left_alone(model_path, data_path, tmp_path, tlora_here):
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    result = tlora_here(*arguments(model_path, data_path, tmp_path))
+    assert_one_sentence(result, 2, "holds another run (metrics.jsonl)")
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
 
 
 def test_an_adapter_path_that_cannot_be_made(model_path, data_path, tmp_path, tlora_here):
@@ -259,17 +290,20 @@ def test_a_plan_edited_by_hand(model_path, data_path, run_path, tmp_path, tlora_
 
 def test_all_faults_of_a_plan_in_one_message(model_path, data_path, run_path, tmp_path, tlora_here):
     plan = json.loads((run_path / "rank_plan.json").read_text())
-    first, second, *_ = plan["modules"]
+    first, second, third, *_ = plan["modules"]
     plan["modules"][first]["rank"] = 49
     plan["modules"][second]["in_features"] = 7
     plan["modules"]["model.layers.9.mlp.up_proj"] = plan["modules"][first]
+    plan["modules"][third]["scale"] = "2"
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     result = tlora_here(*arguments(model_path, data_path, tmp_path / "run", "--plan", path))
-    assert_one_sentence(result, 2, "does not fit")
+    assert_one_sentence(result, 2, "is not right")
+    assert f"'scale' of {third} is not a finite number" in result.stderr
     assert f"{first} has rank 49, above min(48, 48)" in result.stderr
     assert f"{second} has shape (24, 48) in the model, (24, 7) in the plan" in result.stderr
     assert "model.layers.9.mlp.up_proj is no target module of the model" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -308,12 +342,52 @@ def test_reports_go_to_wandb_too(model_path, data_path, tmp_path):
         assert key in told
 
 
+def test_both_reporters_and_one_that_fails(
+    model_path, data_path, tmp_path, tlora_here, monkeypatch
+):
+    """mlx-lm's own callbacks, over stand-ins for the clients."""
+    told = {"wandb": [], "swanlab": []}
+
+    def client(name, fails_at=None):
+        def log(metrics, step):
+            if step == fails_at:
+                raise ConnectionError("no route to host")
+            told[name].append((step, {"train_loss", "val_loss"} & metrics.keys()))
+
+        return SimpleNamespace(init=lambda **options: None, log=log)
+
+    for name in told:
+        monkeypatch.setattr(f"mlx_lm.tuner.callbacks.{name}", client(name))
+    options = ["--report-to", "wandb,swanlab", "--steps-per-report", 2, "--steps-per-eval", 4]
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "a", *options))
+    assert result.returncode == 0, result.stderr
+    assert told["wandb"] == told["swanlab"]
+    assert told["wandb"] == [
+        (0, {"val_loss"}), (2, {"train_loss"}), (4, {"train_loss"}), (4, {"val_loss"}),
+    ]  # fmt: skip
+    monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", client("wandb", fails_at=2))
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "b", *options))
+    assert result.returncode == 0, result.stderr
+    assert "--report-to wandb,swanlab is given up: no route to host" in result.stdout
+    assert read_run(tmp_path / "b").tensors
+
+
 def test_bad_reporters(model_path, data_path, tmp_path, tlora_here, monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", None)
     for name, message in (("wandb", "pip install wandb"), ("nonesuch", "wandb, swanlab")):
         result = tlora_here(*arguments(model_path, data_path, tmp_path / "r", "--report-to", name))
         assert_one_sentence(result, 2, message)
         assert not (tmp_path / "r").exists()
+
+    def not_logged_in(**options):
+        raise RuntimeError(
+            "No API key configured."
+        )  # as wandb's UsageError, which is no ValueError
+
+    monkeypatch.setattr("mlx_lm.tuner.callbacks.wandb", SimpleNamespace(init=not_logged_in))
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "r", "--report-to", "wandb"))
+    assert_one_sentence(result, 2, "--report-to wandb: No API key configured.")
+    assert not (tmp_path / "r").exists()
 
 
 # ---------------------------------------------------------------- validation data

@@ -28,6 +28,7 @@ _HOME = {
     "export_merged": "exporting.merge",
     "export_dequantized": "exporting.dequantize",
     "export_requantized": "exporting.requantize",
+    "push": "exporting.hub",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -17,6 +17,9 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.files import check_safetensors
 from tlora_mlx.model_directory import find_model, read_model_config, weight_files
 
+# One of these is there wherever transformers finds a tokenizer.
+TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -65,6 +68,8 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     config = read_model_config(path, name)
     for file in weight_files(path, name):
         check_safetensors(file, "a weight file of the model")
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
     trust = {"trust_remote_code": trust_remote_code}
     if config.get("model_file") and not trust_remote_code:
         raise UserError(

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
     "export": "write a run as an adapter for PEFT or mlx-lm, or merged",
+    "upload": "push an export to the Hugging Face Hub",
     "generate": "complete a prompt with base model and adapter",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.version import __version__
 
 C = TypeVar("C")
@@ -189,6 +189,7 @@ class TrainConfig(PlanConfig):
         1e-4,
         "peak learning rate of B (mlx-lm: 1e-5 at scale 20; here scales start at 1)",
         above=0.0,
+        below=3e38,
     )
     lr_schedule: str = option(
         "cosine",
@@ -243,7 +244,7 @@ class TrainConfig(PlanConfig):
             UserError: the run's configuration is damaged.
         """
         default = cls.__dataclass_fields__["adapter_path"].default
-        path = Path(given.get("adapter_path", default)).expanduser() / "adapter_config.json"
+        path = user_path(given.get("adapter_path", default)) / "adapter_config.json"
         if not given.get("resume") or not path.exists():
             return given
         stored = read_json(path, "the run's configuration")
@@ -287,6 +288,10 @@ class ExportCommand(Config):
         "merged: into the weights of the run's own quantized model, quantized again; says how much "
         "of the adapter survives",
     )
+    push_to: str | None = option(
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+    )
+    private: bool = option(False, "make the repository of --push-to private")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -306,6 +311,19 @@ class ExportCommand(Config):
                 "--base-model cannot go with --dequantize or --quantize, which merge into the "
                 "run's own model"
             )
+        if self.private and self.push_to is None:
+            raise UserError("--private goes with --push-to USER/NAME")
+
+
+@dataclass(kw_only=True)
+class UploadCommand(Config):
+    """``python -m tlora_mlx.upload``."""
+
+    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    repository: str = option(
+        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+    )
+    private: bool = option(False, "make the repository private")
 
 
 @dataclass(kw_only=True)
@@ -347,7 +365,7 @@ def parse(
         _add_argument(parser, item, typing.get_type_hints(config_class)[item.name])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     values: dict[str, Any] = {}
-    if path := given.pop("config", None):
+    if (path := given.pop("config", None)) is not None:
         values = _read_yaml(Path(path), config_class, also_known)
     values = config_class.completed(_typed(values | given, config_class))
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
@@ -421,6 +439,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if type(value) is not kind:
             what = "a text" if kind is str else "true or false"
             raise UserError(f"{name} must be {what}, not {value!r}")
+        if value == "":
+            raise UserError(f"{name} must not be empty")
         return value
     try:
         if isinstance(value, bool):

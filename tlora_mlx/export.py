@@ -6,46 +6,72 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlora_mlx.config import ExportCommand, parse
 from tlora_mlx.errors import run_command
+
+if TYPE_CHECKING:
+    from tlora_mlx.run_directory import Run
 
 DESCRIPTION = "Export a run of tlora_mlx.train: an adapter for PEFT or mlx-lm, or a merged model."
 
 
 def export(config: ExportCommand) -> Path:
-    """Export as configured; returns the directory that was made.
+    """Export as configured, without pushing; returns the directory that was made.
 
     Raises:
-        UserError: the run, the options or the output are not right.
+        UserError: the run, the options or the output are not right, or could not be pushed.
         RunError: it could not be written, or not as it should be.
     """
+    from tlora_mlx.exporting.card import write_card
+    from tlora_mlx.files import user_path
     from tlora_mlx.run_directory import read_run
 
     run = read_run(config.run)
-    output = Path(config.output or f"{run.path}-{config.format}").expanduser()
+    if config.push_to is not None:
+        _check_push(config, run)
+    output = user_path(config.output or f"{run.path}-{config.format}")
+    _write(run, output, config)
+    write_card(output, run, config.format, config.base_model, config.push_to)
+    return output
+
+
+def _write(run: Run, output: Path, config: ExportCommand) -> None:
+    """Write the export's own files."""
     if config.format == "peft":
         from tlora_mlx.exporting.peft import export_peft
 
-        return export_peft(run, output, config.layout, config.dtype, config.base_model)
-    if config.format == "mlx-lm":
+        export_peft(run, output, config.layout, config.dtype, config.base_model)
+    elif config.format == "mlx-lm":
         from tlora_mlx.exporting.mlx_lm import export_mlx_lm
 
-        return export_mlx_lm(run, output, config.dtype, config.base_model)
-    if config.dequantize:
+        export_mlx_lm(run, output, config.dtype, config.base_model)
+    elif config.dequantize:
         from tlora_mlx.exporting.dequantize import export_dequantized
 
-        return export_dequantized(run, output)
-    if config.quantize:
+        export_dequantized(run, output)
+    elif config.quantize:
         from tlora_mlx.exporting.requantize import export_requantized
 
-        return export_requantized(run, output)
-    from tlora_mlx.exporting.merge import export_merged
+        export_requantized(run, output)
+    else:
+        from tlora_mlx.exporting.merge import export_merged
 
-    return export_merged(run, output, config.base_model)
+        export_merged(run, output, config.base_model)
 
 
-def loaded_by(config: ExportCommand, output: Path) -> str:
+def _check_push(config: ExportCommand, run: Run) -> None:
+    """See that a push can be tried, before anything takes long."""
+    from tlora_mlx.exporting.hub import check_base, check_push
+
+    check_push(config.push_to)
+    base = config.base_model or run.config.get("base_model")
+    if base and config.format != "merged":
+        check_base(base)
+
+
+def _loaded_by(config: ExportCommand, output: Path) -> str:
     """What to do with the export, in two lines."""
     where = repr(str(output))
     if config.format == "peft":
@@ -69,7 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)
-        print(loaded_by(config, export(config)))
+        output = export(config)
+        print(_loaded_by(config, output))
+        if config.push_to is not None:
+            from tlora_mlx.exporting.hub import push
+
+            print(f"pushed: {push(output, config.push_to, config.private)}", flush=True)
 
     return run_command(command)
 

@@ -23,6 +23,11 @@ ITEM_SIZES = {"U64": 8, "I64": 8, "F64": 8, "U32": 4, "I32": 4, "F32": 4, "U16":
 ITEM_SIZES |= {"F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as the user gave it, ``~`` replaced; one with an unknown user's home is left as is."""
+    return Path(os.path.expanduser(text))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, sync it, and rename it to ``path``.
 
@@ -35,7 +40,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = error.strerror or first_line(error)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tlora_mlx.config import GenerateCommand, parse
-from tlora_mlx.errors import run_command
+from tlora_mlx.errors import UserError, run_command
 
 DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, greedily."
 
@@ -15,7 +15,7 @@ def generate(config: GenerateCommand) -> None:
     """Print both completions as they grow; the chat template is used where there is one.
 
     Raises:
-        UserError: the run or its base model cannot be loaded.
+        UserError: the run or its base model cannot be loaded, or there is no prompt.
     """
     from mlx_lm.generate import stream_generate
 
@@ -23,7 +23,12 @@ def generate(config: GenerateCommand) -> None:
     from tlora_mlx.run_directory import load_run
 
     base = load_run(config.run, config.trust_remote_code)
-    text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    try:
+        text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    except UnicodeDecodeError:
+        raise UserError("--prompt -: standard input is not UTF-8 text") from None
+    if not text:
+        raise UserError("--prompt -: standard input is empty")
     prompt = text
     if base.tokenizer.has_chat_template:
         prompt = base.tokenizer.apply_chat_template(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 
 # What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), the licence, which some require
 # to travel with a changed model, and the card, which names what a conversion was made from.
@@ -25,10 +25,10 @@ def find_model(name: str) -> tuple[str, Path]:
     Raises:
         UserError: it is neither.
     """
+    path = user_path(name)
     try:
-        path = Path(name).expanduser()
         exists = path.exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
+    except (OSError, ValueError):  # too long, or with a NUL
         raise UserError(f"model {name!r} is no path") from None
     if not exists:
         return name, _download(name)

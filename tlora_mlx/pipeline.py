@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from tlora_mlx.base_model import BaseModel, load_base_model
 from tlora_mlx.config import PlanConfig, TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.exporting.names import unexportable
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
@@ -144,24 +144,30 @@ def read_plan(path: str, targets: Mapping[str, nn.Module] | None = None) -> Rank
     Raises:
         UserError: it is no plan, or does not fit the model; all faults in one message.
     """
-    try:
-        plan = RankPlan.from_dict(read_json(Path(path).expanduser(), "the rank plan"))
-    except ValueError as error:
-        raise UserError(f"the rank plan {path} is not right: {error}") from None
-    faults = [] if plan.adapted() else ["no module has a rank above 0"]
-    for name, module in plan.modules.items() if targets is not None else ():
-        if name not in targets:
-            faults.append(f"{name} is no target module of the model")
-            continue
-        shape = linear_shape(targets[name])
-        if (module.out_features, module.in_features) != shape:
-            found = (module.out_features, module.in_features)
-            faults.append(f"{name} has shape {shape} in the model, {found} in the plan")
-        elif module.rank > min(shape):
-            faults.append(f"{name} has rank {module.rank}, above min{shape}")
+    data = read_json(user_path(path), "the rank plan")
+    faults = RankPlan.faults(data)
+    modules = data.get("modules") if isinstance(data, dict) else None
+    if isinstance(modules, dict) and targets is not None:
+        faults += _misfits(modules, targets)
+    if not faults and not RankPlan.from_dict(data).adapted():
+        faults = ["no module has a rank above 0"]
     if faults:
-        raise UserError(f"the rank plan {path} does not fit: {'; '.join(faults)}")
-    return plan
+        raise UserError(f"the rank plan {path} is not right: {'; '.join(faults)}")
+    return RankPlan.from_dict(data)
+
+
+def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> Iterator[str]:
+    """What keeps a plan's modules, as its JSON has them, from being these targets."""
+    for name, module in modules.items():
+        if name not in targets:
+            yield f"{name} is no target module of the model"
+        elif isinstance(module, dict):
+            shape = linear_shape(targets[name])
+            rank, *found = (module.get(key) for key in ("rank", "out_features", "in_features"))
+            if None not in found and tuple(found) != shape:
+                yield f"{name} has shape {shape} in the model, {tuple(found)} in the plan"
+            elif type(rank) is int and rank > min(shape):
+                yield f"{name} has rank {rank}, above min{shape}"
 
 
 def plan_and_initialise(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlora_mlx.config import PlanCommand, TrainConfig, parse
@@ -26,14 +25,16 @@ def plan(config: PlanCommand) -> RankPlan:
     import mlx.core as mx
 
     from tlora_mlx import pipeline
-    from tlora_mlx.files import write_json
+    from tlora_mlx.files import user_path, write_json
     from tlora_mlx.pictures import can_draw, draw_plan
     from tlora_mlx.terminal import say
     from tlora_mlx.training.progress import print_plan
 
-    output = Path(config.output).expanduser()
-    if output.is_dir() or not output.parent.is_dir():
+    output = user_path(config.output)
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
         raise UserError(f"--output {output} must be a file in a directory that exists")
+    if output.suffix == ".png":
+        raise UserError(f"--output {output} is the plan's JSON; the picture goes beside it as .png")
     if config.sensitivities:
         result = replan(pipeline.read_plan(config.sensitivities), config)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_faults, attach
 from tlora_mlx.tensor_file import TensorFile
@@ -48,7 +48,7 @@ def read_run(path: str | Path) -> Run:
         UserError: it is no run directory, or a file is missing, damaged or does not fit the plan;
             all tensors at fault are named.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_dir():
         raise UserError(f"run directory {path} does not exist")
     config = read_json(path / CONFIG, "the run's configuration")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +20,14 @@ from mlx.utils import tree_flatten
 from tlora_mlx.base_model import BaseModel
 from tlora_mlx.config import TrainConfig
 from tlora_mlx.errors import RunError, UserError, first_line
-from tlora_mlx.files import file_digest, read_json, replace_file, write_json, write_tensors
+from tlora_mlx.files import (
+    file_digest,
+    read_json,
+    replace_file,
+    user_path,
+    write_json,
+    write_tensors,
+)
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_tensors
 from tlora_mlx.pictures import can_draw, draw_losses
@@ -50,11 +59,13 @@ class RunWriter:
         self._best: dict[str, mx.array] = {}
         self._callback = None
         self._lock: int | None = None
+        self._found = self._created = False
 
     def __enter__(self) -> RunWriter:
-        if self.path.exists() and not self.path.is_dir():
+        self._found = self.path.exists()
+        if self._found and not self.path.is_dir():
             raise UserError(f"--adapter-path {self.path} is a file; choose a directory")
-        if self.path.exists():
+        if self._found:
             try:
                 self._hold()
             except UserError:
@@ -63,6 +74,10 @@ class RunWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._created and not (self.path / PLAN).exists():  # it ended before there was a run
+            (self.path / METRICS).unlink(missing_ok=True)
+            with suppress(OSError):  # others put something there
+                self._found or self.path.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -83,6 +98,8 @@ class RunWriter:
             except OSError:  # a file system without locks
                 pass
         held = [n for n in (CONFIG, PLAN, ADAPTERS, CHECKPOINTS) if (self.path / n).exists()]
+        if not self._created and (self.path / METRICS).exists():
+            held += [METRICS] if (self.path / METRICS).stat().st_size else []
         if held and not self.config.resume:
             raise UserError(
                 f"--adapter-path {self.path} holds another run ({', '.join(held)}); go on with it "
@@ -94,18 +111,30 @@ class RunWriter:
     def _check_options(self) -> None:
         """See that a run is gone on with as it was started."""
         stored = read_json(self.path / CONFIG, "the run's configuration")
-        # A given plan brings its own rank and alpha.
-        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
         differing = [
             f"--{name.replace('_', '-')} {value} (it has {stored.get(name)})"
-            for name, value in self.config.to_dict().items()
-            if name not in free and value != stored.get(name)
+            for name, value in self._binding_options(stored).items()
+            if value != stored.get(name)
         ]
         if differing:
             raise UserError(
                 f"--resume goes on with {self.path} as it was started, and these differ: "
                 f"{', '.join(differing)}; leave them out, or start another run"
             )
+
+    def _binding_options(self, stored: Mapping[str, object]) -> dict[str, object]:
+        """The options that a resumed run must have as they are."""
+        # A given plan brings its own rank and alpha.
+        free = FREE | ({"rank", "alpha", "max_rank"} if stored.get("plan") else set())
+        return {k: v for k, v in self.config.to_dict().items() if k not in free}
+
+    def _own_fingerprints(self) -> dict[str, str]:
+        """Of what the directory itself says of the run: it may be edited or damaged."""
+        options = json.dumps(self._binding_options(self.config.to_dict()))
+        return {
+            "options": hashlib.sha256(options.encode()).hexdigest(),
+            "rank plan": self._plan_digest(),
+        }
 
     def create(self) -> None:
         """Make the directory and see that it can be written to, before anything takes long.
@@ -118,6 +147,7 @@ class RunWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
+            self._created = True
             (self.path / METRICS).write_text("")
         except OSError as error:
             raise RunError(
@@ -133,7 +163,8 @@ class RunWriter:
             RunError: the directory cannot be written to.
         """
         found = None
-        for path in reversed(self._checkpoints()):
+        paths = self._checkpoints()
+        for path in reversed(paths):
             try:
                 found = read_checkpoint(path)
                 break
@@ -142,6 +173,8 @@ class RunWriter:
                 shutil.rmtree(path)
         for left in (*self.path.glob(".*.part"), *self.path.glob(f"{CHECKPOINTS}/.*.part")):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if paths and not found:
+            say("no checkpoint is whole, so the run begins again")
         return found
 
     def go_on(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> RankPlan:
@@ -154,7 +187,7 @@ class RunWriter:
         Raises:
             UserError: model, data or plan are not what the run was started with; all are named.
         """
-        self._fingerprints = {**fingerprints, "rank plan": self._plan_digest()}
+        self._fingerprints = {**fingerprints, **self._own_fingerprints()}
         changed = [k for k, v in self._fingerprints.items() if checkpoint.fingerprints.get(k) != v]
         if changed:
             raise UserError(
@@ -174,8 +207,8 @@ class RunWriter:
     def start(self, base: BaseModel, plan: RankPlan, fingerprints: Mapping[str, str]) -> None:
         """Write the plan and the configuration; from here on the directory is a run's."""
         write_json(self.path / PLAN, plan.to_dict())
-        self._fingerprints = {**fingerprints, "rank plan": self._plan_digest()}
-        data = Path(self.config.data).expanduser()
+        self._fingerprints = {**fingerprints, **self._own_fingerprints()}
+        data = user_path(self.config.data)
         write_json(
             self.path / CONFIG,
             {
@@ -195,13 +228,15 @@ class RunWriter:
         )
 
     def _plan_digest(self) -> str:
+        if not (self.path / PLAN).is_file():
+            raise UserError(f"the run's rank plan is missing: there is no {self.path / PLAN}")
         return file_digest(self.path / PLAN)
 
     def report_to_others(self) -> None:
         """Let reports go to what ``--report-to`` names too, through mlx-lm's callbacks.
 
         Raises:
-            UserError: it is not known, or not installed.
+            UserError: it is not known, not installed, or not set up.
         """
         from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
@@ -212,7 +247,7 @@ class RunWriter:
                 log_dir=str(self.path),
                 config=self.config.to_dict(),
             )
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # not known, not installed, not logged in, no network
             raise UserError(f"--report-to {self.config.report_to}: {first_line(error)}") from None
 
     def report(self, metrics: Mapping[str, float | None]) -> None:
@@ -226,10 +261,14 @@ class RunWriter:
                 file.write(json.dumps(metrics, allow_nan=False) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.path / METRICS}: {error.strerror}") from None
-        if self._callback and "train_loss" in metrics:
-            self._callback.on_train_loss_report(dict(metrics))
-        if self._callback and "val_loss" in metrics:
-            self._callback.on_val_loss_report(dict(metrics))
+        try:
+            if self._callback and "train_loss" in metrics:
+                self._callback.on_train_loss_report(dict(metrics))
+            if self._callback and "val_loss" in metrics:
+                self._callback.on_val_loss_report(dict(metrics))
+        except Exception as error:  # a lost connection must not end a run
+            self._callback = None
+            say(f"--report-to {self.config.report_to} is given up: {first_line(error)}")
 
     def checkpoint(self, model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> None:
         """Save all that the rest of the run depends on; remove what is older than is kept.
@@ -237,13 +276,16 @@ class RunWriter:
         Raises:
             RunError: it could not be written; the checkpoints before are whole.
         """
+        with (self.path / METRICS).open("rb+") as reports:
+            os.fsync(reports.fileno())
+            metrics_bytes = reports.seek(0, os.SEEK_END)
         state = Checkpoint(
             adapter_tensors(model),
             dict(tree_flatten(optimizer.state)),
             {} if progress.best_iteration == progress.iteration else self._best,
             progress,
             self._fingerprints,
-            (self.path / METRICS).stat().st_size,
+            metrics_bytes,
         )
         save_checkpoint(self.path / CHECKPOINTS / f"{progress.iteration:07d}", state)
         for old in self._checkpoints()[: -self.config.keep_checkpoints]:
@@ -251,7 +293,8 @@ class RunWriter:
 
     def _checkpoints(self) -> list[Path]:
         """All checkpoints' directories, oldest first."""
-        return sorted(p for p in (self.path / CHECKPOINTS).glob("*") if p.name.isdigit())
+        paths = (self.path / CHECKPOINTS).glob("*")
+        return sorted(p for p in paths if p.name.isdigit() and p.is_dir())
 
     def best(self, model: nn.Module) -> None:
         """Keep B as it is: the validation loss is the lowest so far."""
@@ -265,27 +308,37 @@ class RunWriter:
         Raises:
             RunError: it could not be written.
         """
-        model.load_weights(list(self._best.items()), strict=False)
+        self.give_best(model)
         iteration = progress.best_iteration or progress.iteration
         metadata = {"format": "mlx", "iteration": str(iteration)}
         write_tensors(self.path / ADAPTERS, adapter_tensors(model), metadata)
 
+    def give_best(self, model: nn.Module) -> None:
+        """Leave the model with the B of the lowest validation loss, where there was one."""
+        model.load_weights(list(self._best.items()), strict=False)
+
     def draw(self) -> None:
-        """Draw the losses as ``loss.png``, where matplotlib is installed."""
-        if can_draw():
-            draw_losses(self.path / METRICS, self.path / LOSSES)
+        """Draw the losses as ``loss.png``, where matplotlib is installed and the reports whole."""
+        try:
+            if can_draw():
+                draw_losses(self.path / METRICS, self.path / LOSSES)
+        except (RunError, ValueError) as error:
+            say(f"{LOSSES} is not drawn: {first_line(error)}")
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether training is done and the adapter that it ended with is written.
 
         An earlier adapter may lie there, from an interruption.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not progress.finished or not (self.path / ADAPTERS).exists():
             return False
-        with safe_open(str(self.path / ADAPTERS), "np") as file:
-            iteration = (file.metadata() or {}).get("iteration")
+        try:
+            with safe_open(str(self.path / ADAPTERS), "np") as file:
+                iteration = (file.metadata() or {}).get("iteration")
+        except SafetensorError:  # damaged: to be written again
+            return False
         return iteration == str(progress.best_iteration or progress.iteration)
 
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 from rich import progress as bars
 from rich.console import Console
 
+
+class _Console(Console):
+    """A terminal that may go away: a run does not end with whoever watches it."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence; rich's own answer is to exit."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def print(self, *objects: object, **options: Any) -> None:
+        """As rich's; what cannot be written ends in silence."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+
 # Under mlx.launch the first process speaks for all.
 _quiet = mx.distributed.init().rank() > 0
-console = Console(highlight=False, soft_wrap=True, quiet=_quiet)
+console = _Console(highlight=False, soft_wrap=True, quiet=_quiet)
 
 
 def say(text: str) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlora_mlx.config import TrainConfig, parse
-from tlora_mlx.errors import Interrupted, RunError, UserError, run_command
+from tlora_mlx.errors import (
+    Interrupted,
+    RunError,
+    UserError,
+    interruption_code,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from tlora_mlx.run_writer import RunWriter
@@ -30,11 +37,12 @@ def train(config: TrainConfig) -> Path:
     """
     import mlx.core as mx
 
+    from tlora_mlx.files import user_path
     from tlora_mlx.run_writer import RunWriter
 
     if mx.distributed.init().size() > 1:
         raise UserError("training takes one process for now; mlx.launch works with tlora plan")
-    with RunWriter(Path(config.adapter_path).expanduser(), config) as run:
+    with RunWriter(user_path(config.adapter_path), config) as run:
         _train(config, run)
     return run.path
 
@@ -75,6 +83,9 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
         if not config.test:
             return None
         loss = evaluate(base.model, data["test"], config, "testing", -1)
+        if not math.isfinite(loss):
+            say(f"the test loss of iteration {progress.iteration} is not finite")
+            loss = None
         run.report({"iteration": progress.iteration, "test_loss": loss})
         return loss
 
@@ -85,6 +96,9 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
     again = f"python -m tlora_mlx.train --adapter-path {run.path} --resume"
     try:
         fit(base.model, optimizer, data["train"], data["valid"], config, progress, run)
+        run.give_best(base.model)
+        tested = test_loss()
+        run.finish(base.model, progress)  # last: it says that the run is finished
     except Interrupted as interruption:
         run.finish(base.model, progress)
         raise Interrupted(
@@ -92,8 +106,11 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
         ) from None
     except RunError as error:
         raise RunError(f"{error}; to go on from the last checkpoint: {again}") from None
-    run.finish(base.model, progress)
-    say_summary(progress, test_loss())
+    except KeyboardInterrupt as stop:  # where no step waits for it to be finished
+        raise Interrupted(
+            f"interrupted; go on from the last checkpoint: {again}", interruption_code(stop)
+        ) from None
+    say_summary(progress, tested)
     run.draw()
     say(f"adapter saved in {run.path}; next: {_export(run.path)}")
 

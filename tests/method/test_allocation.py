@@ -99,6 +99,7 @@ def test_all_faults_of_a_plan_in_one_message():
     data = plan([3.0, 1.0], 4).to_dict()
     data["alpha"] = 0
     data["modules"]["m0"]["rank"] = -1
-    data["modules"]["m1"]["scale"] = math.nan
-    with pytest.raises(ValueError, match=r"'alpha'.*'rank' of m0.*'scale' of m1"):
+    data["modules"]["m1"] |= {"scale": math.nan, "sensitivity": -1.0, "in_features": 10**400}
+    faults = r"'alpha'.*'rank' of m0.*'in_features' of m1.*'scale' of m1.*'sensitivity' of m1"
+    with pytest.raises(ValueError, match=faults):
         RankPlan.from_dict(data)

@@ -38,6 +38,17 @@ def wide():
     return model, target_linears(model), batches
 
 
+def narrow_and_deep():
+    """Its covariances take more than anything else."""
+    settings = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    settings |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 100}
+    model = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, **settings))
+    mx.eval(model.parameters())
+    random = np.random.default_rng(0)
+    samples = [Sample(random.integers(0, 100, 20).tolist(), 5) for _ in range(2)]
+    return model, target_linears(model), [collate([sample], 2048) for sample in samples]
+
+
 @cache
 def prepared(which):
     model, targets, batches = {"example": example, "wide": wide}[which]()
@@ -67,6 +78,29 @@ def test_captured_energy(which, way):
         captured, distance = quality(weight, covariances[leaders[name]], a)
         assert captured > 0.9999, name
         assert distance < 1e-5
+
+
+def test_peak_memory_of_each_way():
+    """Above the model, by MLX's counter: a budget and its scratch space, not all covariances."""
+    model, targets, batches = narrow_and_deep()
+    leaders = input_leaders(model, targets)
+    calibration = calibrate(model, targets, batches)
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    plan = plan_ranks(calibration.sensitivities, shapes, 2, 2)
+    whole = exact_bytes(targets, leaders.values())
+    largest = 4 * max(in_features for _, in_features in shapes.values()) ** 2
+    memory = whole // 6
+    arguments = (model, plan, targets, leaders, batches)
+
+    def peak(run, *more):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        run(*arguments, *more)
+        return mx.get_peak_memory() - before
+
+    # A covariance in the making, one scaled, and the activations of a batch.
+    assert peak(initialise.grouped_subspaces, memory) < memory + 3 * largest < 0.7 * whole
+    assert peak(initialise.streamed_subspaces, 0) < 3 * initialise.streamed_bytes(plan) < whole
 
 
 def test_groups_keep_within_the_memory():

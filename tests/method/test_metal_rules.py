@@ -46,6 +46,26 @@ def test_linalg_names_the_cpu_stream_in_every_call():
         assert streams == ["mx.cpu"]
 
 
+def test_linalg_evaluates_before_it_returns():
+    """All that a factorisation gives is an argument of a later ``mx.eval`` in its function."""
+    tree = ast.parse((ROOT / "tlora_mlx/method/linalg.py").read_text())
+    checked = 0
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        evaluated = [
+            (node.lineno, {ast.unparse(argument) for argument in node.args})
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "mx.eval"
+        ]
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and "mx.linalg." in ast.unparse(node.value):
+                names = set(ast.unparse(node.targets[0]).strip("()").split(", "))
+                assert any(names <= found for line, found in evaluated if line > node.lineno)
+                checked += 1
+        returned = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+        assert not any("mx.linalg" in ast.unparse(node) for node in returned)
+    assert checked == ast.unparse(tree).count("= mx.linalg.")
+
+
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_thin_factorisations_in_float32(shape, dtype):

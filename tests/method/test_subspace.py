@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_bits():
     first, again, other = (task_subspace(weight, covariance, 4, seed) for seed in (1, 1, 2))
     assert mx.array_equal(first, again)
     assert not mx.array_equal(first, other)
+    task_subspace(weight, covariance, 4, seed=2**70)  # of any size
 
 
 @pytest.mark.parametrize("shape", [(16, 12), (300, 200)])

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +97,7 @@ def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_pat
         ("", r"train\.jsonl is empty"),
         ("\n \n", r"train\.jsonl is empty"),
         ('{"text": "a"}\n{"text": \n', r"train\.jsonl, line 2 is not valid JSON"),
+        ('{"text": ' + "1" * 5000 + "}\n", r"train\.jsonl, line 1 is not valid JSON"),
         ("[1]\n", r"line 1 is not a JSON object"),
         ('{"txt": "a"}\n', r"line 1 has 'txt'; it needs 'text', or 'prompt' and 'completion'"),
         ("{}\n", r"line 1 has nothing; it needs"),
@@ -123,6 +126,12 @@ def test_bad_places(tmp_path, plain):
     file.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match="is not UTF-8"):
         load_data(str(tmp_path), plain, 100, None)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"train\.jsonl cannot be read: Is a directory"):
+        load_data(str(tmp_path), plain, 100, None)
+    with pytest.raises(UserError, match="data directory ~nobody-of-this-name/data does not exist"):
+        load_data("~nobody-of-this-name/data", plain, 100, None)
 
 
 def test_batches_are_padded_to_few_shapes():
@@ -162,6 +171,32 @@ def test_the_second_split_goes_by_two_names(tmp_path, plain):
     write_jsonl(tmp_path / "valid.jsonl", ROWS[4:6])
     with pytest.raises(UserError, match="both 'valid' and 'validation'"):
         load_data(str(tmp_path), plain, 2048, None)
+
+
+def test_a_hub_data_set(monkeypatch, plain):
+    """The splits as the package ``datasets`` gives them; a stand-in for it, as there is no Hub."""
+    splits = {"train": ROWS[:4], "validation": ROWS[4:6], "extra": ROWS}
+
+    def load_dataset(name):
+        if name != "org/data":
+            raise FileNotFoundError(f"{name} doesn't exist on the Hub\nand so on")
+        return splits
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = load_data("org/data", plain, 2048, None)
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "valid": 2, "test": 0}
+    assert data["valid"].where == "data set org/data, split valid, row"
+    with pytest.raises(UserError, match=r"did not provide it: org/none doesn't exist on the Hub$"):
+        load_data("org/none", plain, 2048, None)
+    splits["train"] = [{"prompt": "a"}]
+    with pytest.raises(UserError, match="data set org/data, split train, row 1 has 'prompt'; it"):
+        load_data("org/data", plain, 2048, None)
+    del splits["train"]
+    with pytest.raises(UserError, match="has no split 'train', only validation, extra"):
+        load_data("org/data", plain, 2048, None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_data("org/data", plain, 2048, None)
 
 
 def test_splitting_off(tmp_path, plain):

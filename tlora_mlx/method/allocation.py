@@ -46,28 +46,7 @@ class RankPlan:
         Raises:
             ValueError: a key is missing or a value is not of its kind; all faults in one message.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("modules"), dict):
-            raise ValueError("it has no table 'modules'")
-        faults = [
-            f"'{key}' is not a number above 0"
-            for key in ("rank", "alpha")
-            if not _is_number(data.get(key)) or data[key] <= 0
-        ]
-        for name, module in data["modules"].items():
-            if not isinstance(module, dict):
-                faults.append(f"{name} is not a table")
-                continue
-            faults += [
-                f"'{key}' of {name} is not a whole number of at least {least}"
-                for key, least in (("rank", 0), ("out_features", 1), ("in_features", 1))
-                if type(module.get(key)) is not int or module[key] < least
-            ]
-            faults += [
-                f"'{key}' of {name} is not a finite number"
-                for key in ("scale", "sensitivity")
-                if not _is_number(module.get(key))
-            ]
-        if faults:
+        if faults := RankPlan.faults(data):
             raise ValueError("; ".join(faults))
         fields = ModulePlan.__dataclass_fields__
         modules = {
@@ -76,9 +55,39 @@ class RankPlan:
         }
         return RankPlan(data["rank"], data["alpha"], modules)
 
+    @staticmethod
+    def faults(data: Any) -> list[str]:
+        """All that keeps ``from_dict`` from reading ``data``."""
+        if not isinstance(data, dict) or not isinstance(data.get("modules"), dict):
+            return ["it has no table 'modules'"]
+        faults = []
+        if not _is_whole(data.get("rank"), 1):
+            faults.append("'rank' is not a whole number of at least 1")
+        if not _is_number(data.get("alpha")) or data["alpha"] <= 0:
+            faults.append("'alpha' is not a number above 0")
+        for name, module in data["modules"].items():
+            if not isinstance(module, dict):
+                faults.append(f"{name} is not a table")
+                continue
+            faults += [
+                f"'{key}' of {name} is not a whole number of at least {least}"
+                for key, least in (("rank", 0), ("out_features", 1), ("in_features", 1))
+                if not _is_whole(module.get(key), least)
+            ]
+            if not _is_number(module.get("scale")):
+                faults.append(f"'scale' of {name} is not a finite number")
+            if not _is_number(module.get("sensitivity")) or module["sensitivity"] < 0:
+                faults.append(f"'sensitivity' of {name} is not a number of at least 0")
+        return faults
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least and _is_number(value)
+
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float holds: JSON's whole numbers have no bound."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def plan_ranks(
@@ -108,7 +117,7 @@ def plan_ranks(
     """
     bad = [name for name, s in sensitivities.items() if not (math.isfinite(s) and s >= 0)]
     if bad:
-        raise ValueError(f"sensitivities are not finite: {', '.join(bad)}")
+        raise ValueError(f"sensitivities are negative or not finite: {', '.join(bad)}")
     total = sum(sensitivities.values())
     if total <= 0:
         raise ValueError("all sensitivities are 0, so there is nothing to allocate ranks by")

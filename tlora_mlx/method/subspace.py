@@ -119,7 +119,7 @@ def krylov_subspace(
     """
     out_features, most = shape[0], min(shape)
     width = min(rank + oversampling, most)
-    random = mx.random.normal((out_features, width), key=mx.random.key(seed))
+    random = mx.random.normal((out_features, width), key=mx.random.key(seed % 2**64))
     newest, _ = linalg.qr(_finite((yield _finite(weight().T @ random))))
     basis, left = newest, mx.zeros((out_features, 0))
     small = mx.zeros((0, width))  # Uᵀ M V

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.files import user_path
 from tlora_mlx.method.batch import Batch
 
 # Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).
@@ -72,7 +73,7 @@ def load_data(
         UserError: no such data, a line that is not JSON, a row without the expected keys, a split
             or a training set without rows (file and line are named).
     """
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_dir():
         names = _split_names(path, [p.stem for p in path.glob("*.jsonl")])
         rows = {split: _read_jsonl(path / f"{name}.jsonl") for split, name in names.items()}
@@ -133,10 +134,12 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append((number, json.loads(line)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number} is not valid JSON: {first_line(error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it first") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
+        raise UserError(f"{path}, line {number} is not valid JSON: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not rows:
         raise UserError(f"{path} is empty; delete it or put one JSON object a line into it")
     return rows

@@ -19,7 +19,10 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
     for name in plan.modules:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        cells[parts[number], parts[-1]] = name
+        kind = parts[-1]
+        if (parts[number], kind) in cells:  # two of one kind in a block
+            kind = ".".join(parts[number + 1 :])
+        cells[parts[number], kind] = name
     return (
         list(dict.fromkeys(block for block, _ in cells)),
         list(dict.fromkeys(kind for _, kind in cells)),
@@ -40,7 +43,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(plan, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(
@@ -49,7 +52,8 @@ def print_plan(plan: RankPlan) -> None:
     )
 
 
-def _cell(plan: RankPlan, name: str | None) -> str:
+def plan_cell(plan: RankPlan, name: str | None) -> str:
+    """One module of the table: "12×1.5", a dash for rank 0, nothing where there is no module."""
     if name is None:
         return ""
     module = plan.modules[name]
@@ -69,5 +73,6 @@ def say_summary(progress: Progress, test_loss: float | None) -> None:
             f"validation loss {progress.first_val_loss:.4f} before, {progress.best_loss:.4f} after "
             f"iteration {progress.best_iteration}, whose adapter is kept"
         )
-    if test_loss is not None:
-        say(f"test loss {progress.test_loss:.4f} before, {test_loss:.4f} after")
+    if progress.test_loss is not None or test_loss is not None:
+        losses = ("nan" if x is None else f"{x:.4f}" for x in (progress.test_loss, test_loss))
+        say("test loss {} before, {} after".format(*losses))
