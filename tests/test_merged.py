@@ -199,8 +199,8 @@ PEAK = """
 import sys
 import mlx.core as mx
 import numpy as np
-from tlora_mlx.config import ExportCommand
-from tlora_mlx.export import export
+from pathlib import Path
+from tlora_mlx import export_merged, read_run
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -208,7 +208,7 @@ def peak():
 
 mx.eval(mx.array(np.ones((64, 64), np.float32)) @ mx.ones((64, 64)))
 before = peak()
-export(ExportCommand(run=sys.argv[1], output=sys.argv[2], format="merged"))
+export_merged(read_run(sys.argv[1]), Path(sys.argv[2]))
 print(peak() - before)
 """
 
