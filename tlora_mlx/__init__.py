@@ -29,6 +29,10 @@ _HOME = {
     "export_run": "exporting.run",
     "combine": "exporting.combine",
     "Combination": "exporting.combine",
+    "export_mlx_lm": "exporting.mlx_lm",
+    "export_merged": "exporting.merge",
+    "export_dequantized": "exporting.dequantize",
+    "export_requantized": "exporting.requantize",
     "push": "exporting.hub",
 }
 

@@ -13,15 +13,10 @@ import mlx.nn as nn
 import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.files import check_safetensors, read_json, user_path
+from tlora_mlx.errors import UserError
+from tlora_mlx.files import check_safetensors
+from tlora_mlx.model_directory import DESCRIPTION, find_model, read_model_config, weight_files
 
-# What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), and the card, which names what a
-# conversion was made from.
-FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken"]
-FILES += ["tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "README.md"]
-# What tells a model's family and origin, without its weights.
-DESCRIPTION = ["config.json", "README.md"]
 # One of these is there wherever transformers finds a tokenizer.
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
@@ -49,7 +44,7 @@ class BaseModel:
     def fingerprint(self) -> str:
         """A digest of ``config.json`` and of 4 KiB from the middle of every weight tensor."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in _weight_files(self.path):
+        for file in weight_files(self.path, self.name):
             with file.open("rb") as weights:
                 header = weights.read(int.from_bytes(weights.read(8), "little"))
                 digest.update(header)
@@ -61,10 +56,6 @@ class BaseModel:
         return digest.hexdigest()
 
 
-def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("model*.safetensors"))
-
-
 def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """Load a model directory or Hub repository.
 
@@ -73,11 +64,9 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     """
     from mlx_lm.utils import load
 
-    name, path, config = _find(name, FILES)
-    weights = _weight_files(path)
-    if not weights:
-        raise UserError(f"model {name} has no model*.safetensors in {path}")
-    for file in weights:
+    name, path = find_model(name)
+    config = read_model_config(path, name)
+    for file in weight_files(path, name):
         check_safetensors(file, "a weight file of the model")
     if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
         raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
@@ -122,36 +111,6 @@ def _reason(error: Exception) -> str:
     return f"'{text}' is missing" if isinstance(error, KeyError) else text
 
 
-def _find(name: str, files: list[str]) -> tuple[str, Path, dict[str, Any]]:
-    """A model's name (absolute where it is a directory), its directory here, its configuration."""
-    path = user_path(name)
-    if not path.exists():
-        path = _download(name, files)
-    elif not path.is_dir():
-        raise UserError(f"model {name} is a file; give the directory that holds config.json")
-    else:
-        name = str(path.resolve())
-    config = read_json(path / "config.json", f"the configuration of model {name}")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
-    return name, path, config
-
-
-def _download(name: str, files: list[str]) -> Path:
-    """The local snapshot of a Hub repository, of these files."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"model directory {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the client's errors have no common base below Exception
-        raise UserError(
-            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
-            f"{first_line(error)}"
-        ) from None
-
-
 def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
     """The full-precision model's name: from the card of a quantized model, else the model's own."""
     if not {"quantization", "quantization_config"} & config.keys():
@@ -189,7 +148,8 @@ def describe_base_model(name: str) -> Description:
     """
     from mlx_lm.utils import _get_classes
 
-    name, path, config = _find(name, DESCRIPTION)
+    name, path = find_model(name, DESCRIPTION)
+    config = read_model_config(path, name)
     try:
         model_class, arguments_class = _get_classes(config)
         # MLX is lazy: nobody asks for the values that the weights start with.

@@ -11,7 +11,7 @@ from tlora_mlx.version import __version__
 COMMANDS = {
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
-    "export": "write a run as a PEFT adapter; take over or combine adapters",
+    "export": "write a run as an adapter for PEFT or mlx-lm, or merged; combine adapters",
     "inspect": "describe an adapter: a run, PEFT's or mlx-lm's",
     "upload": "push an export to the Hugging Face Hub",
     "generate": "complete a prompt with base model and adapter",

@@ -347,8 +347,10 @@ class ExportCommand(AdapterOptions):
 
     format: str = option(
         "peft",
-        "what to write; run: a run directory, of another tool's adapter or of several",
-        choices=("peft", "run"),
+        "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
+        "merged: the whole model with the adapter in its weights; run: a run directory, of another "
+        "tool's adapter or of several",
+        choices=("peft", "mlx-lm", "merged", "run"),
     )
     output: str | None = option(None, "directory to make; default: RUN-FORMAT")
     layout: str = option(
@@ -358,12 +360,21 @@ class ExportCommand(AdapterOptions):
         choices=("portable", "compact"),
     )
     dtype: str = option(
-        "float32", "dtype of the tensors", choices=("float32", "float16", "bfloat16")
+        "float32", "dtype of an adapter's tensors", choices=("float32", "float16", "bfloat16")
     )
     base_model: str | None = option(
         None,
-        "the base model: for readers of an export, and for another tool's adapter the one to load "
-        "it on; default: what the adapter names",
+        "the base model: the Hub repository that an adapter names, the repository or directory "
+        "whose weights are merged, and for another tool's adapter the one to load it on; default: "
+        "what the adapter names",
+    )
+    dequantize: bool = option(
+        False, "merged: into the weights of the run's own quantized model, written dense"
+    )
+    quantize: bool = option(
+        False,
+        "merged: into the weights of the run's own quantized model, quantized again; says how much "
+        "of the adapter survives",
     )
     push_to: str | None = option(
         None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
@@ -372,6 +383,22 @@ class ExportCommand(AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        merged = self.format == "merged"
+        wrong = [
+            ("--layout", self.layout != "portable" and self.format != "peft"),
+            ("--dtype", self.dtype != "float32" and merged),
+            ("--dequantize", self.dequantize and not merged),
+            ("--quantize", self.quantize and not merged),
+        ]
+        if names := [name for name, is_wrong in wrong if is_wrong]:
+            raise UserError(f"{' and '.join(names)} cannot go with --format {self.format}")
+        if self.dequantize and self.quantize:
+            raise UserError("--dequantize and --quantize exclude each other")
+        if self.base_model and (self.dequantize or self.quantize):
+            raise UserError(
+                "--base-model cannot go with --dequantize or --quantize, which merge into the "
+                "run's own model"
+            )
         if self.private and self.push_to is None:
             raise UserError("--private goes with --push-to USER/NAME")
         if self.adapter and not self.output:

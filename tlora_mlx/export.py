@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from tlora_mlx.errors import run_command
 if TYPE_CHECKING:
     from tlora_mlx.run_directory import Run
 
-DESCRIPTION = "Export a run, another tool's adapter, or several combined, to PEFT or as a run."
+DESCRIPTION = (
+    "Export a run, another tool's adapter, or several combined: an adapter or a merged model."
+)
 
 
 def export(config: ExportCommand) -> Path:
@@ -21,11 +24,9 @@ def export(config: ExportCommand) -> Path:
 
     Raises:
         UserError: the run, the options or the output are not right, or could not be pushed.
-        RunError: it could not be written.
+        RunError: it could not be written, or not as it should be.
     """
     from tlora_mlx.exporting.card import write_card
-    from tlora_mlx.exporting.peft import export_peft
-    from tlora_mlx.exporting.run import export_run
     from tlora_mlx.exporting.source import read_source
     from tlora_mlx.files import user_path
 
@@ -33,11 +34,39 @@ def export(config: ExportCommand) -> Path:
     if config.push_to is not None:
         _check_push(config, run)
     output = user_path(config.output or f"{run.path}-{config.format}")
+    _write(run, output, config)
     if config.format == "run":
-        return export_run(run, output, config.dtype)
-    export_peft(run, output, config.layout, config.dtype, config.base_model)
+        return output
     write_card(output, run, config.format, config.base_model, config.push_to)
     return output
+
+
+def _write(run: Run, output: Path, config: ExportCommand) -> None:
+    """Write the export's own files."""
+    if config.format == "peft":
+        from tlora_mlx.exporting.peft import export_peft
+
+        export_peft(run, output, config.layout, config.dtype, config.base_model)
+    elif config.format == "mlx-lm":
+        from tlora_mlx.exporting.mlx_lm import export_mlx_lm
+
+        export_mlx_lm(run, output, config.dtype, config.base_model)
+    elif config.format == "run":
+        from tlora_mlx.exporting.run import export_run
+
+        export_run(run, output, config.dtype)
+    elif config.dequantize:
+        from tlora_mlx.exporting.dequantize import export_dequantized
+
+        export_dequantized(run, output)
+    elif config.quantize:
+        from tlora_mlx.exporting.requantize import export_requantized
+
+        export_requantized(run, output)
+    else:
+        from tlora_mlx.exporting.merge import export_merged
+
+        export_merged(run, output, config.base_model)
 
 
 def _check_push(config: ExportCommand, run: Run) -> None:
@@ -50,18 +79,34 @@ def _check_push(config: ExportCommand, run: Run) -> None:
         check_base(base)
 
 
+def _loaded_by(config: ExportCommand, output: Path) -> str:
+    """What to do with the export, in two lines."""
+    where = repr(str(output))
+    if config.format == "peft":
+        return (
+            f"{config.layout} PEFT adapter in {output}; load it with\n"
+            f"  PeftModel.from_pretrained(base_model, {where})"
+        )
+    if config.format == "mlx-lm":
+        return (
+            f"mlx-lm adapter in {output}; try it with\n"
+            f"  mlx_lm.generate --model … --adapter-path {where} --prompt …"
+        )
+    if config.format == "run":
+        return f"run directory in {output}; try it with\n  tlora generate {output} --prompt TEXT"
+    loader = "mlx_lm.load" if config.quantize else "AutoModelForCausalLM.from_pretrained"
+    return f"merged model in {output}; load it with\n  {loader}({where})"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    # Merging has threads of its own: those of numpy's OpenBLAS, not loaded yet, would fight them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     def command() -> None:
         config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)
         output = export(config)
-        if config.format == "run":
-            print(f"run directory in {output}; try it with")
-            print(f"  python -m tlora_mlx.generate {output} --prompt TEXT")
-            return
-        print(f"{config.layout} PEFT adapter in {output}; load it with")
-        print(f"  PeftModel.from_pretrained(base_model, {str(output)!r})")
+        print(_loaded_by(config, output))
         if config.push_to is not None:
             from tlora_mlx.exporting.hub import push
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,10 @@ from tlora_mlx.errors import RunError, UserError, first_line
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+# Bytes per entry of the dtypes that are written, by the codes of huggingface/safetensors.
+ITEM_SIZES = {"U64": 8, "I64": 8, "F64": 8, "U32": 4, "I32": 4, "F32": 4, "U16": 2, "I16": 2}
+ITEM_SIZES |= {"F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def user_path(text: str | Path) -> Path:
@@ -94,12 +99,16 @@ def read_json(path: Path, what: str) -> Any:
         UserError: it is missing, unreadable or not JSON; the sentence begins with ``what``.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair can be escaped, and never written again
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
         raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
 
 
@@ -112,34 +121,47 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where each tensor starts in it, in order.
+
+    Order and alignment follow huggingface/safetensors (``tensor.rs::prepare``): wide dtypes first,
+    then by name, the header padded with spaces to a multiple of 8 bytes.
+
+    Args:
+        tensors: the format's dtype code and the shape by name.
+        metadata: the header's ``__metadata__``.
+    """
+    sizes = {n: ITEM_SIZES[code] * math.prod(shape) for n, (code, shape) in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-ITEM_SIZES[tensors[name][0]], name)):
+        code, shape = tensors[name]
+        start, end = end, end + sizes[name]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    starts = {n: 8 + len(text) + header[n]["data_offsets"][0] for n in header if n in sizes}
+    return len(text).to_bytes(8, "little") + text, starts
+
+
 def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole, tensor by tensor; the same tensors give the same bytes.
 
     MLX's own writer does not report a full disk, and the safetensors package takes no bfloat16 from
-    MLX. Order and alignment follow huggingface/safetensors (``tensor.rs::prepare``): wide dtypes
-    first, then by name, the header padded with spaces to a multiple of 8 bytes.
+    MLX.
     """
     import mlx.core as mx
 
     codes = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint64: "U64"}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {
-            "dtype": codes[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    described = {name: (codes[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
+    header, starts = tensors_header(described, metadata)
 
     def write(beside: Path) -> None:
         with beside.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
+            file.write(header)
+            for name in starts:
                 file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
 
     replace_file(path, write)

@@ -28,7 +28,8 @@ def inspect(config: InspectCommand) -> None:
         UserError: it is no adapter, not whole, or more than LoRA on linear layers.
     """
     from tlora_mlx.importing.read import read_adapter
-    from tlora_mlx.training.progress import print_plan, say
+    from tlora_mlx.terminal import say
+    from tlora_mlx.training.progress import print_plan
 
     adapter = read_adapter(config.path)
     say(f"{FORMATS[adapter.format]} in {adapter.path}")
@@ -53,7 +54,7 @@ def _say_readers(adapter: Adapter) -> None:
     from rich.table import Table
 
     from tlora_mlx.importing.readers import readings, vllm_rank
-    from tlora_mlx.training.progress import console, say
+    from tlora_mlx.terminal import console, say
 
     found = readings(adapter)
     largest = max((m.rank for m in adapter.plan.modules.values()), default=0)

@@ -38,8 +38,9 @@ from tlora_mlx.method.initialise import (
     streamed_subspaces,
 )
 from tlora_mlx.method.layers import linear_shape, target_linears
+from tlora_mlx.terminal import bar, say
 from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data, split_off
-from tlora_mlx.training.progress import bar, print_plan, say
+from tlora_mlx.training.progress import print_plan
 
 
 def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.Module]]:

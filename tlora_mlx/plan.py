@@ -26,7 +26,8 @@ def plan(config: PlanCommand) -> RankPlan:
     from tlora_mlx.files import user_path, write_json
     from tlora_mlx.method.distributed import is_first
     from tlora_mlx.pictures import can_draw, draw_plan
-    from tlora_mlx.training.progress import print_plan, say
+    from tlora_mlx.terminal import say
+    from tlora_mlx.training.progress import print_plan
 
     output = user_path(config.output)
     fits = output.parent.is_dir() and (output.is_file() or not output.exists())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.files import read_json, read_tensors, user_path
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_faults, attach
+from tlora_mlx.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,13 +31,14 @@ class Run:
     """What a run directory holds, checked.
 
     Attributes:
-        tensors: ``NAME.lora_a`` (in, rank) and ``NAME.lora_b`` (rank, out) per adapted module.
+        tensors: ``NAME.lora_a`` (in, rank) and ``NAME.lora_b`` (rank, out) per adapted module,
+            read from the file when they are asked for.
     """
 
     path: Path
     config: dict[str, Any]
     plan: RankPlan
-    tensors: dict[str, mx.array]
+    tensors: Mapping[str, mx.array]
 
 
 def read_run(path: str | Path) -> Run:
@@ -54,11 +57,15 @@ def read_run(path: str | Path) -> Run:
     missing = [key for key in ("model", "model_type") if not isinstance(config.get(key), str)]
     if missing:
         raise UserError(f"{path / CONFIG} has no {' and no '.join(map(repr, missing))}")
+    if not isinstance(config.get("base_model"), (str, type(None))):
+        raise UserError(f"'base_model' in {path / CONFIG} is no name")
+    if type(config.get("num_layers", -1)) is not int:
+        raise UserError(f"'num_layers' in {path / CONFIG} is no whole number")
     try:
         plan = RankPlan.from_dict(read_json(path / PLAN, "the run's rank plan"))
     except ValueError as error:
         raise UserError(f"the rank plan {path / PLAN} is not right: {error}") from None
-    tensors = read_tensors(path / ADAPTERS, "the run's adapter")
+    tensors = TensorFile(path / ADAPTERS, "the run's adapter")
     shapes = {name: (m.out_features, m.in_features) for name, m in plan.modules.items()}
     faults = adapter_faults(plan, tensors, shapes)
     faults += [

@@ -32,8 +32,8 @@ from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_tensors
 from tlora_mlx.pictures import can_draw, draw_losses
 from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, LOSSES, METRICS, PLAN
+from tlora_mlx.terminal import say
 from tlora_mlx.training.checkpoint import Checkpoint, Progress, read_checkpoint, save_checkpoint
-from tlora_mlx.training.progress import say
 from tlora_mlx.version import __version__
 
 # Options that a resumed run may change: what it computes does not depend on them. Model, data and

@@ -53,9 +53,10 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
     from tlora_mlx.method.allocation import RankPlan
     from tlora_mlx.method.distributed import from_first
     from tlora_mlx.method.layers import attach
+    from tlora_mlx.terminal import say
     from tlora_mlx.training.checkpoint import Progress, checkpoint_from_first
     from tlora_mlx.training.loop import evaluate, fit, make_optimizer
-    from tlora_mlx.training.progress import say, say_summary
+    from tlora_mlx.training.progress import say_summary
 
     checkpoint = checkpoint_from_first(run.newest_checkpoint() if config.resume else None)
     if checkpoint and from_first(run.is_finished(checkpoint.progress)):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
+from tlora_mlx.exporting.delta import Delta, float32
 from tlora_mlx.exporting.names import hf_weight, unexportable
-from tlora_mlx.files import new_directory, write_json, write_tensors
+from tlora_mlx.exporting.proof import DTYPES, Proof, finite_in, prove_adapter
+from tlora_mlx.files import new_directory, read_json, write_json, write_tensors
 from tlora_mlx.run_directory import Run
+from tlora_mlx.tensor_file import TensorFile
+from tlora_mlx.terminal import say
 
 # Ranks that vLLM has kernels for (vllm/config/lora.py, MaxLoRARanks).
 PORTABLE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+CONFIG = "adapter_config.json"
+ADAPTERS = "adapter_model.safetensors"
 
 
 def export_peft(
@@ -48,7 +52,7 @@ def export_peft(
         UserError: the family or a module has no known Hugging Face name, the original of a
             quantized base is not known, the largest rank is above 512 (portable), a value
             overflows ``dtype``, or ``output`` is taken.
-        RunError: it could not be written; nothing is left of it.
+        RunError: it could not be written, or not as it should be; nothing is left of it.
     """
     if reason := unexportable(run.config["model_type"], run.plan.modules):
         raise UserError(f"cannot export {run.path}: {reason}")
@@ -60,7 +64,7 @@ def export_peft(
         )
     write = {"portable": _portable, "compact": _compact}[layout]
     tensors, config = write(run, DTYPES[dtype])
-    refuse_overflow(tensors, dtype)
+    finite_in(tensors, dtype)
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -76,16 +80,10 @@ def export_peft(
         **config,
     }
     with new_directory(output) as beside:
-        write_tensors(beside / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(beside / "adapter_config.json", config)
+        write_tensors(beside / ADAPTERS, tensors, {"format": "pt"})
+        write_json(beside / CONFIG, config)
+        say(_prove(run, beside, dtype).summary())
     return output
-
-
-def refuse_overflow(tensors: Mapping[str, mx.array], dtype: str) -> None:
-    """Raise a UserError where tensors that were cast to ``dtype`` are not finite any more."""
-    overflown = [key for key, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if overflown:
-        raise UserError(f"{', '.join(overflown)} overflow {dtype}; use --dtype bfloat16 or float32")
 
 
 def _hf_names(run: Run) -> dict[str, str]:
@@ -151,3 +149,26 @@ def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, 
         "alpha_pattern": alphas,
         "target_modules": sorted(names[name] for name in run.plan.adapted()),
     }
+
+
+def _prove(run: Run, path: Path, dtype: str) -> Proof:
+    """Read the adapter back by PEFT's rule: lora_alpha over r, unless a pattern matches."""
+    config = read_json(path / CONFIG, "the adapter's configuration")
+    tensors = TensorFile(path / ADAPTERS, "the adapter")
+    names = _hf_names(run)
+
+    def setting(key: str, name: str) -> float:
+        # peft/utils/other.py, get_pattern_key: the first pattern that matches wins.
+        patterns = config[f"{key}_pattern"].items()
+        found = (value for k, value in patterns if re.match(rf"(.*\.)?({k})$", name))
+        return next(found, config["r" if key == "rank" else "lora_alpha"])
+
+    def delta(name: str) -> Delta | None:
+        a_key, b_key = _keys(names[name])
+        if not {a_key, b_key} <= tensors.keys():
+            return None
+        a, b = float32(tensors[a_key]), float32(tensors[b_key])
+        rank = setting("rank", names[name])
+        return Delta(setting("alpha", names[name]) / rank * b, a) if len(a) == rank else None
+
+    return prove_adapter(run, delta, dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from tlora_mlx.exporting.peft import DTYPES, refuse_overflow
+from tlora_mlx.exporting.delta import run_delta
+from tlora_mlx.exporting.proof import DTYPES, finite_in, prove_adapter
 from tlora_mlx.files import new_directory, write_json, write_tensors
-from tlora_mlx.run_directory import ADAPTERS, CONFIG, PLAN, Run
+from tlora_mlx.run_directory import ADAPTERS, CONFIG, PLAN, Run, read_run
+from tlora_mlx.terminal import say
 from tlora_mlx.version import __version__
 
 
@@ -15,12 +18,13 @@ def export_run(run: Run, output: Path, dtype: str = "float32") -> Path:
 
     Raises:
         UserError: a value overflows ``dtype``, or ``output`` is taken.
-        RunError: it could not be written; nothing is left of it.
+        RunError: it could not be written, or not as it should be; nothing is left of it.
     """
     tensors = {key: value.astype(DTYPES[dtype]) for key, value in run.tensors.items()}
-    refuse_overflow(tensors, dtype)
+    finite_in(tensors, dtype)
     with new_directory(output) as beside:
         write_json(beside / PLAN, run.plan.to_dict())
         write_tensors(beside / ADAPTERS, tensors, {"format": "mlx"})
         write_json(beside / CONFIG, {"versions": {"tlora_mlx": __version__}, **run.config})
+        say(prove_adapter(run, partial(run_delta, read_run(beside)), dtype).summary())
     return output

@@ -10,7 +10,7 @@ from tlora_mlx.exporting.combine import Combination, combine
 from tlora_mlx.files import user_path
 from tlora_mlx.importing.read import read_as_run, without_dead_ranks
 from tlora_mlx.run_directory import Run
-from tlora_mlx.training.progress import bar
+from tlora_mlx.terminal import bar
 
 
 def read_source(config: ExportCommand) -> Run:

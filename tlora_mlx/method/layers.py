@@ -189,12 +189,13 @@ def adapter_faults(
         expected[f"{name}.lora_a"] = (in_features, module.rank)
         expected[f"{name}.lora_b"] = (module.rank, out_features)
     for key, shape in expected.items():
-        if key not in tensors:
+        tensor = tensors.get(key)
+        if tensor is None:
             if key.endswith(".lora_a"):
                 faults.append(f"{key} is missing")
-        elif tuple(tensors[key].shape) != shape:
-            faults.append(f"{key} has shape {tuple(tensors[key].shape)}, the plan asks for {shape}")
-        elif not math.isfinite(mx.abs(tensors[key].astype(mx.float32)).max().item()):
+        elif tuple(tensor.shape) != shape:
+            faults.append(f"{key} has shape {tuple(tensor.shape)}, the plan asks for {shape}")
+        elif not math.isfinite(mx.abs(tensor.astype(mx.float32)).max().item()):
             faults.append(f"{key} has entries that are not finite")
     if not faults:  # a missing module would make each of its tensors look unexpected too
         faults += [f"{key} is not in the plan" for key in sorted(set(tensors) - set(expected))]

@@ -21,9 +21,9 @@ from tlora_mlx.errors import Interrupted, RunError
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.distributed import largest, processes, rank, share, total, total_of_tree
 from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.terminal import bar, say
 from tlora_mlx.training.checkpoint import Progress, Window
 from tlora_mlx.training.data import Sample, Split, batches_in_order, collate, epoch_order
-from tlora_mlx.training.progress import bar, say
 from tlora_mlx.training.schedule import learning_rate
 
 

@@ -1,0 +1,101 @@
+"""What is written wrongly is found when it is read back, and nothing is left of it."""
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import save_model
+from test_export import make_run, zero_one_cap
+
+from tlora_mlx import (
+    RunError,
+    export_dequantized,
+    export_merged,
+    export_mlx_lm,
+    export_peft,
+    export_requantized,
+    read_run,
+)
+from tlora_mlx.exporting import checkpoint, peft
+from tlora_mlx.exporting import mlx_lm as our_mlx_lm
+from tlora_mlx.files import write_tensors
+
+ADAPTERS = {
+    "portable": (peft, lambda run, out: export_peft(run, out, "portable")),
+    "compact": (peft, lambda run, out: export_peft(run, out, "compact")),
+    "half": (peft, lambda run, out: export_peft(run, out, "portable", "bfloat16")),
+    "mlx-lm": (our_mlx_lm, export_mlx_lm),
+}
+MODELS = {
+    "merged": export_merged,
+    "dequantized": export_dequantized,
+    "requantized": export_requantized,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """On a 4-bit conversion, its original known."""
+    place = tmp_path_factory.mktemp("proof")
+    original = save_model(place / "model", hidden_size=64, intermediate_size=96)
+    mlx_lm.convert(str(original), str(place / "4bit"), quantize=True, q_bits=4, q_group_size=32)
+    return read_run(make_run(place / "run", place / "4bit", zero_one_cap, base_model=str(original)))
+
+
+@pytest.mark.parametrize("fault", ["entry", "missing", "scale"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_was_written_wrongly(kind, fault, run, tmp_path, monkeypatch, capsys):
+    module, export = ADAPTERS[kind]
+
+    def corrupted(path, tensors, metadata):
+        tensors = dict(tensors)
+        keys = [key for key in tensors if "layers.1.self_attn" in key and "lora_b" in key.lower()]
+        keys = [key for key in keys if tensors[key].any()]
+        key = keys[0]
+        if fault == "entry":
+            value = tensors[key].astype(mx.float32)
+            value[0, 0] += 0.01 * mx.abs(value).max() + 0.02
+            tensors[key] = value.astype(tensors[key].dtype)
+        elif fault == "missing":
+            del tensors[key]
+        else:
+            tensors[key] = tensors[key] * 1.1
+        write_tensors(path, tensors, metadata)
+
+    export(run, tmp_path / "right")
+    assert "read back: the deltas of 10 modules are there" in capsys.readouterr().out
+    monkeypatch.setattr(module, "write_tensors", corrupted)
+    with pytest.raises(RunError, match=r"what was written for model\.layers\.1\.self_attn"):
+        export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_was_written_wrongly(kind, run, tmp_path, monkeypatch, capsys):
+    """Each of many blocks is corrupted in turn, adapted or not."""
+    MODELS[kind](run, tmp_path / "right")
+    assert "read back" in capsys.readouterr().out
+    write = checkpoint.OpenFile.write
+    calls = []
+    monkeypatch.setattr(
+        checkpoint.OpenFile,
+        "write",
+        lambda file, at, data: (calls.append(at), write(file, at, data)),
+    )
+    MODELS[kind](run, tmp_path / "counted")
+    assert len(calls) > 10
+
+    for number in range(0, len(calls), len(calls) // 7):
+        count = iter(range(len(calls)))
+
+        def corrupted(file, at, data, count=count, number=number):
+            if next(count) == number:
+                data = data.reshape(-1).view(np.uint8).copy()
+                data[-1] ^= 0x41  # sign and exponent of a float, a header's last byte
+            write(file, at, data)
+
+        monkeypatch.setattr(checkpoint.OpenFile, "write", corrupted)
+        with pytest.raises(Exception, match=r"what was written|damaged|not finite") as error:
+            MODELS[kind](run, tmp_path / "out")
+        assert type(error.value).__name__ in ("RunError", "UserError")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["counted", "right"]

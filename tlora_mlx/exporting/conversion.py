@@ -1,0 +1,119 @@
+"""The quantized MLX model that a run was trained on, its weights read row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.exporting.checkpoint import FLOATS, Checkpoint
+from tlora_mlx.exporting.delta import adapted, float32
+from tlora_mlx.exporting.proof import DTYPES
+from tlora_mlx.run_directory import Run
+from tlora_mlx.tensor_file import TensorFile
+
+
+class StoredWeight:
+    """A weight of a conversion: quantized, with its scales (and biases), or not.
+
+    Attributes:
+        shape: of the dense weight; (experts, out, in) for stacked ones.
+        rows: how many there are, all leading dimensions together.
+        dtype: the format's code of the dense weight: that of the scales, which is what the model
+            computes in; bfloat16 where they are no floats (mxfp4, mxfp8, nvfp4).
+        parts: its tensors' names.
+
+    Args:
+        base: the conversion.
+        name: the module's name.
+
+    Raises:
+        UserError: the tensors do not fit each other or the settings.
+    """
+
+    def __init__(self, base: Checkpoint, name: str):
+        self._base = base
+        self.name = name
+        parts = [f"{name}.{part}" for part in ("weight", "scales", "biases")]
+        self.parts = [part for part in parts if part in base.home]
+        weight = base.home[parts[0]].entries[parts[0]]
+        self.shape, self.dtype, self._settings = weight.shape, weight.dtype, {}
+        if parts[1] in base.home:
+            scales = base.home[parts[1]].entries[parts[1]]
+            self._settings = settings = _settings(base, name)
+            try:
+                width = scales.shape[-1] * settings["group_size"]
+                if weight.shape[:-1] != scales.shape[:-1] or math.prod(weight.shape[:-1]) < 1:
+                    raise ValueError
+                if weight.shape[-1] * 32 != width * settings["bits"]:
+                    raise ValueError
+                self.dense(base.home, 0, 1)
+            except (ValueError, TypeError, IndexError, RuntimeError):  # MLX checks the rest
+                raise UserError(
+                    f"{name} of model {base.name} is not quantized as its config.json says: weight "
+                    f"{weight.shape} and scales {scales.shape}, with {settings}"
+                ) from None
+            self.shape = (*weight.shape[:-1], width)
+            self.dtype = scales.dtype if scales.dtype in FLOATS else "BF16"
+        self.rows = math.prod(self.shape[:-1])
+
+    def dense(self, files: Mapping[str, TensorFile], start: int, stop: int) -> np.ndarray:
+        """Some rows, (stop - start, in) float32, as stored in these files by tensor name."""
+        parts = [files[part].rows(part, start, stop) for part in self.parts]
+        if not self._settings:
+            return float32(parts[0])
+        return float32(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
+
+    def stored(self, values: np.ndarray) -> list[np.ndarray]:
+        """Rows as the parts would hold them: cast, and quantized by the same settings."""
+        cast = mx.array(values).astype(DTYPES[FLOATS[self.dtype]])
+        parts = mx.quantize(cast, **self._settings) if self._settings else [cast]
+        return [np.array(part.view(mx.uint8)) for part in parts]
+
+
+def _settings(base: Checkpoint, name: str) -> dict[str, Any]:
+    """How a module is quantized: its own settings, or the model's."""
+    table = base.config["quantization"]
+    own = table.get(name)
+    table = own if isinstance(own, dict) else table
+    named = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
+    return {"mode": "affine", **named}
+
+
+def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, StoredWeight]]:
+    """The quantized model that a run was trained on, and its adapted weights by module name.
+
+    Raises:
+        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run.
+    """
+    base = Checkpoint(run.config["model"])
+    table = base.config.get("quantization")
+    if not isinstance(table, dict) or not all(
+        type(table.get(key)) is int and table[key] > 0 for key in ("group_size", "bits")
+    ):
+        raise UserError(
+            f"{option} is for runs on a quantized MLX model, and {base.name} is none; leave it out"
+        )
+    odd = [tensor for tensor in base.home if tensor.endswith(".global_scale")]
+    if odd:
+        raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
+    weights, faults = {}, []
+    for name, module in adapted(run).items():
+        shape = (module.out_features, module.in_features)
+        if f"{name}.weight" not in base.home:
+            faults.append(f"it has no {name}.weight")
+            continue
+        weights[name] = weight = StoredWeight(base, name)
+        if weight.shape != shape:
+            faults.append(f"{name} has shape {weight.shape}, the run was trained on {shape}")
+        elif weight.dtype not in FLOATS:
+            faults.append(f"{name} has dtype {weight.dtype}, not {', '.join(FLOATS)}")
+    if faults:
+        raise UserError(
+            f"run {run.path} cannot be merged into model {base.name}: {'; '.join(faults)}"
+        )
+    return base, weights

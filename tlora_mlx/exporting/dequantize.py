@@ -1,0 +1,209 @@
+"""A run merged into the quantized MLX model that it was trained on, which is written dense."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tlora_mlx.exporting.checkpoint import (
+    FLOATS,
+    INDEX,
+    STORED,
+    Checkpoint,
+    OpenFile,
+    Scratch,
+    encode,
+)
+from tlora_mlx.exporting.conversion import StoredWeight, read_conversion
+from tlora_mlx.exporting.delta import float32, run_delta
+from tlora_mlx.exporting.proof import Proof, blocks, compare_merged, wrong
+from tlora_mlx.files import ITEM_SIZES, new_directory, tensors_header, write_json, write_text
+from tlora_mlx.run_directory import Run
+from tlora_mlx.tensor_file import TensorFile
+from tlora_mlx.terminal import bar, say
+
+# The largest file of a sharded model in bytes, as mlx-lm makes them (mlx_lm/utils.py).
+MAX_FILE = 5 << 30
+
+
+class _Tensor(NamedTuple):
+    """A tensor to write.
+
+    Attributes:
+        dtype: the format's code.
+        weight: the weight that it is the dense form of; None: it is copied.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    weight: StoredWeight | None
+
+
+def export_dequantized(run: Run, output: Path) -> Path:
+    """Write the quantized model that a run was trained on as a dense one, W + scale·B·A.
+
+    The weights are what the run was trained on, in the dtype that the model computes in: nothing is
+    lost but rounding. Tensor names are the conversion's, as mlx-lm reads them; transformers reads
+    them where its own are the same.
+
+    Args:
+        run: what ``read_run`` read.
+        output: directory to make; must not exist, or be empty.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: the run's model is not whole, not quantized, does not fit the run, or ``output``
+            is taken.
+        RunError: it could not be written, or not as it should be; nothing is left of it.
+    """
+    base, adapted = read_conversion(run, "--dequantize")
+    tensors = _tensors(base, adapted)
+    files = _files(tensors)
+    metadata = next(iter(base.files.values())).metadata
+    proof = Proof()
+    with new_directory(output) as beside:
+        base.copy_other_files(beside)
+        # Infinity in a configuration is as it was: transformers and mlx-lm read it.
+        text = json.dumps(_without_quantization(base.config), indent=2)
+        write_text(beside / "config.json", text + "\n")
+        if len(files) > 1:
+            places = {tensor: file for file, names in files.items() for tensor in names}
+            size = sum(_bytes(tensor) for tensor in tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            write_json(beside / INDEX, index)
+        with bar("dequantizing", len(tensors)) as advance:
+            for file, names in files.items():
+                part = {name: tensors[name] for name in names}
+                _write(run, base, part, beside / file, metadata, advance)
+        with bar("reading back", len(tensors)) as advance:
+            for file, names in files.items():
+                part = {name: tensors[name] for name in names}
+                _prove(run, base, part, beside / file, proof, advance)
+        say(proof.summary())
+    return output
+
+
+def _tensors(base: Checkpoint, adapted: Mapping[str, StoredWeight]) -> dict[str, _Tensor]:
+    """What is written, by name, in the order of the files."""
+    tensors = {}
+    for name, file in base.home.items():
+        module, _, part = name.rpartition(".")
+        quantized = f"{module}.scales" in base.home and f"{module}.weight" in base.home
+        if quantized and part in ("scales", "biases"):
+            continue
+        weight = adapted.get(module) if part == "weight" else None
+        if quantized and part == "weight" and weight is None:
+            weight = StoredWeight(base, module)
+        entry = file.entries[name]
+        tensors[name] = (
+            _Tensor(weight.dtype, weight.shape, weight)
+            if weight
+            else _Tensor(entry.dtype, entry.shape, None)
+        )
+    return tensors
+
+
+def _files(tensors: Mapping[str, _Tensor]) -> dict[str, list[str]]:
+    """The tensors' names by file, each file up to ``MAX_FILE`` or one tensor."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + _bytes(tensor) > MAX_FILE:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _bytes(tensor)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+        for i, names in enumerate(groups, 1)
+    }
+
+
+def _bytes(tensor: _Tensor) -> int:
+    return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape)
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = ("quantization", "quantization_config")
+    config = {key: value for key, value in config.items() if key not in dropped}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _without_quantization(config["text_config"])
+    return config
+
+
+def _write(
+    run: Run,
+    base: Checkpoint,
+    tensors: Mapping[str, _Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    advance: Callable[[], None],
+) -> None:
+    """Write one weight file."""
+    header, starts = tensors_header({n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
+    scratch, size = Scratch(), len(header) + sum(map(_bytes, tensors.values()))
+    with OpenFile(path, size) as out:
+        out.write(0, np.frombuffer(header, np.uint8))
+        for name, place in starts.items():
+            if weight := tensors[name].weight:
+                delta = run_delta(run, weight.name) if weight.name in run.plan.adapted() else None
+                for start, stop in blocks(weight.rows, weight.shape[-1]):
+                    values = weight.dense(base.home, start, stop)
+                    if delta:
+                        values += delta.rows(start, stop).product()
+                    stored = np.empty(values.shape, STORED[weight.dtype])
+                    with np.errstate(over="ignore"):  # float16; reading back finds it
+                        encode(values, stored, scratch)
+                    out.write(place + start * weight.shape[-1] * stored.itemsize, stored)
+            else:
+                for start, data in _bytes_of(base.home[name], name):
+                    out.write(place + start, data)
+            advance()
+        out.sync()
+
+
+def _bytes_of(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor's bytes with the offset of their first in it, block by block."""
+    entry = file.entries[name]
+    with OpenFile(file.path) as source:
+        for start, stop in blocks(entry.stop - entry.start, 1):
+            yield start, source.read(entry.start + start, np.empty(stop - start, np.uint8))
+
+
+def _prove(
+    run: Run,
+    base: Checkpoint,
+    tensors: Mapping[str, _Tensor],
+    path: Path,
+    proof: Proof,
+    advance: Callable[[], None],
+) -> None:
+    """Read one weight file back, and the conversion's anew."""
+    written = TensorFile(path, "what was written")
+    if written.keys() != tensors.keys():
+        raise wrong(f"the header of {path.name}")
+    for name, tensor in tensors.items():
+        if weight := tensor.weight:
+            delta = run_delta(run, weight.name) if weight.name in run.plan.adapted() else None
+            for start, stop in blocks(weight.rows, weight.shape[-1]):
+                before = weight.dense(base.home, start, stop)
+                after = float32(written.rows(name, start, stop))
+                added = delta.rows(start, stop).product() if delta else np.zeros_like(before)
+                dtype = FLOATS[weight.dtype]
+                errors = compare_merged(weight.name, before, after, added, dtype)
+                if delta:
+                    proof.add(weight.name, errors)
+        else:
+            pairs = zip(_bytes_of(base.home[name], name), _bytes_of(written, name), strict=True)
+            if not all(np.array_equal(one[1], other[1]) for one, other in pairs):
+                raise wrong(name)
+        advance()
