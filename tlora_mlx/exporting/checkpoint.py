@@ -124,6 +124,8 @@ class OpenFile:
         if size is not None:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._path, self._descriptor = path, os.open(path, flags, 0o644)
+        # The kernel lets one thread at a time write a file, and has the others spin.
+        self._writing = threading.Lock()
         if size is not None:
             os.ftruncate(self._descriptor, size)
 
@@ -146,9 +148,10 @@ class OpenFile:
     def write(self, offset: int, data: np.ndarray) -> None:
         """Write a contiguous array at ``offset``."""
         rest = memoryview(data.reshape(-1).view(np.uint8))
-        while rest:
-            count = os.pwrite(self._descriptor, rest, offset)
-            rest, offset = rest[count:], offset + count
+        with self._writing:
+            while rest:
+                count = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[count:], offset + count
 
     def sync(self) -> None:
         """Wait until the disk has it."""
