@@ -135,10 +135,11 @@ def test_bad_places(tmp_path, plain):
 
 
 def test_batches_are_padded_to_few_shapes():
-    samples = [Sample(list(range(1, n + 1)), 2) for n in (5, 33, 34, 70)]
+    samples = [Sample(list(range(1, n + 1)), 2) for n in (5, 33, 34, 70, 150, 300)]
     widths = [collate([s], 2048).tokens.shape[1] for s in samples]
-    assert widths == [33, 33, 65, 97]
-    assert collate(samples, 80).tokens.shape == (4, 80)
+    assert widths == [9, 33, 41, 73, 161, 321]
+    samples = samples[:4]
+    assert collate(samples, 72).tokens.shape == (4, 72)
     batch = collate(samples[:2], 2048)
     assert batch.spans.tolist() == [[2, 5], [2, 33]]
     assert batch.tokens[0].tolist() == [1, 2, 3, 4, 5, *[0] * 28]

@@ -19,8 +19,9 @@ from tlora_mlx.files import user_path
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.distributed import share
 
-# Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).
-PAD_TO = 32
+# Lengths are padded to multiples of so much, so that mx.compile sees few shapes: an eighth of the
+# power of two below, within these bounds. mlx-lm pads by 32, a third of a sample of 100 tokens.
+PAD_TO = (8, 32)
 # Batches of like length are cut from shuffled windows of so many batches.
 WINDOW = 64
 
@@ -268,10 +269,19 @@ def _join(
     return tokens, len(prompt) if mask_prompt else 0
 
 
+def padded_length(length: int) -> int:
+    """``length`` rounded up so that there are few of them and little is padded."""
+    step = min(max(1 << max(length.bit_length() - 4, 0), PAD_TO[0]), PAD_TO[1])
+    return -(-length // step) * step
+
+
 def collate(samples: Sequence[Sample], max_seq_length: int) -> Batch:
-    """Pad samples to one length: one more than a multiple of ``PAD_TO``, or ``max_seq_length``."""
+    """Pad samples to one length: ``max_seq_length``, or one more than a ``padded_length``.
+
+    One more, since the last token is only a target.
+    """
     longest = max(len(sample.tokens) for sample in samples)
-    width = min(1 + PAD_TO * -(-(longest - 1) // PAD_TO), max(max_seq_length, longest))
+    width = min(1 + padded_length(longest - 1), max(max_seq_length, longest))
     tokens = np.zeros((len(samples), width), np.int32)
     for row, sample in zip(tokens, samples, strict=True):
         row[: len(sample.tokens)] = sample.tokens

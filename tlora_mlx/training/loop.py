@@ -20,10 +20,10 @@ from tlora_mlx.config import TrainConfig
 from tlora_mlx.errors import Interrupted, RunError
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.distributed import largest, processes, rank, share, total, total_of_tree
-from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.terminal import bar, say
 from tlora_mlx.training.checkpoint import Progress, Window
 from tlora_mlx.training.data import Sample, Split, batches_in_order, collate, epoch_order
+from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
 from tlora_mlx.training.schedule import learning_rate
 
 
@@ -40,12 +40,6 @@ class Recorder(Protocol):
         """Keep the adapter: its validation loss is the lowest so far."""
 
 
-def summed_loss(model: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
-    """The loss summed over the tokens that count, and their number; both scalars, float32."""
-    losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, spans)
-    return losses.sum(), counts.sum()
-
-
 def mean_loss(model: nn.Module, batches: Iterable[Batch | None], done: Callable[[], None]) -> float:
     """The mean loss per token that counts; every batch weighs as many tokens as it has.
 
@@ -53,10 +47,12 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch | None], done: Callable[
     the mean over all.
     """
     model.eval()
-    sums = [0.0, 0.0]
+    sums, separable = [0.0, 0.0], None
     for batch in batches:
         if batch:
-            loss, n = summed_loss(model, *batch)
+            if separable is None:
+                separable = is_separable(model, batch.tokens[:1])
+            loss, n = summed_loss(model, *batch, target_rows(batch), separable)
             sums[0] += loss.item()
             sums[1] += n.item()
         done()
@@ -201,9 +197,11 @@ def fit(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the weights are those of the last update.
     """
     updates = total_updates(len(train), config)
-    step = _Step(model, optimizer, config)
-    batches = training_batches(train.samples, config, progress.batches)
+    model.eval()
+    separable = is_separable(model, mx.array([train.samples[0].tokens]))
     model.train()
+    step = _Step(model, optimizer, config, separable)
+    batches = training_batches(train.samples, config, progress.batches)
     with bar("training", updates, progress.iteration) as advance, stop_requests() as stops:
         while not progress.finished:
             try:
@@ -260,7 +258,9 @@ def fit(
 class _Step:
     """One optimizer update: gradients of some micro-batches, added up, checked, applied."""
 
-    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig):
+    def __init__(
+        self, model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, separable: bool
+    ):
         self.optimizer, self.config = optimizer, config
         self._trained = model.trainable_parameters
         self._state = [model.state, optimizer.state]
@@ -270,8 +270,8 @@ class _Step:
         inputs = [model.state, mx.random.state]
 
         @partial(mx.compile, inputs=inputs, outputs=inputs)
-        def gradient(tokens: mx.array, spans: mx.array):
-            (loss, n), gradients = loss_and_gradient(model, tokens, spans)
+        def gradient(tokens: mx.array, spans: mx.array, rows: int):
+            (loss, n), gradients = loss_and_gradient(model, tokens, spans, rows, separable)
             return loss, n, gradients
 
         @mx.compile
@@ -303,7 +303,8 @@ class _Step:
         mx.random.seed(((self.config.seed << 32) + (rank() << 56) + number) % 2**64)
         total = None
         for samples in filter(None, map(share, batches)):
-            result = self._gradient(*collate(samples, self.config.max_seq_length))
+            batch = collate(samples, self.config.max_seq_length)
+            result = self._gradient(*batch, target_rows(batch))
             # Sums, not means: a token weighs the same in each micro-batch.
             total = result if total is None else tree_map(mx.add, total, result)
             mx.eval(total)

@@ -1,0 +1,119 @@
+"""The piecewise loss against autodiff through the model's own whole logits."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import save_model
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.training import output_layer
+from tlora_mlx.training.data import Sample, collate
+from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
+
+SAMPLES = [
+    Sample([(7 * i + 3 * n) % 300 for i in range(length)], first)
+    for n, (length, first) in enumerate([(50, 3), (20, 10), (65, 60), (9, 1)])
+]
+BATCH = collate(SAMPLES, 2048)
+
+
+def whole(model, tokens, spans):
+    losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, spans)
+    return losses.sum(), counts.sum()
+
+
+def trained(path):
+    """The model with one trained layer in its first block."""
+    model = load_model(path)[0]
+    model.freeze()
+    model.layers[0].self_attn.v_proj.unfreeze()
+    return model
+
+
+def assert_equal(model, rows, separable, tolerance=1e-5):
+    model.train()
+    (loss, n), gradient = nn.value_and_grad(model, summed_loss)(model, *BATCH, rows, separable)
+    (expected, count), known = nn.value_and_grad(model, whole)(model, *BATCH)
+    assert n.item() == count.item() == sum(len(s.tokens) - s.first_target for s in SAMPLES)
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for (_, a), (_, b) in zip(tree_flatten(gradient), tree_flatten(known), strict=True):
+        assert mx.abs(b).max() > 0
+        assert mx.abs(a - b).max() <= tolerance * mx.abs(b).max()
+
+
+# gemma2 caps its logits and ties the output layer to the embedding.
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("piece", [2**21, 300 * 16])
+def test_loss_and_gradient_are_those_of_whole_logits(tmp_path, monkeypatch, family, piece):
+    monkeypatch.setattr(output_layer, "PIECE", piece)
+    monkeypatch.setattr(output_layer, "PIECE_ROWS", 16)
+    model = trained(save_model(tmp_path, family))
+    model.eval()
+    assert is_separable(model, BATCH.tokens[:1])
+    for separable in (True, False):
+        for rows in (None, target_rows(BATCH)):
+            assert_equal(model, rows, separable)
+    model.eval()
+    loss, _ = summed_loss(model, *BATCH, target_rows(BATCH), True)
+    assert loss.item() == pytest.approx(whole(model, *BATCH)[0].item(), rel=1e-5)
+
+
+def test_half_precision(tmp_path):
+    model = trained(save_model(tmp_path, dtype="bfloat16"))
+    model.eval()
+    assert is_separable(model, BATCH.tokens[:1])
+    assert_equal(model, target_rows(BATCH), True, tolerance=0.03)
+
+
+def test_a_nan_where_nothing_counts_reaches_neither_loss_nor_gradient():
+    states = mx.random.normal((8, 4))
+    counts = mx.array([True] * 5 + [False] * 3)
+    poisoned = mx.where(counts[:, None], states, mx.nan)
+    weight = mx.random.normal((4, 10))
+    labels = mx.arange(8)
+    loss, gradient = output_layer._piece(lambda x: x @ weight, poisoned, labels, counts)
+    expected, clean = output_layer._piece(
+        lambda x: x @ weight, states[:5], labels[:5], mx.ones(5, mx.bool_)
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mx.allclose(gradient[:5], clean, atol=1e-5)
+    assert (gradient[5:] == 0).all()
+
+
+def test_what_is_not_separable(tmp_path):
+    model = trained(save_model(tmp_path))
+    model.eval()
+    tokens = BATCH.tokens[:1]
+
+    model.lm_head.unfreeze()  # it would get no gradient
+    assert not is_separable(model, tokens)
+    model.lm_head.freeze()
+    assert is_separable(model, tokens)
+
+    class Mixing(type(model)):
+        def __call__(self, inputs, cache=None):
+            return mx.cumsum(super().__call__(inputs, cache), axis=1)
+
+    model.__class__ = Mixing
+    assert not is_separable(model, tokens)
+    assert_equal(model, target_rows(BATCH), separable=False)
+
+    class Raising(type(model)):
+        def __call__(self, inputs, cache=None):
+            return super().__call__(inputs, cache) * (1 + 0 / inputs.any().item())
+
+    model.__class__ = Raising
+    assert not is_separable(model, tokens)
+
+
+def test_rows_cover_the_targets_in_few_sizes():
+    sizes = set()
+    for length in range(2, 66):
+        batch = collate([Sample([1] * 65, 1), Sample([1] * 65, 66 - length + 1)], 65)
+        targets = int(np.diff(np.array(batch.spans)).sum())
+        assert targets <= target_rows(batch) <= 128
+        sizes.add(target_rows(batch))
+    assert len(sizes) <= output_layer.SHAPES

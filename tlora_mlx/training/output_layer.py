@@ -1,0 +1,187 @@
+"""The loss without all logits: the output layer sees target positions alone, some at a time.
+
+With a large vocabulary the logits of a batch are the largest array of a training step, and many of
+them count for nothing: those after prompt and padding. Since loss and gradient of one position need
+no other position, a piece's gradient is computed right after its loss and its logits are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tlora_mlx.method.batch import Batch
+
+# Logits that are there at a time: so many entries, but no fewer rows than make a good product.
+PIECE = 2**21
+PIECE_ROWS = 128
+
+# The first positions of a sample tell whether the output layer can be applied apart.
+TRIED = 8
+
+# So many shapes for each batch's size: every one is compiled.
+SHAPES = 8
+
+OutputLayer = Callable[[mx.array], mx.array]
+
+
+class _Instead:
+    """Stands in for a model's body: gives ``states`` whatever it is called with."""
+
+    def __init__(self, body: nn.Module, states: mx.array):
+        self._body, self._states = body, states
+
+    def __call__(self, *args: object, **kwargs: object) -> mx.array:
+        return self._states
+
+    def __getattr__(self, name: str) -> object:  # a tied output layer is in the body
+        return getattr(self._body, name)
+
+
+def apply_output_layer(model: nn.Module, states: mx.array) -> mx.array:
+    """What the model makes of its body's states (batch, T, hidden), by its own code.
+
+    So scaling, soft-capping and tied embeddings are the model's, whatever its family.
+    """
+    # An attribute of the object hides the submodule of that name and leaves the module tree alone.
+    vars(model)["model"] = _Instead(model.model, states)
+    try:
+        return model(mx.zeros(states.shape[:2], mx.int32))
+    finally:
+        del vars(model)["model"]
+
+
+def is_separable(model: nn.Module, tokens: mx.array) -> bool:
+    """Whether the output layer may be applied to some positions alone, after ``model.model``.
+
+    It is tried out: on every second of the first positions it must give what the model gives there.
+    Nothing that is trained may lie outside of ``model.model``.
+
+    Args:
+        model: in evaluation mode.
+        tokens: (1, T) token ids.
+    """
+    tokens = tokens[:, :TRIED]
+    body = getattr(model, "model", None)
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    if not isinstance(body, nn.Module) or not all(n.startswith("model.") for n in trained):
+        return False
+    try:
+        logits = model(tokens)[:, ::2]
+        apart = apply_output_layer(model, body(tokens)[:, ::2])
+        if apart.shape != logits.shape:
+            return False
+        # Products round by their number of rows; another function would differ by far more.
+        tolerance = max(1e-3, 4 * mx.finfo(logits.dtype).eps) * mx.abs(logits).max()
+        return bool((mx.abs(apart - logits).max() <= tolerance).item())
+    except Exception:  # the model's own code, called in an unusual way: whatever it raises, no
+        return False
+
+
+def target_rows(batch: Batch) -> int:
+    """For how many positions the loss is computed: all that count, rounded up for few shapes."""
+    spans = np.array(batch.spans)
+    positions = batch.tokens[:, 1:].size
+    step = -(-positions // SHAPES)
+    return min(positions, step * -(-int((spans[:, 1] - spans[:, 0]).sum()) // step))
+
+
+def summed_loss(
+    model: nn.Module,
+    tokens: mx.array,
+    spans: mx.array,
+    rows: int | None = None,
+    separable: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The loss summed over the tokens that count, and their number; both scalars, float32.
+
+    It is computed in float32 whatever the logits' dtype. Nothing after the body gets a gradient.
+
+    Args:
+        model: in training mode the gradient comes with the loss, otherwise the loss alone.
+        tokens: (batch, T) token ids, padded on the right.
+        spans: (batch, 2) int: the first position that counts as a target, and the sample's length.
+        rows: for how many positions the loss is computed: at least those that count; None: all.
+        separable: what ``is_separable`` says of the model.
+    """
+    targets = tokens[:, 1:]
+    positions = mx.arange(1, tokens.shape[1])
+    counts = ((positions >= spans[:, 0:1]) & (positions < spans[:, 1:2])).flatten()
+    if separable:
+        states = model.model(tokens[:, :-1])
+
+        def output_layer(states: mx.array) -> mx.array:
+            return apply_output_layer(model, states[None])[0]
+    else:
+        states = model(tokens[:, :-1])
+
+        def output_layer(states: mx.array) -> mx.array:
+            return states
+
+    states, labels, chosen = states.flatten(0, 1), targets.flatten(), counts
+    if rows is not None and rows < labels.size:
+        order = mx.argsort(mx.where(counts, 0, 1))[:rows]  # those that count come first
+        states, labels, chosen = states[order], labels[order], counts[order]
+    loss = _summed_cross_entropy(output_layer, states, labels, chosen, model.training)
+    return loss, counts.sum().astype(mx.float32)
+
+
+def _summed_cross_entropy(
+    output_layer: OutputLayer,
+    states: mx.array,
+    labels: mx.array,
+    counts: mx.array,
+    with_gradient: bool,
+) -> mx.array:
+    """Σ cross-entropy over the rows of ``states`` (n, hidden) that count, piece by piece."""
+    vocabulary = output_layer(states[:1]).shape[-1]  # a shape: it is never evaluated
+    step = max(PIECE_ROWS, PIECE // vocabulary)
+    detached = mx.stop_gradient(states) if with_gradient else states
+    losses, gradients = [], []
+    for start in range(0, len(labels), step):
+        piece = slice(start, start + step)
+        x = detached[piece]
+        if losses:  # first be done with the piece before, so that its logits are gone
+            x = mx.depends(x, gradients[-1] if with_gradient else losses[-1])
+        loss, gradient = _piece(output_layer, x, labels[piece], counts[piece])
+        losses.append(loss)
+        gradients.append(gradient)
+    total = sum(losses)
+    if not with_gradient:
+        return total
+    gradient = mx.concatenate(gradients) if len(gradients) > 1 else gradients[0]
+
+    @mx.custom_function
+    def known(states, total, gradient):
+        return total
+
+    @known.vjp
+    def _(primals, cotangent, _output):
+        _, total, gradient = primals
+        return cotangent.astype(gradient.dtype) * gradient, mx.zeros_like(total), gradient * 0
+
+    return known(states, total, mx.stop_gradient(gradient))
+
+
+def _piece(
+    output_layer: OutputLayer, x: mx.array, labels: mx.array, counts: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Summed cross-entropy, float32, and its gradient by ``x`` (n, hidden).
+
+    Where a row does not count, not even a NaN reaches the sum. One exponential serves both.
+    """
+    raw = output_layer(x)
+    logits = raw.astype(mx.float32)
+    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    powers = mx.exp(logits - largest)
+    norms = powers.sum(axis=-1, keepdims=True)
+    own = mx.take_along_axis(logits, labels[:, None], axis=-1)
+    losses = mx.where(counts, (mx.log(norms) + largest - own).squeeze(-1), 0.0)
+    is_own = mx.arange(logits.shape[-1]) == labels[:, None]
+    by_logits = mx.where(counts[:, None], powers / norms - is_own, 0.0).astype(raw.dtype)
+    _, (gradient,) = mx.vjp(output_layer, [x], [by_logits])
+    return losses.sum(), gradient
