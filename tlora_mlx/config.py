@@ -127,6 +127,9 @@ class PlanConfig(Config):
     )
     seed: int = option(0, "seed of sampling and data order", at_least=0)
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
+    allow_unexportable: bool = option(
+        False, "go on with a model family or module whose export will be refused"
+    )
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
     def __post_init__(self) -> None:

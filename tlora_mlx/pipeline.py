@@ -59,6 +59,8 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
     except ValueError as error:
         raise UserError(f"--target-modules: {error}") from None
     if reason := unexportable(base.config["model_type"], targets):
+        if not config.allow_unexportable:
+            raise UserError(f"{reason}; train all the same with --allow-unexportable")
         say(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
     data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
     if config.val_split:

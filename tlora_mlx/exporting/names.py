@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
-
-# Families whose MLX module paths are Hugging Face's, with 2-D weights unchanged. Each is tested by
-# a round trip through transformers and PEFT (tests/test_export.py).
-SAME_NAMES = {
-    model_type: re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3")
-}
 
 
 class HFWeight(NamedTuple):
@@ -19,31 +14,179 @@ class HFWeight(NamedTuple):
 
     Attributes:
         module: its path in the model of transformers, which is what PEFT adapts.
-        tensor: its weight's name in the checkpoint's safetensors files.
+        tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
+            ``save_pretrained`` writes, which are not always the model's own names.
+        transposed: the tensor is (in, out), not (out, in).
     """
 
     module: str
     tensor: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` of config.json names the linear layers inside its blocks.
+
+    Attributes:
+        linears: path inside a block, MLX's against that of transformers' module.
+        blocks: what comes before a block's number in MLX.
+        hf_blocks: the same in the model of transformers.
+        file_blocks: the same in the checkpoint, where it is not ``hf_blocks``.
+        files: path inside a block in the checkpoint, by transformers', where it is another.
+        transposed: the weights are Conv1D's, (in, out).
+        others: regular expression of modules of transformers outside the language model whose last
+            name component may be a target's.
+    """
+
+    linears: Mapping[str, str]
+    blocks: str = "model.layers"
+    hf_blocks: str = "model.layers"
+    file_blocks: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    others: str | None = None
+
+    def __post_init__(self) -> None:
+        files = {self.files.get(name, name) for name in self.linears.values()}
+        if not len(self.linears) == len(set(self.linears.values())) == len(files):
+            raise ValueError(f"two modules of {self} have one name")
+
+
+def _same(*paths: str) -> dict[str, str]:
+    """Modules whose path inside a block is the same on both sides: ``prefix: name name …``."""
+    split = [path.split(": ") for path in paths]
+    return {f"{p}.{name}": f"{p}.{name}" for p, names in split for name in names.split()}
+
+
+_LLAMA = _same("self_attn: q_proj k_proj v_proj o_proj", "mlp: gate_proj up_proj down_proj")
+_EXAONE_FILES = {
+    "self_attn.q_proj": "attn.attention.q_proj",
+    "self_attn.k_proj": "attn.attention.k_proj",
+    "self_attn.v_proj": "attn.attention.v_proj",
+    "self_attn.o_proj": "attn.attention.out_proj",
+    "mlp.gate_proj": "mlp.c_fc_0",
+    "mlp.up_proj": "mlp.c_fc_1",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+# By model_type, as config.json has it. Each is proven by a round trip through mlx-lm, transformers
+# and PEFT (tests/test_families.py; docs/MODELS.md is the outcome).
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "ministral3",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "olmo2",
+            "olmo3",
+            "smollm3",
+            "cohere",
+            "cohere2",
+            "granite",
+            "stablelm",
+            "exaone4",
+            "ernie4_5",
+            "helium",
+            "hunyuan_v1_dense",
+            "seed_oss",
+            "internlm3",
+        ),
+        Family(_LLAMA),
+    ),
+    "apertus": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: up_proj down_proj")),
+    "nemotron": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: up_proj down_proj")),
+    "starcoder2": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: c_fc c_proj")),
+    "phi": Family(_same("self_attn: q_proj k_proj v_proj dense", "mlp: fc1 fc2")),
+    # Fused: the adapter is one of the fused matrix, on both sides.
+    "phi3": Family(_same("self_attn: qkv_proj o_proj", "mlp: gate_up_proj down_proj")),
+    "glm4": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: gate_up_proj down_proj")),
+    "gpt_neox": Family(
+        _same("attention: query_key_value dense", "mlp: dense_h_to_4h dense_4h_to_h"),
+        blocks="model.h",
+        hf_blocks="gpt_neox.layers",
+    ),
+    "gptj": Family(
+        _same("attn: q_proj k_proj v_proj out_proj", "mlp: fc_in fc_out"),
+        blocks="model.h",
+        hf_blocks="transformer.h",
+    ),
+    "gpt_bigcode": Family(
+        _same("attn: c_attn c_proj", "mlp: c_fc c_proj"),
+        blocks="transformer.h",
+        hf_blocks="transformer.h",
+    ),
+    # The Hub's checkpoints have no "transformer."; others mlx-lm does not load.
+    "gpt2": Family(
+        _same("attn: c_attn c_proj", "mlp: c_fc c_proj"),
+        blocks="model.h",
+        hf_blocks="transformer.h",
+        file_blocks="h",
+        transposed=True,
+    ),
+    "exaone": Family(
+        {mlx: hf for hf, mlx in _EXAONE_FILES.items()},
+        blocks="transformer.h",
+        file_blocks="transformer.h",
+        files=_EXAONE_FILES,
+    ),
+    # The language model inside of a multimodal one.
+    "gemma3": Family(
+        _LLAMA,
+        blocks="language_model.model.layers",
+        hf_blocks="model.language_model.layers",
+        file_blocks="language_model.model.layers",
+        others=r"model\.vision_tower\..*",
+    ),
+}
+
+# Families that mlx-lm loads, but as another model than transformers: no export could be right.
+REFUSED = {
+    "glm": "mlx-lm rotates whole heads, transformers the part that partial_rotary_factor says, so "
+    "an adapter would be trained on another model than it is used with",
+}
 
 
 def hf_weight(model_type: str, name: str) -> HFWeight | None:
     """Where the weight of an MLX module is on Hugging Face's side; None where it is not known."""
-    pattern = SAME_NAMES.get(model_type)
-    return HFWeight(name, f"{name}.weight") if pattern and pattern.fullmatch(name) else None
+    family = FAMILIES.get(model_type)
+    match = family and re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", name)
+    if not match or match[2] not in family.linears:
+        return None
+    hf = family.linears[match[2]]
+    return HFWeight(
+        f"{family.hf_blocks}.{match[1]}.{hf}",
+        f"{family.file_blocks or family.hf_blocks}.{match[1]}.{family.files.get(hf, hf)}.weight",
+        family.transposed,
+    )
 
 
-def mlx_name(model_type: str, module: str) -> str | None:
-    """The MLX module of a Hugging Face module; None where it is not known: the way back."""
-    pattern = SAME_NAMES.get(model_type)
-    return module if pattern and pattern.fullmatch(module) else None
+def mlx_name(model_type: str, hf_module: str) -> str | None:
+    """The MLX module of a module of transformers, by ``hf_weight`` backwards; None if not known."""
+    family = FAMILIES.get(model_type)
+    match = family and re.fullmatch(rf"{re.escape(family.hf_blocks)}\.(\d+)\.(.+)", hf_module)
+    name = match and _backwards(model_type).get(match[2])
+    return f"{family.blocks}.{match[1]}.{name}" if name else None
 
 
-def unexportable(model_type: str, names: Iterable[str]) -> str | None:
+@cache
+def _backwards(model_type: str) -> dict[str, str]:
+    return {hf: mlx for mlx, hf in FAMILIES[model_type].linears.items()}
+
+
+def unexportable(model_type: str, names: Collection[str]) -> str | None:
     """Why these modules cannot be exported, in one sentence; None where they can."""
-    if model_type not in SAME_NAMES:
+    if model_type in REFUSED:
+        return f"model family '{model_type}' cannot be exported: {REFUSED[model_type]}"
+    if model_type not in FAMILIES:
         return (
             f"the Hugging Face names of model family '{model_type}' are not known "
-            f"(known: {', '.join(sorted(SAME_NAMES))})"
+            f"(known: {', '.join(sorted(FAMILIES))})"
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
     if unknown:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.exporting.names import hf_weight, unexportable
+from tlora_mlx.exporting.names import FAMILIES, hf_weight, unexportable
 from tlora_mlx.files import new_directory, write_json, write_tensors
 from tlora_mlx.run_directory import Run
 
@@ -58,13 +58,15 @@ def export_peft(
             f"the base model {run.config['model']} is quantized and its card names no original; "
             "name the full-precision Hub repository with --base-model"
         )
+    family = FAMILIES[run.config["model_type"]]
     write = {"portable": _portable, "compact": _compact}[layout]
     tensors, config = write(run, DTYPES[dtype])
     refuse_overflow(tensors, dtype)
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Of Conv1D's weights (in, out): PEFT transposes what it merges, A and B are stored alike.
+        "fan_in_fan_out": family.transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
@@ -125,10 +127,15 @@ def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str,
         "alpha_pattern": {},
         "target_modules": suffixes,
     }
-    blocks = sorted({int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name in names.values()})
-    if blocks[0] > 0:
+    family = FAMILIES[run.config["model_type"]]
+    if family.others:
+        config["exclude_modules"] = family.others
+    prefix = family.hf_blocks
+    blocks = {int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in names.values()}
+    if min(blocks) > 0:
         # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
-        config |= {"layers_to_transform": blocks, "layers_pattern": "layers"}
+        pattern = prefix.rsplit(".", 1)[-1]
+        config |= {"layers_to_transform": sorted(blocks), "layers_pattern": pattern}
     return tensors, config
 
 

@@ -13,6 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tlora_mlx.method.allocation import RankPlan
 
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+# Components of the names of what chooses or weighs experts, in all of mlx-lm's models (0.32). An
+# adapter there would change which experts a token goes to, so they are never targets.
+ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
@@ -89,7 +92,8 @@ def target_linears(
 ) -> dict[str, nn.Module]:
     """The linear layers inside the transformer blocks, by full name, first block first.
 
-    Embeddings and the output layer are outside of the blocks, so they are never among them.
+    Embeddings and the output layer are outside of the blocks, so they are never among them; nor are
+    the routers of a mixture of experts, whatever their class.
 
     Args:
         model: an mlx-lm model: ``model.layers`` are its blocks.
@@ -106,7 +110,7 @@ def target_linears(
     for block in blocks:
         leaves = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
         for path, module in leaves:
-            if isinstance(module, LINEAR_TYPES):
+            if isinstance(module, LINEAR_TYPES) and not ROUTERS & set(path.split(".")):
                 found[f"{names[id(block)]}.{path}"] = module
     existing = sorted({name.rsplit(".", 1)[-1] for name in found})
     if not found:

@@ -1,0 +1,163 @@
+"""Every family, from a checkpoint that transformers makes to one that transformers reads again.
+
+scripts/make_models_table.py writes what it finds into docs/MODELS.md.
+"""
+
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, quick_train, save_model
+from families import FAILS, FAMILIES
+from safetensors.torch import load_file
+from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
+
+from tlora_mlx import UserError, export_peft, load_run, read_run
+from tlora_mlx.base_model import load_base_model
+from tlora_mlx.exporting import names
+from tlora_mlx.method.layers import target_linears
+
+TOLERANCE = 1e-4
+
+
+def exported_to_peft(layout):
+    def logits(run, model_path, output):
+        return peft_logits(model_path, export_peft(read_run(run), output, layout))
+
+    return logits
+
+
+# What a run is exported to, and how the other side computes logits with it.
+EXPORTS = {
+    "PEFT portable": exported_to_peft("portable"),
+    "PEFT compact": exported_to_peft("compact"),
+}
+
+
+def mlx_logits(model):
+    return np.array(model(mx.array(TOKENS)).astype(mx.float32))
+
+
+def difference(a, b):
+    return float(np.abs(a - b).max())
+
+
+def round_trip(family, data_path, path):
+    """Logits' largest differences: of the bases, that training made, and of each export."""
+    model_path = save_model(path / "model", family)
+    base = load_base_model(str(model_path))
+    reference = logits_of(base_model(model_path))
+    check_names(family, base.model, model_path)
+    found = {"base": difference(mlx_logits(base.model), reference)}
+    run = quick_train(model_path, data_path, path / "run", iters=4, calibration_samples=4)
+    trained = mlx_logits(load_run(run).model)
+    found["trained"] = difference(trained, reference)
+    for export, logits in EXPORTS.items():
+        found[export] = difference(logits(run, model_path, path / export), trained)
+    return found
+
+
+def check_names(family, model, model_path):
+    """Names lead to the same numbers in the checkpoint and in transformers, and back again."""
+    tensors = load_file(model_path / "model.safetensors")
+    modules = dict(base_model(model_path).named_modules())
+    seen = []
+    for name, linear in target_linears(model).items():
+        hf = names.hf_weight(family, name)
+        assert names.mlx_name(family, hf.module) == name
+        ours = np.array(linear.weight)
+        theirs = [tensors[hf.tensor], modules[hf.module].weight.detach()]
+        for weight in theirs:
+            weight = weight.T if hf.transposed else weight
+            np.testing.assert_array_equal(ours, weight.numpy())
+        seen.append(hf)
+    for what in (0, 1):  # module, tensor
+        assert len({hf[what] for hf in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, data_path, tmp_path):
+    found = round_trip(family, data_path, tmp_path)
+    assert found.pop("trained") > 0.01
+    assert max(found.values()) < TOLERANCE, found
+
+
+def failure(family, path, **settings):
+    """How a family of ``FAILS`` fails, or one of ``FAMILIES`` with other settings."""
+    model_path = save_model(path, family, **settings)
+    try:
+        base = load_base_model(str(model_path))
+    except UserError as error:
+        return f"mlx-lm's error: {str(error).split(': ', 1)[1]}"
+    found = difference(mlx_logits(base.model), logits_of(base_model(model_path)))
+    return f"logits differ by {found:.1g}" if found > TOLERANCE else None
+
+
+@pytest.mark.parametrize("family", FAILS)
+def test_what_does_not_work(family, tmp_path):
+    """If one of these does not fail any more, it can go into the matrix."""
+    assert failure(family, tmp_path / "model")
+    assert names.unexportable(family, [])
+
+
+def test_every_known_family_is_tested_and_in_the_table():
+    assert set(names.FAMILIES) == set(FAMILIES)
+    assert set(names.REFUSED) <= set(FAILS)
+    text = (ROOT / "docs" / "MODELS.md").read_text()
+    assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == sorted(FAMILIES)
+    assert re.findall(r"^- `(\w+)`:", text, re.MULTILINE) == sorted(FAILS)
+
+
+def test_refused_before_any_training(model_path, data_path, tmp_path, tlora_here, monkeypatch):
+    """A family or module without a name, and one whose export could not be right."""
+
+    def refused(run, message):
+        arguments = ("--model", model_path, "--data", data_path, "--adapter-path", run)
+        result = tlora_here("train", *arguments, "--iters", 1)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
+        assert "--allow-unexportable" in result.stderr
+        assert not run.exists()
+        return arguments
+
+    linears = dict(names.FAMILIES["llama"].linears)
+    del linears["mlp.up_proj"]
+    with monkeypatch.context() as patch:
+        patch.setitem(names.FAMILIES, "llama", names.Family(linears))
+        refused(
+            tmp_path / "module",
+            "modules of family 'llama' are not known: model.layers.0.mlp.up_proj, model.layers.1",
+        )
+    with monkeypatch.context() as patch:
+        patch.setitem(names.REFUSED, "llama", "it is another model here")
+        refused(tmp_path / "reason", "'llama' cannot be exported: it is another model here")
+    monkeypatch.delitem(names.FAMILIES, "llama")
+    arguments = refused(tmp_path / "run", "names of model family 'llama' are not known")
+    result = tlora_here("train", *arguments, "--iters", 1, "--allow-unexportable")
+    assert result.returncode == 0
+    assert "warning: the Hugging Face names of model family 'llama' are not known" in result.stdout
+    result = tlora_here("export", tmp_path / "run")
+    assert result.returncode == 2
+    assert "family 'llama' are not known" in result.stderr
+
+
+def test_a_table_that_is_not_one_to_one():
+    with pytest.raises(ValueError, match="have one name"):
+        names.Family({"a.q": "b.q", "a.k": "b.q"})
+    with pytest.raises(ValueError, match="have one name"):
+        names.Family({"a.q": "b.q", "a.k": "b.k"}, files={"b.q": "c", "b.k": "c"})
+
+
+@pytest.mark.parametrize("layout", ["portable", "compact"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_the_last_block_alone_by_other_names(family, layout, tmp_path):
+    model_path = save_model(tmp_path / "model", family)
+    run = make_run(tmp_path / "run", model_path, lambda i, shape: 2, num_layers=1)
+    adapter = export_peft(read_run(run), tmp_path / "peft", layout)
+    theirs = peft_logits(model_path, adapter)
+    assert difference(theirs, mlx_logits(load_run(run).model)) < TOLERANCE
+    assert difference(theirs, logits_of(base_model(model_path))) > 0.01
+    keys = load_file(adapter / "adapter_model.safetensors")
+    assert not any(".0." in key for key in keys)
