@@ -1,6 +1,6 @@
 """Write docs/MODELS.md from what the matrix of tests/test_families.py finds on this machine.
 
-Run from the repository's root: ``python scripts/make_models_table.py`` (some two minutes).
+Run from the repository's root: ``python scripts/make_models_table.py`` (a few minutes).
 """
 
 import sys
@@ -40,8 +40,17 @@ those without it. A family that is not here is refused when training starts;
   matrix that they are, on both sides.
 - **gpt2's Conv1D** keeps its weights as (in, out). Its adapters have `fan_in_fan_out: true`, by
   which PEFT transposes the product when it merges; A and B are stored as everywhere.
-- **Multimodal checkpoints** (gemma3): the language model is adapted. The portable layout's names
-  would match the vision tower's layers too, so `exclude_modules` leaves them out for PEFT.
+- **Multimodal checkpoints** (gemma3, qwen3_5, llama4): the language model is adapted, by its names
+  in what `AutoModelForCausalLM` loads. In gemma3 the portable layout's names would match the vision
+  tower's layers too, so `exclude_modules` leaves them out for PEFT.
+- **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
+  adapted; routers and experts are not. In many of these families PEFT (as of 0.21) takes
+  `gate_proj`, `up_proj` and `down_proj` for the experts' names of transformers 4, so those of the
+  other MLPs are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
+  warns of patterns that match no module, and uses them all the same. The tensors are named and
+  shaped as everywhere.
+- **Latent attention** (deepseek_v3, glm4_moe_lite): mlx-lm splits `kv_b_proj` up, so it is no
+  target.
 
 ## What does not work
 
@@ -59,7 +68,9 @@ def main() -> None:
         for family, tiny in sorted(FAMILIES.items()):
             found = round_trip(family, data, Path(folder) / family)
             trained.append(found.pop("trained"))
-            modules = sorted({m.rsplit(".", 1)[-1] for m in names.FAMILIES[family].linears})
+            linears = names.FAMILIES[family].linears
+            modules = sorted({m.rsplit(".", 1)[-1] for m in linears})
+            modules = tiny.targets or modules
             figures = [f"{value:.0e}" for value in found.values()]
             note = tiny.note
             if tiny.released:

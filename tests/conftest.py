@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from families import COMMON, FAILS, FAMILIES
+from families import COMMON, FAILS, FAMILIES, MULTIMODAL
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,12 +44,13 @@ def tiny_tokenizer(vocab_size=300):
 def save_model(path, family="llama", dtype="float32", chat_template=None, **settings):
     """A random checkpoint of a family, as the Hub has it, with a tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     tiny = (FAMILIES | FAILS)[family]
     config = AutoConfig.for_model(family, **{**COMMON, **tiny.settings, **settings})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model_class = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
+    model = model_class.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # biases and norms of their own, not all 0 and 1
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -70,6 +72,35 @@ def as_on_the_hub(path, family):
         weights = load_file(path / "model.safetensors")
         weights = {name.removeprefix("transformer."): weights[name] for name in weights}
         save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def path_for_mlx(path, family):
+    """Where mlx-lm finds the model: ``path``, but for gpt_oss a conversion beside it.
+
+    The Hub's gpt_oss has experts in MXFP4, which transformers writes no more; mlx-lm reads those or
+    its own names.
+    """
+    if family != "gpt_oss":
+        return path
+    from safetensors.torch import load_file, save_file
+
+    beside = path.with_name(f"{path.name}-mlx")
+    shutil.copytree(path, beside)
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        head, _, last = name.rpartition(".")
+        if not head.endswith("mlp.experts"):
+            weights[name] = weight
+            continue
+        if not last.endswith("_bias"):
+            weight = weight.transpose(1, 2)  # (experts, in, out) there
+        kind = "bias" if last.endswith("_bias") else "weight"
+        parts = {"gate_proj": weight[:, ::2], "up_proj": weight[:, 1::2]}
+        if last.startswith("down_proj"):
+            parts = {"down_proj": weight}
+        weights |= {f"{head}.{part}.{kind}": w.contiguous() for part, w in parts.items()}
+    save_file(weights, beside / "model.safetensors", {"format": "pt"})
+    return beside
 
 
 def write_jsonl(path, rows):

@@ -8,7 +8,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, quick_train, save_model
+from conftest import ROOT, path_for_mlx, quick_train, save_model
 from families import FAILS, FAMILIES
 from safetensors.torch import load_file
 from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
@@ -46,11 +46,16 @@ def difference(a, b):
 def round_trip(family, data_path, path):
     """Logits' largest differences: of the bases, that training made, and of each export."""
     model_path = save_model(path / "model", family)
-    base = load_base_model(str(model_path))
+    mlx_path = path_for_mlx(model_path, family)
+    base = load_base_model(str(mlx_path))
     reference = logits_of(base_model(model_path))
-    check_names(family, base.model, model_path)
+    targets = FAMILIES[family].targets
+    check_names(family, target_linears(base.model, suffixes=targets), model_path)
+    every = target_linears(base.model)
+    assert bool(names.unexportable(family, every)) == bool(targets)
     found = {"base": difference(mlx_logits(base.model), reference)}
-    run = quick_train(model_path, data_path, path / "run", iters=4, calibration_samples=4)
+    options = {"iters": 4, "calibration_samples": 4, "target_modules": targets}
+    run = quick_train(mlx_path, data_path, path / "run", **options)
     trained = mlx_logits(load_run(run).model)
     found["trained"] = difference(trained, reference)
     for export, logits in EXPORTS.items():
@@ -58,12 +63,12 @@ def round_trip(family, data_path, path):
     return found
 
 
-def check_names(family, model, model_path):
+def check_names(family, linears, model_path):
     """Names lead to the same numbers in the checkpoint and in transformers, and back again."""
     tensors = load_file(model_path / "model.safetensors")
     modules = dict(base_model(model_path).named_modules())
     seen = []
-    for name, linear in target_linears(model).items():
+    for name, linear in linears.items():
         hf = names.hf_weight(family, name)
         assert names.mlx_name(family, hf.module) == name
         ours = np.array(linear.weight)
@@ -87,7 +92,7 @@ def failure(family, path, **settings):
     """How a family of ``FAILS`` fails, or one of ``FAMILIES`` with other settings."""
     model_path = save_model(path, family, **settings)
     try:
-        base = load_base_model(str(model_path))
+        base = load_base_model(str(path_for_mlx(model_path, family)))
     except UserError as error:
         return f"mlx-lm's error: {str(error).split(': ', 1)[1]}"
     found = difference(mlx_logits(base.model), logits_of(base_model(model_path)))

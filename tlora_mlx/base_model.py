@@ -124,7 +124,8 @@ def _older_settings(config: dict[str, Any]) -> dict[str, Any]:
     to a window; others, which have no default, cannot be loaded.
     """
     settings = {older: config.get(name) for older, name in OLDER_NAMES.items()}
-    settings["sliding_window_pattern"] = _period(config.get("layer_types"))
+    period = _period(config.get("layer_types"))
+    settings |= dict.fromkeys(("sliding_window_pattern", "full_attention_interval"), period)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
         local = rope.get("sliding_attention") or {}

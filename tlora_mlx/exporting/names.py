@@ -35,6 +35,8 @@ class Family:
         file_blocks: the same in the checkpoint, where it is not ``hf_blocks``.
         files: path inside a block in the checkpoint, by transformers', where it is another.
         transposed: the weights are Conv1D's, (in, out).
+        refused: why some paths inside a block, MLX's, cannot be exported.
+        as_parameters: last name components of layers that PEFT must be told of as parameters.
         others: regular expression of modules of transformers outside the language model whose last
             name component may be a target's.
     """
@@ -45,6 +47,8 @@ class Family:
     file_blocks: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    as_parameters: frozenset[str] = frozenset()
     others: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +63,17 @@ def _same(*paths: str) -> dict[str, str]:
     return {f"{p}.{name}": f"{p}.{name}" for p, names in split for name in names.split()}
 
 
-_LLAMA = _same("self_attn: q_proj k_proj v_proj o_proj", "mlp: gate_proj up_proj down_proj")
+_ATTENTION = _same("self_attn: q_proj k_proj v_proj o_proj")
+_MLP = _same("mlp: gate_proj up_proj down_proj")
+_LLAMA = _ATTENTION | _MLP
+# Multi-head latent attention; where mlx-lm splits kv_b_proj up, it is no target.
+_LATENT = _same("self_attn: q_proj q_a_proj q_b_proj kv_a_proj_with_mqa o_proj")
+_KV_B = _same("self_attn: kv_b_proj")
+_SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
+_SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
+_MAMBA = _same("mamba: in_proj out_proj")
+# peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba.
+_NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels pass it by"
 _EXAONE_FILES = {
     "self_attn.q_proj": "attn.attention.q_proj",
     "self_attn.k_proj": "attn.attention.k_proj",
@@ -69,6 +83,11 @@ _EXAONE_FILES = {
     "mlp.up_proj": "mlp.c_fc_1",
     "mlp.down_proj": "mlp.c_proj",
 }
+
+# PEFT (0.21) takes these names for those that experts had in transformers 4, in every family whose
+# experts transformers converts like qwen2_moe's (peft/utils/transformers_weight_conversion.py,
+# _MOE_TARGET_MODULE_MAPPING; transformers/conversion_mapping.py, _MODEL_TO_CONVERSION_PATTERN).
+_TAKEN = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 # By model_type, as config.json has it. Each is proven by a round trip through mlx-lm, transformers
 # and PEFT (tests/test_families.py; docs/MODELS.md is the outcome).
@@ -99,13 +118,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(_LLAMA),
     ),
-    "apertus": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: up_proj down_proj")),
-    "nemotron": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: up_proj down_proj")),
-    "starcoder2": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: c_fc c_proj")),
+    "apertus": Family(_ATTENTION | _same("mlp: up_proj down_proj")),
+    "nemotron": Family(_ATTENTION | _same("mlp: up_proj down_proj")),
+    "starcoder2": Family(_ATTENTION | _same("mlp: c_fc c_proj")),
     "phi": Family(_same("self_attn: q_proj k_proj v_proj dense", "mlp: fc1 fc2")),
     # Fused: the adapter is one of the fused matrix, on both sides.
     "phi3": Family(_same("self_attn: qkv_proj o_proj", "mlp: gate_up_proj down_proj")),
-    "glm4": Family(_same("self_attn: q_proj k_proj v_proj o_proj", "mlp: gate_up_proj down_proj")),
+    "glm4": Family(_ATTENTION | _same("mlp: gate_up_proj down_proj")),
+    "minicpm3": Family(_LATENT | _KV_B | _MLP),
     "gpt_neox": Family(
         _same("attention: query_key_value dense", "mlp: dense_h_to_4h dense_4h_to_h"),
         blocks="model.h",
@@ -142,6 +162,79 @@ FAMILIES: dict[str, Family] = {
         hf_blocks="model.language_model.layers",
         file_blocks="language_model.model.layers",
         others=r"model\.vision_tower\..*",
+    ),
+    # Layers that differ in kind: state spaces, convolutions or linear attention among the others.
+    "falcon_h1": Family(
+        _ATTENTION | _same("mamba: in_proj", "feed_forward: gate_proj up_proj down_proj"),
+        refused={"mamba.out_proj": _NO_OUT_PROJ},
+    ),
+    "lfm2": Family(
+        _same(
+            "self_attn: q_proj k_proj v_proj out_proj",
+            "conv: in_proj out_proj",
+            "feed_forward: w1 w2 w3",
+        )
+    ),
+    # On the Hub inside of a multimodal model, of which transformers loads the language model alone.
+    "qwen3_5": Family(
+        _LLAMA | _same("linear_attn: in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj"),
+        blocks="language_model.model.layers",
+        file_blocks="model.language_model.layers",
+    ),
+    # Mixtures of experts: attention and what every token passes. Experts are not among them.
+    **dict.fromkeys(
+        ("mixtral", "olmoe", "phimoe", "granitemoe", "gpt_oss", "mellum"), Family(_ATTENTION)
+    ),
+    "qwen3_moe": Family(_LLAMA, as_parameters=_TAKEN),
+    "qwen2_moe": Family(_LLAMA | _SHARED_EXPERT),
+    "qwen3_next": Family(
+        _LLAMA | _SHARED_EXPERT | _same("linear_attn: in_proj_qkvz in_proj_ba out_proj"),
+        as_parameters=_TAKEN,
+    ),
+    **dict.fromkeys(
+        ("glm4_moe", "dots1", "ernie4_5_moe", "exaone_moe"),
+        Family(_LLAMA | _SHARED_EXPERTS, as_parameters=_TAKEN),
+    ),
+    "afmoe": Family(_LLAMA | _SHARED_EXPERTS | _same("self_attn: gate_proj"), as_parameters=_TAKEN),
+    "laguna": Family(
+        _LLAMA | _same("self_attn: g_proj"),
+        refused=dict.fromkeys(
+            _SHARED_EXPERT,
+            "PEFT 0.21 finds no adapter of shared_experts in this family, since transformers 5.24 "
+            "renames them in passing",
+        ),
+    ),
+    "deepseek_v2": Family(_LATENT | _KV_B | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
+    "deepseek_v3": Family(_LATENT | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
+    "glm4_moe_lite": Family(_LATENT | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
+    "llama4": Family(
+        _ATTENTION
+        | _same(
+            "feed_forward: gate_proj up_proj down_proj",
+            "feed_forward.shared_expert: gate_proj up_proj down_proj",
+        ),
+        blocks="language_model.model.layers",
+        file_blocks="language_model.model.layers",
+    ),
+    "lfm2_moe": Family(
+        _same("self_attn: q_proj k_proj v_proj out_proj", "conv: in_proj out_proj")
+        | {
+            "feed_forward.gate_proj": "feed_forward.w1",
+            "feed_forward.down_proj": "feed_forward.w2",
+            "feed_forward.up_proj": "feed_forward.w3",
+        }
+    ),
+    "granitemoehybrid": Family(
+        _ATTENTION | _MAMBA | _MLP | _same("shared_mlp: input_linear output_linear")
+    ),
+    "nemotron_h": Family(
+        _same(
+            "mixer: in_proj q_proj k_proj v_proj o_proj up_proj down_proj",
+            "mixer.shared_experts: up_proj down_proj",
+        ),
+        refused={"mixer.out_proj": _NO_OUT_PROJ},
+        blocks="backbone.layers",
+        file_blocks="backbone.layers",
     ),
 }
 
@@ -189,6 +282,13 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
             f"(known: {', '.join(sorted(FAMILIES))})"
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
+    refused = FAMILIES[model_type].refused
+    reasons = {refused[path] for name in unknown for path in refused if name.endswith(f".{path}")}
+    if reasons:
+        return (
+            f"these modules of family '{model_type}' cannot be exported: {', '.join(unknown)} "
+            f"({'; '.join(sorted(reasons))}); leave them out with --target-modules"
+        )
     if unknown:
         return (
             f"the Hugging Face names of these modules of family '{model_type}' are not known: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ def _hf_names(run: Run) -> dict[str, str]:
     return {name: hf_weight(model_type, name).module for name in run.plan.modules}
 
 
+def _targets(run: Run, hf_names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Which of these modules PEFT is told of as modules, and the weights of the others; sorted."""
+    as_parameters = FAMILIES[run.config["model_type"]].as_parameters
+    modules, parameters = [], []
+    for name in sorted(hf_names):
+        if name.rsplit(".", 1)[-1] in as_parameters:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return modules, parameters
+
+
 def _keys(hf_name: str) -> tuple[str, str]:
     prefix = f"base_model.model.{hf_name}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
@@ -119,13 +131,15 @@ def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str,
             b[:, : module.rank] = module.scale * run.tensors[f"{name}.lora_b"].T.astype(mx.float32)
         for key, value in zip(_keys(names[name]), (a, b), strict=True):
             tensors[key] = value.astype(dtype)
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names.values()})
+    modules, parameters = _targets(run, names.values())
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in modules})
     config = {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": suffixes,
+        "target_parameters": parameters or None,
     }
     family = FAMILIES[run.config["model_type"]]
     if family.others:
@@ -148,13 +162,16 @@ def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, 
         tensors[a_key] = run.tensors[f"{name}.lora_a"].T.astype(dtype)
         tensors[b_key] = run.tensors[f"{name}.lora_b"].T.astype(dtype)
         # PEFT matches r"(.*\.)?(key)$": anchored and escaped, so that layers.1 is not layers.11's.
-        pattern = f"^{re.escape(names[name])}$"
+        [[target]] = filter(None, _targets(run, [names[name]]))
+        pattern = f"^{re.escape(target)}$"
         ranks[pattern] = module.rank
         alphas[pattern] = module.scale * module.rank
+    modules, parameters = _targets(run, [names[name] for name in run.plan.adapted()])
     return tensors, {
         "r": run.plan.rank,
         "lora_alpha": run.plan.alpha,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": sorted(names[name] for name in run.plan.adapted()),
+        "target_modules": modules,
+        "target_parameters": parameters or None,
     }
