@@ -3,6 +3,7 @@
 scripts/make_models_table.py writes what it finds into docs/MODELS.md.
 """
 
+import json
 import re
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
 from tlora_mlx import UserError, export_peft, load_run, read_run
 from tlora_mlx.base_model import load_base_model
 from tlora_mlx.exporting import names
-from tlora_mlx.method.layers import target_linears
+from tlora_mlx.method.layers import attach, target_linears
 
 TOLERANCE = 1e-4
 
@@ -112,6 +113,29 @@ def test_every_known_family_is_tested_and_in_the_table():
     text = (ROOT / "docs" / "MODELS.md").read_text()
     assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == sorted(FAMILIES)
     assert re.findall(r"^- `(\w+)`:", text, re.MULTILINE) == sorted(FAILS)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "starcoder2", "mixtral"])
+def test_a_4_bit_conversion_for_its_original(family, data_path, tmp_path):
+    """Calibrated and trained through quantized weights, right on the full-precision model."""
+    from mlx_lm.convert import convert
+
+    settings = {"hidden_size": 64, "intermediate_size": 128}
+    model_path = save_model(tmp_path / "original", family, **settings)
+    conversion = tmp_path / "conversion"
+    convert(str(model_path), str(conversion), quantize=True, q_bits=4, q_group_size=32)
+    card = f"---\nbase_model: {model_path}\n---\n"
+    (conversion / "README.md").write_text(card)
+    run = read_run(quick_train(conversion, data_path, tmp_path / "run", calibration_samples=4))
+    original = load_base_model(str(model_path)).model
+    base = mlx_logits(original)
+    expected = mlx_logits(attach(original, run.plan, run.tensors))
+    assert difference(expected, base) > 0.01
+    for layout in ("portable", "compact"):
+        adapter = export_peft(run, tmp_path / layout, layout)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(model_path)
+        assert difference(peft_logits(model_path, adapter), expected) < TOLERANCE
 
 
 def test_refused_before_any_training(model_path, data_path, tmp_path, tlora_here, monkeypatch):
