@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import ROWS, write_jsonl  # noqa: E402
 from families import FAILS, FAMILIES  # noqa: E402
-from test_families import EXPORTS, failure, round_trip  # noqa: E402
+from test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
 
 from tlora_mlx.exporting import names  # noqa: E402
 
@@ -44,7 +44,10 @@ those without it. A family that is not here is refused when training starts;
   in what `AutoModelForCausalLM` loads. In gemma3 the portable layout's names would match the vision
   tower's layers too, so `exclude_modules` leaves them out for PEFT.
 - **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
-  adapted; routers and experts are not. In many of these families PEFT (as of 0.21) takes
+  adapted; routers never. `--target-experts` adapts the experts too, each with a rank of its own (0
+  where no calibration token goes to it), in the families with a figure under "with experts"; in the
+  others it is refused. PEFT has one adapter for all experts of a block (`target_parameters`), gate
+  and up fused. In many of these families PEFT (as of 0.21) takes
   `gate_proj`, `up_proj` and `down_proj` for the experts' names of transformers 4, so those of the
   other MLPs are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
   warns of patterns that match no module, and uses them all the same. The tensors are named and
@@ -72,6 +75,12 @@ def main() -> None:
             modules = sorted({m.rsplit(".", 1)[-1] for m in linears})
             modules = tiny.targets or modules
             figures = [f"{value:.0e}" for value in found.values()]
+            if family in EXPERT_FAMILIES:
+                found = round_trip(family, data, Path(folder) / f"{family}-experts", experts=True)
+                trained.append(found.pop("trained"))
+                figures.append(f"{max(found.values()):.0e}")
+            else:
+                figures.append("")
             note = tiny.note
             if tiny.released:
                 how = failure(family, Path(folder) / f"{family}-released", **tiny.released)
@@ -81,7 +90,7 @@ def main() -> None:
             f"- `{family}`: {tiny.note} ({failure(family, Path(folder) / family)})."
             for family, tiny in sorted(FAILS.items())
         ]
-    head = ["family", "adapted layers", "base", *EXPORTS, "remarks"]
+    head = ["family", "adapted layers", "base", *EXPORTS, "with experts", "remarks"]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = TEXT.format(

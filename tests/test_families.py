@@ -5,6 +5,7 @@ scripts/make_models_table.py writes what it finds into docs/MODELS.md.
 
 import json
 import re
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -44,18 +45,23 @@ def difference(a, b):
     return float(np.abs(a - b).max())
 
 
-def round_trip(family, data_path, path):
+EXPERT_FAMILIES = [family for family in FAMILIES if names.FAMILIES[family].experts]
+
+
+def round_trip(family, data_path, path, experts=False):
     """Logits' largest differences: of the bases, that training made, and of each export."""
     model_path = save_model(path / "model", family)
     mlx_path = path_for_mlx(model_path, family)
     base = load_base_model(str(mlx_path))
     reference = logits_of(base_model(model_path))
     targets = FAMILIES[family].targets
-    check_names(family, target_linears(base.model, suffixes=targets), model_path)
+    if not experts:
+        check_names(family, target_linears(base.model, suffixes=targets), model_path)
     every = target_linears(base.model)
     assert bool(names.unexportable(family, every)) == bool(targets)
     found = {"base": difference(mlx_logits(base.model), reference)}
     options = {"iters": 4, "calibration_samples": 4, "target_modules": targets}
+    options["target_experts"] = experts
     run = quick_train(mlx_path, data_path, path / "run", **options)
     trained = mlx_logits(load_run(run).model)
     found["trained"] = difference(trained, reference)
@@ -82,11 +88,50 @@ def check_names(family, linears, model_path):
         assert len({hf[what] for hf in seen}) == len(seen)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip(family, data_path, tmp_path):
-    found = round_trip(family, data_path, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [(family, False) for family in FAMILIES] + [(family, True) for family in EXPERT_FAMILIES],
+)
+def test_round_trip(family, experts, data_path, tmp_path):
+    found = round_trip(family, data_path, tmp_path, experts)
     assert found.pop("trained") > 0.01
     assert max(found.values()) < TOLERANCE, found
+
+
+def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
+    """To the bits of an uncut run, from a checkpoint; without any covariance being formed."""
+    from mlx_lm.convert import convert
+
+    settings = {"hidden_size": 64, "intermediate_size": 64}
+    model_path = save_model(tmp_path / "original", "mixtral", **settings)
+    conversion = tmp_path / "conversion"
+    convert(str(model_path), str(conversion), quantize=True, q_bits=4, q_group_size=32)
+    (conversion / "README.md").write_text(f"---\nbase_model: {model_path}\n---\n")
+    options = {"calibration_samples": 4, "target_experts": True, "covariance": "streaming"}
+    run_path = quick_train(conversion, data_path, tmp_path / "run", save_every=3, **options)
+    run = read_run(run_path)
+    experts = [name for name in run.plan.adapted() if ".switch_mlp." in name]
+    assert len(experts) > 4
+    (run_path / "adapters.safetensors").unlink()
+    shutil.rmtree(run_path / "checkpoints" / "0000006")
+    quick_train(conversion, data_path, run_path, save_every=3, resume=True, **options)
+    resumed = read_run(run_path)
+    assert resumed.tensors.keys() == run.tensors.keys()
+    for key, tensor in run.tensors.items():
+        assert mx.array_equal(tensor, resumed.tensors[key]).item(), key
+    original = load_base_model(str(model_path)).model
+    expected = mlx_logits(attach(original, run.plan, run.tensors))
+    adapter = export_peft(run, tmp_path / "peft")
+    assert difference(peft_logits(model_path, adapter), expected) < TOLERANCE
+
+
+def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path, tmp_path):
+    with pytest.raises(UserError, match="--target-experts: the model has no experts"):
+        quick_train(model_path, data_path, tmp_path / "run", target_experts=True)
+    granite = save_model(tmp_path / "granite", "granitemoe")
+    with pytest.raises(UserError, match=r"known: .*switch_mlp\.gate_proj\.0.* and \d+ more"):
+        quick_train(granite, data_path, tmp_path / "run", target_experts=True)
+    assert not (tmp_path / "run").exists()
 
 
 def failure(family, path, **settings):

@@ -100,6 +100,9 @@ class PlanConfig(Config):
         "last name components of the layers to adapt, such as q_proj v_proj; default: every linear "
         "layer in the transformer blocks",
     )
+    target_experts: bool = option(
+        False, "adapt the experts of a mixture too, each with a rank of its own"
+    )
     num_layers: int = option(
         -1,
         "adapt only the last so many blocks; -1: all (mlx-lm: 16), since the ranks are placed by "

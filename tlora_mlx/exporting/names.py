@@ -17,11 +17,36 @@ class HFWeight(NamedTuple):
         tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
             ``save_pretrained`` writes, which are not always the model's own names.
         transposed: the tensor is (in, out), not (out, in).
+        parameter: of an expert, the module's parameter that holds all experts' weights.
+        part: of an expert, which of the parameter's rows (of out) are its: halves of a fused gate
+            and up; None for all.
+        number: of an expert, which it is.
     """
 
     module: str
     tensor: str
     transposed: bool = False
+    parameter: str | None = None
+    part: int | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts of a family are inside of a block.
+
+    Attributes:
+        switch: the stacked layers of mlx-lm.
+        module: the module of transformers whose parameters ``gate_up_proj`` (experts, 2·F, in) and
+            ``down_proj`` (experts, out, F) hold all of them.
+        file: an expert in the checkpoint.
+        files: the names of an expert's gate, up and down there.
+    """
+
+    switch: str = "mlp.switch_mlp"
+    module: str = "mlp.experts"
+    file: str = "mlp.experts"
+    files: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,7 @@ class Family:
         file_blocks: the same in the checkpoint, where it is not ``hf_blocks``.
         files: path inside a block in the checkpoint, by transformers', where it is another.
         transposed: the weights are Conv1D's, (in, out).
+        experts: where the experts are, where they can be exported.
         refused: why some paths inside a block, MLX's, cannot be exported.
         as_parameters: last name components of layers that PEFT must be told of as parameters.
         others: regular expression of modules of transformers outside the language model whose last
@@ -47,6 +73,7 @@ class Family:
     file_blocks: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+    experts: Experts | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     as_parameters: frozenset[str] = frozenset()
     others: str | None = None
@@ -72,6 +99,9 @@ _KV_B = _same("self_attn: kv_b_proj")
 _SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
 _SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
 _MAMBA = _same("mamba: in_proj out_proj")
+_MIXTRAL_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp", file="block_sparse_moe.experts", files=("w1", "w3", "w2")
+)
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba.
 _NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels pass it by"
 _EXAONE_FILES = {
@@ -181,21 +211,27 @@ FAMILIES: dict[str, Family] = {
         blocks="language_model.model.layers",
         file_blocks="model.language_model.layers",
     ),
-    # Mixtures of experts: attention and what every token passes. Experts are not among them.
-    **dict.fromkeys(
-        ("mixtral", "olmoe", "phimoe", "granitemoe", "gpt_oss", "mellum"), Family(_ATTENTION)
-    ),
-    "qwen3_moe": Family(_LLAMA, as_parameters=_TAKEN),
-    "qwen2_moe": Family(_LLAMA | _SHARED_EXPERT),
+    # Mixtures of experts: attention and what every token passes; experts where it is said.
+    **dict.fromkeys(("granitemoe", "gpt_oss"), Family(_ATTENTION)),
+    **dict.fromkeys(("mixtral", "phimoe"), Family(_ATTENTION, experts=_MIXTRAL_EXPERTS)),
+    **dict.fromkeys(("olmoe", "mellum"), Family(_ATTENTION, experts=Experts())),
+    "qwen3_moe": Family(_LLAMA, experts=Experts(), as_parameters=_TAKEN),
+    "qwen2_moe": Family(_LLAMA | _SHARED_EXPERT, experts=Experts()),
     "qwen3_next": Family(
         _LLAMA | _SHARED_EXPERT | _same("linear_attn: in_proj_qkvz in_proj_ba out_proj"),
+        experts=Experts(),
         as_parameters=_TAKEN,
     ),
     **dict.fromkeys(
-        ("glm4_moe", "dots1", "ernie4_5_moe", "exaone_moe"),
-        Family(_LLAMA | _SHARED_EXPERTS, as_parameters=_TAKEN),
+        ("glm4_moe", "ernie4_5_moe", "exaone_moe"),
+        Family(_LLAMA | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
     ),
-    "afmoe": Family(_LLAMA | _SHARED_EXPERTS | _same("self_attn: gate_proj"), as_parameters=_TAKEN),
+    "dots1": Family(_LLAMA | _SHARED_EXPERTS, experts=Experts("mlp.experts"), as_parameters=_TAKEN),
+    "afmoe": Family(
+        _LLAMA | _SHARED_EXPERTS | _same("self_attn: gate_proj"),
+        experts=Experts("mlp.experts"),
+        as_parameters=_TAKEN,
+    ),
     "laguna": Family(
         _LLAMA | _same("self_attn: g_proj"),
         refused=dict.fromkeys(
@@ -204,9 +240,13 @@ FAMILIES: dict[str, Family] = {
             "renames them in passing",
         ),
     ),
-    "deepseek_v2": Family(_LATENT | _KV_B | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
-    "deepseek_v3": Family(_LATENT | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
-    "glm4_moe_lite": Family(_LATENT | _MLP | _SHARED_EXPERTS, as_parameters=_TAKEN),
+    "deepseek_v2": Family(
+        _LATENT | _KV_B | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN
+    ),
+    **dict.fromkeys(
+        ("deepseek_v3", "glm4_moe_lite"),
+        Family(_LATENT | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
+    ),
     "llama4": Family(
         _ATTENTION
         | _same(
@@ -222,7 +262,13 @@ FAMILIES: dict[str, Family] = {
             "feed_forward.gate_proj": "feed_forward.w1",
             "feed_forward.down_proj": "feed_forward.w2",
             "feed_forward.up_proj": "feed_forward.w3",
-        }
+        },
+        experts=Experts(
+            "feed_forward.switch_mlp",
+            "feed_forward.experts",
+            "feed_forward.experts",
+            ("w1", "w3", "w2"),
+        ),
     ),
     "granitemoehybrid": Family(
         _ATTENTION | _MAMBA | _MLP | _same("shared_mlp: input_linear output_linear")
@@ -249,6 +295,8 @@ def hf_weight(model_type: str, name: str) -> HFWeight | None:
     """Where the weight of an MLX module is on Hugging Face's side; None where it is not known."""
     family = FAMILIES.get(model_type)
     match = family and re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", name)
+    if match and family.experts and match[2].startswith(f"{family.experts.switch}."):
+        return _expert_weight(family, match[1], match[2])
     if not match or match[2] not in family.linears:
         return None
     hf = family.linears[match[2]]
@@ -256,6 +304,21 @@ def hf_weight(model_type: str, name: str) -> HFWeight | None:
         f"{family.hf_blocks}.{match[1]}.{hf}",
         f"{family.file_blocks or family.hf_blocks}.{match[1]}.{family.files.get(hf, hf)}.weight",
         family.transposed,
+    )
+
+
+def _expert_weight(family: Family, block: str, path: str) -> HFWeight:
+    """Of ``SWITCH.PROJECTION.NUMBER`` inside of a block."""
+    experts = family.experts
+    projection, number = path.removeprefix(f"{experts.switch}.").split(".")
+    which = ("gate_proj", "up_proj", "down_proj").index(projection)
+    file = f"{family.file_blocks or family.hf_blocks}.{block}.{experts.file}"
+    return HFWeight(
+        f"{family.hf_blocks}.{block}.{experts.module}",
+        f"{file}.{number}.{experts.files[which]}.weight",
+        parameter="down_proj" if which == 2 else "gate_up_proj",
+        part=None if which == 2 else which,
+        number=int(number),
     )
 
 
@@ -286,12 +349,18 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
     reasons = {refused[path] for name in unknown for path in refused if name.endswith(f".{path}")}
     if reasons:
         return (
-            f"these modules of family '{model_type}' cannot be exported: {', '.join(unknown)} "
+            f"these modules of family '{model_type}' cannot be exported: {_some(unknown)} "
             f"({'; '.join(sorted(reasons))}); leave them out with --target-modules"
         )
     if unknown:
         return (
             f"the Hugging Face names of these modules of family '{model_type}' are not known: "
-            f"{', '.join(unknown)}"
+            f"{_some(unknown)}"
         )
     return None
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of many: experts make hundreds."""
+    more = len(names) - 20
+    return ", ".join(names[:20]) + (f" and {more} more" if more > 0 else "")

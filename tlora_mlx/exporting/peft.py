@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from tlora_mlx.errors import UserError
+from tlora_mlx.exporting.experts import expert_stacks, stacked_tensors
 from tlora_mlx.exporting.names import FAMILIES, hf_weight, unexportable
 from tlora_mlx.files import new_directory, write_json, write_tensors
 from tlora_mlx.run_directory import Run
@@ -91,9 +92,10 @@ def refuse_overflow(tensors: Mapping[str, mx.array], dtype: str) -> None:
 
 
 def _hf_names(run: Run) -> dict[str, str]:
-    """MLX module name -> Hugging Face module name, of all target modules."""
+    """MLX module name -> Hugging Face module name, of all target modules but experts."""
     model_type = run.config["model_type"]
-    return {name: hf_weight(model_type, name).module for name in run.plan.modules}
+    weights = {name: hf_weight(model_type, name) for name in run.plan.modules}
+    return {name: weight.module for name, weight in weights.items() if not weight.parameter}
 
 
 def _targets(run: Run, hf_names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -115,23 +117,30 @@ def _keys(hf_name: str) -> tuple[str, str]:
 
 def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Tensors and configuration of the portable layout."""
-    largest = max(module.rank for module in run.plan.modules.values())
+    names, stacks = _hf_names(run), expert_stacks(run)
+    largest = max(
+        *(run.plan.modules[name].rank for name in names),
+        *(stack.least_rank() for stack in stacks.values()),
+        0,
+    )
     if largest > PORTABLE_RANKS[-1]:
         raise UserError(
             f"the plan's largest rank {largest} is above {PORTABLE_RANKS[-1]}, the most that vLLM "
             "serves; use --layout compact, or train with --max-rank 512"
         )
     rank = next(r for r in PORTABLE_RANKS if r >= largest)
-    names = _hf_names(run)
     tensors = {}
-    for name, module in run.plan.modules.items():
+    for name in names:
+        module = run.plan.modules[name]
         a, b = mx.zeros((rank, module.in_features)), mx.zeros((module.out_features, rank))
         if module.rank:
             a[: module.rank] = run.tensors[f"{name}.lora_a"].T.astype(mx.float32)
             b[:, : module.rank] = module.scale * run.tensors[f"{name}.lora_b"].T.astype(mx.float32)
         for key, value in zip(_keys(names[name]), (a, b), strict=True):
             tensors[key] = value.astype(dtype)
+    tensors |= stacked_tensors(stacks, rank, dtype)
     modules, parameters = _targets(run, names.values())
+    parameters += sorted(stacks)
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in modules})
     config = {
         "r": rank,
@@ -145,7 +154,9 @@ def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str,
     if family.others:
         config["exclude_modules"] = family.others
     prefix = family.hf_blocks
-    blocks = {int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in names.values()}
+    blocks = {
+        int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in [*names.values(), *stacks]
+    }
     if min(blocks) > 0:
         # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
         pattern = prefix.rsplit(".", 1)[-1]
@@ -155,9 +166,10 @@ def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str,
 
 def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Tensors and configuration of the compact layout."""
-    names = _hf_names(run)
+    names = {name: hf for name, hf in _hf_names(run).items() if run.plan.modules[name].rank}
     tensors, ranks, alphas = {}, {}, {}
-    for name, module in run.plan.adapted().items():
+    for name in names:
+        module = run.plan.modules[name]
         a_key, b_key = _keys(names[name])
         tensors[a_key] = run.tensors[f"{name}.lora_a"].T.astype(dtype)
         tensors[b_key] = run.tensors[f"{name}.lora_b"].T.astype(dtype)
@@ -166,7 +178,13 @@ def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, 
         pattern = f"^{re.escape(target)}$"
         ranks[pattern] = module.rank
         alphas[pattern] = module.scale * module.rank
-    modules, parameters = _targets(run, [names[name] for name in run.plan.adapted()])
+    stacks = {name: stack for name, stack in expert_stacks(run).items() if stack.least_rank()}
+    for name, stack in stacks.items():
+        pattern = f"^{re.escape(name)}$"
+        ranks[pattern] = alphas[pattern] = stack.least_rank()
+    tensors |= stacked_tensors(stacks, None, dtype)
+    modules, parameters = _targets(run, names.values())
+    parameters += sorted(stacks)
     return tensors, {
         "r": run.plan.rank,
         "lora_alpha": run.plan.alpha,
