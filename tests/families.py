@@ -302,6 +302,13 @@ FAMILIES = {
         released={"rope_parameters": {**YARN, "truncate": False}},
     ),
 }
+# Settings by which these have the layers that their tiny models have not.
+VARIANTS = {
+    "deepseek_v2": {"q_lora_rank": 16},
+    "deepseek_v3": {"q_lora_rank": None},
+    "glm4_moe_lite": {"q_lora_rank": None},
+    "qwen3_next": {"mlp_only_layers": [0]},
+}
 # Whose checkpoints are of the multimodal model, and AutoModelForCausalLM loads a part of.
 MULTIMODAL = {"qwen3_5", "llama4"}
 

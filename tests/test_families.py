@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, path_for_mlx, quick_train, save_model
-from families import FAILS, FAMILIES
+from families import FAILS, FAMILIES, VARIANTS
 from safetensors.torch import load_file
 from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
 
@@ -56,7 +56,13 @@ def round_trip(family, data_path, path, experts=False):
     reference = logits_of(base_model(model_path))
     targets = FAMILIES[family].targets
     if not experts:
-        check_names(family, target_linears(base.model, suffixes=targets), model_path)
+        seen = check_names(family, target_linears(base.model, suffixes=targets), model_path)
+        if family in VARIANTS:
+            variant = save_model(path / "variant", family, **VARIANTS[family])
+            other = load_base_model(str(variant)).model
+            seen |= check_names(family, target_linears(other), variant)
+            assert difference(mlx_logits(other), logits_of(base_model(variant))) < TOLERANCE
+        assert seen == set(names.FAMILIES[family].linears) or targets
     every = target_linears(base.model)
     assert bool(names.unexportable(family, every)) == bool(targets)
     found = {"base": difference(mlx_logits(base.model), reference)}
@@ -71,7 +77,10 @@ def round_trip(family, data_path, path, experts=False):
 
 
 def check_names(family, linears, model_path):
-    """Names lead to the same numbers in the checkpoint and in transformers, and back again."""
+    """Names lead to the same numbers in the checkpoint and in transformers, and back again.
+
+    Returns the paths inside a block.
+    """
     tensors = load_file(model_path / "model.safetensors")
     modules = dict(base_model(model_path).named_modules())
     seen = []
@@ -86,6 +95,8 @@ def check_names(family, linears, model_path):
         seen.append(hf)
     for what in (0, 1):  # module, tensor
         assert len({hf[what] for hf in seen}) == len(seen)
+    blocks = rf"{re.escape(names.FAMILIES[family].blocks)}\.\d+\."
+    return {re.sub(blocks, "", name) for name in linears}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ _ATTENTION = _same("self_attn: q_proj k_proj v_proj o_proj")
 _MLP = _same("mlp: gate_proj up_proj down_proj")
 _LLAMA = _ATTENTION | _MLP
 # Multi-head latent attention; where mlx-lm splits kv_b_proj up, it is no target.
-_LATENT = _same("self_attn: q_proj q_a_proj q_b_proj kv_a_proj_with_mqa o_proj")
+_LATENT = _same("self_attn: q_a_proj q_b_proj kv_a_proj_with_mqa o_proj")
+_Q = _same("self_attn: q_proj")  # instead of q_a_proj and q_b_proj, without q_lora_rank
 _KV_B = _same("self_attn: kv_b_proj")
 _SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
 _SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
@@ -216,7 +217,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("mixtral", "phimoe"), Family(_ATTENTION, experts=_MIXTRAL_EXPERTS)),
     **dict.fromkeys(("olmoe", "mellum"), Family(_ATTENTION, experts=Experts())),
     "qwen3_moe": Family(_LLAMA, experts=Experts(), as_parameters=_TAKEN),
-    "qwen2_moe": Family(_LLAMA | _SHARED_EXPERT, experts=Experts()),
+    "qwen2_moe": Family(_ATTENTION | _SHARED_EXPERT, experts=Experts()),
     "qwen3_next": Family(
         _LLAMA | _SHARED_EXPERT | _same("linear_attn: in_proj_qkvz in_proj_ba out_proj"),
         experts=Experts(),
@@ -241,11 +242,11 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "deepseek_v2": Family(
-        _LATENT | _KV_B | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN
+        _LATENT | _Q | _KV_B | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN
     ),
     **dict.fromkeys(
         ("deepseek_v3", "glm4_moe_lite"),
-        Family(_LATENT | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
+        Family(_LATENT | _Q | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
     ),
     "llama4": Family(
         _ATTENTION
@@ -271,7 +272,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "granitemoehybrid": Family(
-        _ATTENTION | _MAMBA | _MLP | _same("shared_mlp: input_linear output_linear")
+        _ATTENTION | _MAMBA | _same("shared_mlp: input_linear output_linear")
     ),
     "nemotron_h": Family(
         _same(
