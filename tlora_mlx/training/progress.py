@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich import progress as bars
@@ -13,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.distributed import is_first
 from tlora_mlx.training.checkpoint import Progress
 
@@ -83,9 +84,34 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
     )
 
 
+def experts_summed(plan: RankPlan) -> RankPlan:
+    """The plan as it is shown: a stacked layer's experts as one, with the sum of their ranks.
+
+    Its scale is the mean of those that have an adapter.
+    """
+    modules: dict[str, ModulePlan] = {}
+    stacks: dict[str, list[ModulePlan]] = {}
+    for name, module in plan.modules.items():
+        stack, _, number = name.rpartition(".")
+        if not number.isdigit():
+            modules[name] = module
+            continue
+        experts = stacks.setdefault(stack, [])
+        experts.append(module)
+        scales = [expert.scale for expert in experts if expert.rank]
+        modules[stack] = replace(
+            module,
+            rank=sum(expert.rank for expert in experts),
+            scale=sum(scales) / max(1, len(scales)),
+            sensitivity=sum(expert.sensitivity for expert in experts),
+        )
+    return replace(plan, modules=modules)
+
+
 def print_plan(plan: RankPlan) -> None:
     """The plan as a table: blocks × module kinds, each with rank and scale."""
-    blocks, kinds, cells = plan_grid(plan)
+    shown = experts_summed(plan)
+    blocks, kinds, cells = plan_grid(shown)
     table = Table(
         title="rank × scale of each module",
         title_justify="left",
@@ -96,7 +122,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(plan_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(shown, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(
