@@ -198,7 +198,7 @@ def test_refusals(model_path, tmp_path):
         assert not (tmp_path / "peft").exists()
         return str(error.value)
 
-    assert "known: apertus" in refused("family 'bert' are not known", model_type="bert")
+    assert "known: afmoe" in refused("family 'bert' are not known", model_type="bert")
     # The base is a quantized conversion whose card names no original.
     refused("card names no original", base_model=None)
     big = make_run(tmp_path / "big", model_path, lambda i, shape: 2)

@@ -45,6 +45,11 @@ def difference(a, b):
     return float(np.abs(a - b).max())
 
 
+@pytest.fixture(scope="module")
+def mixtral_path(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
 EXPERT_FAMILIES = [family for family in FAMILIES if names.FAMILIES[family].experts]
 
 
@@ -67,7 +72,12 @@ def round_trip(family, data_path, path, experts=False):
     assert bool(names.unexportable(family, every)) == bool(targets)
     found = {"base": difference(mlx_logits(base.model), reference)}
     options = {"iters": 4, "calibration_samples": 4, "target_modules": targets}
-    options["target_experts"] = experts
+    if experts:
+        options["target_experts"] = True
+        options["target_modules"] = targets and [
+            *targets,
+            *names.FAMILIES[family].experts.projections,
+        ]
     run = quick_train(mlx_path, data_path, path / "run", **options)
     trained = mlx_logits(load_run(run).model)
     found["trained"] = difference(trained, reference)
@@ -139,10 +149,23 @@ def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
 def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path, tmp_path):
     with pytest.raises(UserError, match="--target-experts: the model has no experts"):
         quick_train(model_path, data_path, tmp_path / "run", target_experts=True)
-    granite = save_model(tmp_path / "granite", "granitemoe")
-    with pytest.raises(UserError, match=r"known: .*switch_mlp\.gate_proj\.0.* and \d+ more"):
-        quick_train(granite, data_path, tmp_path / "run", target_experts=True)
+    llama4 = save_model(tmp_path / "llama4", "llama4")
+    with pytest.raises(UserError, match=r"experts\.\w+\.0, .* and \d+ more \(PEFT .* \(in, out\)"):
+        quick_train(llama4, data_path, tmp_path / "run", target_experts=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "num_layers"), [(["up_proj"], -1), (["down_proj"], 1), (["q_proj", "gate_proj"], 1)]
+)
+def test_some_matrices_of_experts(targets, num_layers, mixtral_path, data_path, tmp_path):
+    """Gate or up without the other, experts alone, the last block alone."""
+    options = {"target_experts": True, "target_modules": targets, "num_layers": num_layers}
+    run = quick_train(mixtral_path, data_path, tmp_path / "run", iters=2, **options)
+    expected = mlx_logits(load_run(run).model)
+    assert difference(expected, logits_of(base_model(mixtral_path))) > 0.01
+    for export, logits in EXPORTS.items():
+        assert difference(logits(run, mixtral_path, tmp_path / export), expected) < TOLERANCE
 
 
 def failure(family, path, **settings):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from tlora_mlx.exporting.names import HFWeight, hf_weight
+from tlora_mlx.exporting.names import HFWeight, Rows, hf_weight
 from tlora_mlx.run_directory import Run
 
 
@@ -25,15 +25,15 @@ class Stack:
         weight: where one of the experts is.
         experts: how many there are.
         shape: (out, in) of an expert's part of the parameter.
-        parts: how many parts the parameter has: 2 for gate and up.
-        adapters: by (part, expert): A (rank, in) and B (out, rank) with its scale, float32.
+        parts: how many parts the parameter's rows have: 2 for gate and up.
+        adapters: by (rows, expert): A (rank, in) and B (out, rank) with its scale, float32.
     """
 
     weight: HFWeight
     experts: int
     shape: tuple[int, int]
     parts: int
-    adapters: dict[tuple[int, int], tuple[mx.array, mx.array]] = field(default_factory=dict)
+    adapters: dict[tuple[Rows | None, int], tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def least_rank(self) -> int:
         """The least rank of the whole that every expert's parts fit in."""
@@ -48,10 +48,10 @@ class Stack:
         a = mx.zeros((self.experts, rank, in_features))
         b = mx.zeros((self.experts, self.parts * out_features, rank))
         used = [0] * self.experts
-        for (part, expert), (a_part, b_part) in sorted(self.adapters.items()):
+        for (rows, expert), (a_part, b_part) in self.adapters.items():
             ranks = slice(used[expert], used[expert] + a_part.shape[0])
             a[expert, ranks] = a_part
-            b[expert, part * out_features : (part + 1) * out_features, ranks] = b_part
+            b[expert, rows.slice(b.shape[1]) if rows else slice(None), ranks] = b_part
             used[expert] = ranks.stop
         return a.reshape(-1, in_features), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
@@ -64,7 +64,7 @@ def expert_stacks(run: Run) -> dict[str, Stack]:
         if not weight.parameter:
             continue
         shape = (module.out_features, module.in_features)
-        parts = 1 if weight.part is None else 2
+        parts = 2 if weight.rows else 1
         stack = stacks.setdefault(
             f"{weight.module}.{weight.parameter}", Stack(weight, 0, shape, parts)
         )
@@ -72,7 +72,7 @@ def expert_stacks(run: Run) -> dict[str, Stack]:
         if module.rank:
             a = run.tensors[f"{name}.lora_a"].T.astype(mx.float32)
             b = module.scale * run.tensors[f"{name}.lora_b"].T.astype(mx.float32)
-            stack.adapters[weight.part or 0, weight.number] = a, b
+            stack.adapters[weight.rows, weight.number] = a, b
     return stacks
 
 

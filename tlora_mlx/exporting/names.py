@@ -9,25 +9,39 @@ from functools import cache
 from typing import NamedTuple
 
 
+class Rows(NamedTuple):
+    """One of two parts of the rows of a matrix: a half, or every other row."""
+
+    part: int
+    interleaved: bool
+
+    def slice(self, rows: int) -> slice:
+        """The rows, of so many in all."""
+        if self.interleaved:
+            return slice(self.part, None, 2)
+        return slice(self.part * rows // 2, (self.part + 1) * rows // 2)
+
+
 class HFWeight(NamedTuple):
     """Where a module's weight is on Hugging Face's side.
 
     Attributes:
         module: its path in the model of transformers, which is what PEFT adapts.
         tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
-            ``save_pretrained`` writes, which are not always the model's own names.
+            ``save_pretrained`` writes, which are not always the model's own names. None of an
+            expert that is a part of a tensor.
         transposed: the tensor is (in, out), not (out, in).
         parameter: of an expert, the module's parameter that holds all experts' weights.
-        part: of an expert, which of the parameter's rows (of out) are its: halves of a fused gate
-            and up; None for all.
+        rows: of an expert, which of the parameter's rows (of out) are its: those of the gate or of
+            up where they are fused.
         number: of an expert, which it is.
     """
 
     module: str
-    tensor: str
+    tensor: str | None
     transposed: bool = False
     parameter: str | None = None
-    part: int | None = None
+    rows: Rows | None = None
     number: int | None = None
 
 
@@ -37,16 +51,26 @@ class Experts:
 
     Attributes:
         switch: the stacked layers of mlx-lm.
-        module: the module of transformers whose parameters ``gate_up_proj`` (experts, 2·F, in) and
-            ``down_proj`` (experts, out, F) hold all of them.
-        file: an expert in the checkpoint.
-        files: the names of an expert's gate, up and down there.
+        module: the module of transformers whose parameters hold all of them.
+        file: the experts in the checkpoint; None where they are stacked there too.
+        files: the names of an expert's matrices there, in the order of ``projections``.
+        projections: of mlx-lm's names, the parameter of transformers, such as ``gate_up_proj``
+            (experts, 2·F, in), and which part of its rows.
+        interleaved: gate and up alternate in ``gate_up_proj``, instead of one after the other.
     """
 
     switch: str = "mlp.switch_mlp"
     module: str = "mlp.experts"
-    file: str = "mlp.experts"
-    files: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    file: str | None = "mlp.experts"
+    files: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    projections: Mapping[str, tuple[str, int | None]] = field(
+        default_factory=lambda: {
+            "gate_proj": ("gate_up_proj", 0),
+            "up_proj": ("gate_up_proj", 1),
+            "down_proj": ("down_proj", None),
+        }
+    )
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,7 @@ _KV_B = _same("self_attn: kv_b_proj")
 _SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
 _SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
 _MAMBA = _same("mamba: in_proj out_proj")
+_GRANITE_EXPERTS = Experts("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", None)
 _MIXTRAL_EXPERTS = Experts(
     "block_sparse_moe.switch_mlp", file="block_sparse_moe.experts", files=("w1", "w3", "w2")
 )
@@ -213,7 +238,8 @@ FAMILIES: dict[str, Family] = {
         file_blocks="model.language_model.layers",
     ),
     # Mixtures of experts: attention and what every token passes; experts where it is said.
-    **dict.fromkeys(("granitemoe", "gpt_oss"), Family(_ATTENTION)),
+    "granitemoe": Family(_ATTENTION, experts=_GRANITE_EXPERTS),
+    "gpt_oss": Family(_ATTENTION, experts=Experts("mlp.experts", file=None, interleaved=True)),
     **dict.fromkeys(("mixtral", "phimoe"), Family(_ATTENTION, experts=_MIXTRAL_EXPERTS)),
     **dict.fromkeys(("olmoe", "mellum"), Family(_ATTENTION, experts=Experts())),
     "qwen3_moe": Family(_LLAMA, experts=Experts(), as_parameters=_TAKEN),
@@ -254,6 +280,10 @@ FAMILIES: dict[str, Family] = {
             "feed_forward: gate_proj up_proj down_proj",
             "feed_forward.shared_expert: gate_proj up_proj down_proj",
         ),
+        refused=dict.fromkeys(
+            _same("feed_forward.experts: gate_proj up_proj down_proj"),
+            "PEFT 0.21 takes this family's experts, which are (in, out), for (out, in)",
+        ),
         blocks="language_model.model.layers",
         file_blocks="language_model.model.layers",
     ),
@@ -272,12 +302,20 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "granitemoehybrid": Family(
-        _ATTENTION | _MAMBA | _same("shared_mlp: input_linear output_linear")
+        _ATTENTION | _MAMBA | _same("shared_mlp: input_linear output_linear"),
+        experts=_GRANITE_EXPERTS,
     ),
     "nemotron_h": Family(
         _same(
             "mixer: in_proj q_proj k_proj v_proj o_proj up_proj down_proj",
             "mixer.shared_experts: up_proj down_proj",
+        ),
+        experts=Experts(
+            "mixer.switch_mlp",
+            "mixer.experts",
+            "mixer.experts",
+            ("up_proj", "down_proj"),
+            {"fc1": ("up_proj", None), "fc2": ("down_proj", None)},
         ),
         refused={"mixer.out_proj": _NO_OUT_PROJ},
         blocks="backbone.layers",
@@ -308,17 +346,23 @@ def hf_weight(model_type: str, name: str) -> HFWeight | None:
     )
 
 
-def _expert_weight(family: Family, block: str, path: str) -> HFWeight:
+def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
     """Of ``SWITCH.PROJECTION.NUMBER`` inside of a block."""
     experts = family.experts
-    projection, number = path.removeprefix(f"{experts.switch}.").split(".")
-    which = ("gate_proj", "up_proj", "down_proj").index(projection)
-    file = f"{family.file_blocks or family.hf_blocks}.{block}.{experts.file}"
+    projection, _, number = path.removeprefix(f"{experts.switch}.").partition(".")
+    if projection not in experts.projections or not number.isdigit():
+        return None
+    parameter, part = experts.projections[projection]
+    tensor = None
+    if experts.file:
+        file = experts.files[list(experts.projections).index(projection)]
+        blocks = family.file_blocks or family.hf_blocks
+        tensor = f"{blocks}.{block}.{experts.file}.{number}.{file}.weight"
     return HFWeight(
         f"{family.hf_blocks}.{block}.{experts.module}",
-        f"{file}.{number}.{experts.files[which]}.weight",
-        parameter="down_proj" if which == 2 else "gate_up_proj",
-        part=None if which == 2 else which,
+        tensor,
+        parameter=parameter,
+        rows=None if part is None else Rows(part, experts.interleaved),
         number=int(number),
     )
 
@@ -347,7 +391,8 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
     refused = FAMILIES[model_type].refused
-    reasons = {refused[path] for name in unknown for path in refused if name.endswith(f".{path}")}
+    paths = [re.sub(r"\.\d+$", "", name) for name in unknown]  # of an expert, its stacked layer
+    reasons = {refused[end] for path in paths for end in refused if path.endswith(f".{end}")}
     if reasons:
         return (
             f"these modules of family '{model_type}' cannot be exported: {_some(unknown)} "
