@@ -39,17 +39,22 @@ those without it. A family that is not here is refused when training starts;
 - **Fused layers** (`qkv_proj`, `query_key_value`, `gate_up_proj`, `c_attn`) are adapted as the one
   matrix that they are, on both sides.
 - **gpt2's Conv1D** keeps its weights as (in, out). Its adapters have `fan_in_fan_out: true`, by
-  which PEFT transposes the product when it merges; A and B are stored as everywhere.
+  which PEFT transposes the product when it merges; A and B are stored as everywhere. llama.cpp's
+  converter transposes gpt2's tensors by their names, which is not meant for adapters: there, merge.
 - **Multimodal checkpoints** (gemma3, qwen3_5, llama4): the language model is adapted, by its names
   in what `AutoModelForCausalLM` loads. In gemma3 the portable layout's names would match the vision
   tower's layers too, so `exclude_modules` leaves them out for PEFT.
 - **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
   adapted; routers never. `--target-experts` adapts the experts too, each with a rank of its own (0
   where no calibration token goes to it), in the families with a figure under "with experts"; in the
-  others it is refused. PEFT has one adapter for all experts of a block (`target_parameters`), gate
-  and up fused. In many of these families PEFT (as of 0.21) takes
-  `gate_proj`, `up_proj` and `down_proj` for the experts' names of transformers 4, so those of the
-  other MLPs are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
+  others it is refused. Statistics are of the tokens that go to an expert, taken a sample at a time,
+  so many experts make calibration long: fewer `--calibration-samples` shorten it. In training an
+  expert's A and B are padded to the largest rank in its layer, which `--max-rank` bounds. PEFT has
+  one adapter for all experts of a block (`target_parameters`), gate and up fused, whose rank is
+  the largest sum of an expert's two.
+- **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
+  `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
+  dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
   warns of patterns that match no module, and uses them all the same. The tensors are named and
   shaped as everywhere.
 - **Latent attention** (deepseek_v3, glm4_moe_lite): mlx-lm splits `kv_b_proj` up, so it is no

@@ -234,7 +234,7 @@ def describe_base_model(name: str) -> Description:
     try:
         model_class, arguments_class = _get_classes(config)
         # MLX is lazy: nobody asks for the values that the weights start with.
-        model = model_class(arguments_class.from_dict({**config, **_rope_settings(config)}))
+        model = model_class(arguments_class.from_dict({**config, **_older_settings(config)}))
     except (Exception, SystemExit) as error:  # whatever the model's own code raises
         raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
     return Description(name, _original(name, path, config), config["model_type"], model)
