@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from families import COMMON, FAILS, FAMILIES, MULTIMODAL
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,44 +41,66 @@ def tiny_tokenizer(vocab_size=300):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-# What differs from the tiny Llama, by model type.
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"head_dim": 12},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 64},
-    "olmo2": {},
-    "smollm3": {"no_rope_layers": [1, 0]},
-}
-
-
 def save_model(path, family="llama", dtype="float32", chat_template=None, **settings):
-    """A random checkpoint of a family, as transformers writes it, with a tokenizer."""
+    """A random checkpoint of a family, as the Hub has it, with a tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    common = {
-        "vocab_size": 300,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.15,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    config = AutoConfig.for_model(family, **{**common, **FAMILIES[family], **settings})
-    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
-    model.save_pretrained(path)
+    tiny = (FAMILIES | FAILS)[family]
+    config = AutoConfig.for_model(family, **{**COMMON, **tiny.settings, **settings})
+    model_class = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
+    model = model_class.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # biases and norms of their own, not all 0 and 1
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    as_on_the_hub(Path(path), family)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def as_on_the_hub(path, family):
+    """What the Hub's checkpoints have and transformers 5 leaves out, and the other way round."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | (FAMILIES | FAILS)[family].hub))
+    if family == "gpt2":
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(path / "model.safetensors")
+        weights = {name.removeprefix("transformer."): weights[name] for name in weights}
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def path_for_mlx(path, family):
+    """Where mlx-lm finds the model: ``path``, but for gpt_oss a conversion beside it.
+
+    The Hub's gpt_oss has experts in MXFP4, which transformers writes no more; mlx-lm reads those or
+    its own names.
+    """
+    if family != "gpt_oss":
+        return path
+    from safetensors.torch import load_file, save_file
+
+    beside = path.with_name(f"{path.name}-mlx")
+    shutil.copytree(path, beside)
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        head, _, last = name.rpartition(".")
+        if not head.endswith("mlp.experts"):
+            weights[name] = weight
+            continue
+        if not last.endswith("_bias"):
+            weight = weight.transpose(1, 2)  # (experts, in, out) there
+        kind = "bias" if last.endswith("_bias") else "weight"
+        parts = {"gate_proj": weight[:, ::2], "up_proj": weight[:, 1::2]}
+        if last.startswith("down_proj"):
+            parts = {"down_proj": weight}
+        weights |= {f"{head}.{part}.{kind}": w.contiguous() for part, w in parts.items()}
+    save_file(weights, beside / "model.safetensors", {"format": "pt"})
+    return beside
 
 
 def write_jsonl(path, rows):

@@ -45,6 +45,18 @@ def test_modules_of_one_kind_in_one_block_all_have_a_cell():
     assert sorted(cells.values()) == sorted(names)
 
 
+def test_experts_are_shown_as_one():
+    from tlora_mlx.method.allocation import ModulePlan
+    from tlora_mlx.training.progress import experts_summed
+
+    names = ["model.layers.0.mlp.switch_mlp.up_proj.0", "model.layers.0.mlp.switch_mlp.up_proj.10"]
+    ranks = [ModulePlan(4, 1.0, 1.0, 8, 8), ModulePlan(2, 2.0, 3.0, 8, 8)]
+    other = {"model.layers.0.self_attn.q_proj": ModulePlan(4, 1.0, 1.0, 8, 8)}
+    shown = experts_summed(RankPlan(4, 4, dict(zip(names, ranks, strict=True)) | other)).modules
+    assert list(shown) == ["model.layers.0.mlp.switch_mlp.up_proj", *other]
+    assert next(iter(shown.values())) == ModulePlan(6, 1.5, 4.0, 8, 8)
+
+
 def test_bad_output(model_path, data_path, tmp_path, tlora_here):
     arguments = ["--model", model_path, "--data", data_path, "--output"]
     for output in (tmp_path, tmp_path / "no" / "plan.json"):

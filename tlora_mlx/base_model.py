@@ -80,27 +80,68 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     known = trust if "trust_remote_code" in inspect.signature(load).parameters else {}
     try:
         model, tokenizer = load(
-            str(path), tokenizer_config=trust, model_config=_rope_settings(config), **known
+            str(path), tokenizer_config=trust, model_config=_older_settings(config), **known
         )
-    except Exception as error:  # mlx-lm and transformers raise whatever their parts raise
+    except (Exception, SystemExit) as error:
+        # mlx-lm and transformers raise whatever their parts raise; olmo's ends the process.
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
     model.eval()
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 
 
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's base and scaling where mlx-lm looks for them.
+# What mlx-lm's models read, under which name transformers 5 writes it. The first of them are inside
+# of rope_parameters there.
+OLDER_ROPE_NAMES = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+}
+OLDER_NAMES = {
+    "n_ctx": "n_positions",
+    "num_experts": "num_local_experts",
+    "num_layers": "num_hidden_layers",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
 
-    transformers 5 writes them into ``rope_parameters``, which many of mlx-lm's models do not read:
-    they fall back to a default base without a word (ml-explore/mlx-lm issue 1563).
+
+def _older_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 writes elsewhere, or no more, under the names that mlx-lm reads.
+
+    Many of mlx-lm's models fall back to a default without a word where they do not find RoPE's base
+    (ml-explore/mlx-lm issue 1563), the share of each head that is rotated, or which layers attend
+    to a window; others, which have no default, cannot be loaded.
     """
+    settings = {older: config.get(name) for older, name in OLDER_NAMES.items()}
+    period = _period(config.get("layer_types"))
+    settings |= dict.fromkeys(("sliding_window_pattern", "full_attention_interval"), period)
     rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    settings = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        settings["rope_scaling"] = rope
-    return {key: value for key, value in settings.items() if config.get(key) is None}
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        local = rope.get("sliding_attention") or {}
+        settings["rope_local_base_freq"] = local.get("rope_theta")
+        rope = rope["full_attention"]
+    scaling = None
+    if isinstance(rope, dict):
+        settings |= {older: rope.get(name) for older, name in OLDER_ROPE_NAMES.items()}
+        scaling = rope if rope.get("rope_type", "default") != "default" else None
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        settings["vocab_size"] = text.get("vocab_size")
+    settings = {k: v for k, v in settings.items() if v is not None and config.get(k) is None}
+    if isinstance(rope, dict) and config.get("rope_scaling") is None:
+        settings["rope_scaling"] = scaling
+    if isinstance(text, dict):
+        settings["text_config"] = text | _older_settings(text)
+    return settings
+
+
+def _period(kinds: Any) -> int | None:
+    """After how many layers full attention comes again, where the kinds repeat like that."""
+    if not isinstance(kinds, list) or "full_attention" not in kinds:
+        return None
+    period = kinds.index("full_attention") + 1
+    full = [(i + 1) % period == 0 for i in range(len(kinds))]
+    return period if full == [kind == "full_attention" for kind in kinds] else None
 
 
 def _reason(error: Exception) -> str:
@@ -153,7 +194,7 @@ def describe_base_model(name: str) -> Description:
     try:
         model_class, arguments_class = _get_classes(config)
         # MLX is lazy: nobody asks for the values that the weights start with.
-        model = model_class(arguments_class.from_dict({**config, **_rope_settings(config)}))
+        model = model_class(arguments_class.from_dict({**config, **_older_settings(config)}))
     except (Exception, SystemExit) as error:  # whatever the model's own code raises
         raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
     return Description(name, _original(name, path, config), config["model_type"], model)

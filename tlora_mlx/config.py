@@ -100,6 +100,9 @@ class PlanConfig(Config):
         "last name components of the layers to adapt, such as q_proj v_proj; default: every linear "
         "layer in the transformer blocks",
     )
+    target_experts: bool = option(
+        False, "adapt the experts of a mixture too, each with a rank of its own"
+    )
     num_layers: int = option(
         -1,
         "adapt only the last so many blocks; -1: all (mlx-lm: 16), since the ranks are placed by "
@@ -127,6 +130,9 @@ class PlanConfig(Config):
     )
     seed: int = option(0, "seed of sampling and data order", at_least=0)
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
+    allow_unexportable: bool = option(
+        False, "go on with a model family or module whose export will be refused"
+    )
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
     def __post_init__(self) -> None:

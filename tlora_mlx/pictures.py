@@ -29,8 +29,9 @@ def draw_plan(rank_plan: RankPlan, path: Path) -> Path:
     """Draw the plan, blocks × module kinds with the rank as colour, and return ``path``."""
     from matplotlib.figure import Figure
 
-    from tlora_mlx.training.progress import plan_grid
+    from tlora_mlx.training.progress import experts_summed, plan_grid
 
+    rank_plan = experts_summed(rank_plan)
     blocks, kinds, cells = plan_grid(rank_plan)
     ranks = [
         [rank_plan.modules[cells[b, k]].rank if (b, k) in cells else float("nan") for k in kinds]

@@ -31,19 +31,20 @@ from tlora_mlx.method.distributed import (
     processes,
     tensors_from_first,
 )
+from tlora_mlx.method.experts import Expert
 from tlora_mlx.method.initialise import (
     exact_subspaces,
     grouped_subspaces,
     streamed_bytes,
     streamed_subspaces,
 )
-from tlora_mlx.method.layers import linear_shape, target_linears
+from tlora_mlx.method.layers import Linear, linear_shape, target_linears
 from tlora_mlx.terminal import bar, say
 from tlora_mlx.training.data import Sample, Split, batches_in_order, load_data, split_off
 from tlora_mlx.training.progress import print_plan
 
 
-def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.Module]]:
+def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, Linear]]:
     """The base model, the data's splits, and the target modules by full name.
 
     Raises:
@@ -56,10 +57,14 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
     if config.num_layers > blocks:
         raise UserError(f"--num-layers {config.num_layers}: the model has only {blocks} blocks")
     try:
-        targets = target_linears(base.model, config.num_layers, config.target_modules)
+        targets = target_linears(
+            base.model, config.num_layers, config.target_modules, config.target_experts
+        )
     except ValueError as error:
-        raise UserError(f"--target-modules: {error}") from None
+        raise UserError(f"--target-modules, --target-experts: {error}") from None
     if reason := unexportable(base.config["model_type"], targets):
+        if not config.allow_unexportable:
+            raise UserError(f"{reason}; train all the same with --allow-unexportable")
         say(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
     data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
     if config.val_split:
@@ -147,7 +152,7 @@ def _count(batches: list[Batch]) -> int:
 def calibrate_and_plan(
     config: PlanConfig,
     base: BaseModel,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Linear],
     batches: list[Batch],
     covariance_of: Collection[str] = (),
 ) -> tuple[Calibration, RankPlan]:
@@ -171,7 +176,7 @@ def calibrate_and_plan(
     return calibration, plan
 
 
-def read_plan(path: str, targets: Mapping[str, nn.Module] | None = None) -> RankPlan:
+def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPlan:
     """Read a plan and, where targets are given, check it against them.
 
     Raises:
@@ -204,7 +209,7 @@ def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> It
 
 
 def plan_and_initialise(
-    config: TrainConfig, base: BaseModel, train: Split, targets: Mapping[str, nn.Module]
+    config: TrainConfig, base: BaseModel, train: Split, targets: Mapping[str, Linear]
 ) -> tuple[RankPlan, dict[str, mx.array]]:
     """The rank plan, and ``NAME.lora_a`` (in, rank) for every adapted module.
 
@@ -230,7 +235,8 @@ def plan_and_initialise(
     if given:
         calibration, plan = Calibration({}, {}, 0), given
     else:
-        wanted = () if streaming else groups[0]
+        # Experts' covariances take passes of their own: which rows are whose is known there.
+        wanted = () if streaming else [n for n in groups[0] if not isinstance(targets[n], Expert)]
         calibration, plan = calibrate_and_plan(config, base, targets, batches, wanted)
     print_plan(plan)
     if streaming:

@@ -29,7 +29,7 @@ from tlora_mlx.files import (
     write_tensors,
 )
 from tlora_mlx.method.allocation import RankPlan
-from tlora_mlx.method.layers import adapter_tensors
+from tlora_mlx.method.layers import adapter_tensors, restore_b
 from tlora_mlx.pictures import can_draw, draw_losses
 from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, LOSSES, METRICS, PLAN
 from tlora_mlx.terminal import say
@@ -319,7 +319,7 @@ class RunWriter:
 
     def give_best(self, model: nn.Module) -> None:
         """Leave the model with the B of the lowest validation loss, where there was one."""
-        model.load_weights(list(self._best.items()), strict=False)
+        restore_b(model, self._best)
 
     def draw(self) -> None:
         """Draw the losses as ``loss.png``, where matplotlib is installed and the reports whole."""

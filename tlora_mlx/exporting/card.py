@@ -146,10 +146,11 @@ def _table(heading: list[str], rows: list[list[Any]]) -> str:
 
 def _plan(plan: RankPlan, picture: str | None) -> list[str]:
     """The plan as blocks × module kinds, each with rank × scale."""
-    from tlora_mlx.training.progress import plan_cell, plan_grid
+    from tlora_mlx.training.progress import experts_summed, plan_cell, plan_grid
 
-    blocks, kinds, cells = plan_grid(plan)
-    rows = [[b, *(plan_cell(plan, cells.get((b, kind))) for kind in kinds)] for b in blocks]
+    shown = experts_summed(plan)
+    blocks, kinds, cells = plan_grid(shown)
+    rows = [[b, *(plan_cell(shown, cells.get((b, kind))) for kind in kinds)] for b in blocks]
     return [
         f"Rank × scale of each module. {len(plan.adapted())} of {len(plan.modules)} modules are "
         f"adapted, {plan.trained_parameters():,} parameters were trained.\n",

@@ -104,7 +104,12 @@ def _targets(run: Run, base: Checkpoint) -> dict[str, _Target]:
     for name, module in adapted(run).items():
         weight = hf_weight(run.config["model_type"], name)
         tensor = weight.tensor
-        targets[tensor] = target = _Target(name, getattr(weight, "transposed", False))
+        if tensor is None:
+            faults.append(
+                f"{name} is a part of a tensor of all experts, which cannot be merged yet"
+            )
+            continue
+        targets[tensor] = target = _Target(name, weight.transposed)
         if tensor not in base.home:
             faults.append(f"it has no {tensor}")
             continue

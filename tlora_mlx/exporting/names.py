@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
-# Families whose MLX module paths are Hugging Face's, with 2-D weights unchanged. Each is tested by
-# a round trip through transformers and PEFT (tests/test_export.py).
-SAME_NAMES = {
-    model_type: re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3")
-}
+
+class Rows(NamedTuple):
+    """One of two parts of the rows of a matrix: a half, or every other row."""
+
+    part: int
+    interleaved: bool
+
+    def slice(self, rows: int) -> slice:
+        """The rows, of so many in all."""
+        if self.interleaved:
+            return slice(self.part, None, 2)
+        return slice(self.part * rows // 2, (self.part + 1) * rows // 2)
 
 
 class HFWeight(NamedTuple):
@@ -19,36 +27,386 @@ class HFWeight(NamedTuple):
 
     Attributes:
         module: its path in the model of transformers, which is what PEFT adapts.
-        tensor: its weight's name in the checkpoint's safetensors files.
+        tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
+            ``save_pretrained`` writes, which are not always the model's own names. None of an
+            expert that is a part of a tensor.
+        transposed: the tensor is (in, out), not (out, in).
+        parameter: of an expert, the module's parameter that holds all experts' weights.
+        rows: of an expert, which of the parameter's rows (of out) are its: those of the gate or of
+            up where they are fused.
+        number: of an expert, which it is.
     """
 
     module: str
-    tensor: str
+    tensor: str | None
+    transposed: bool = False
+    parameter: str | None = None
+    rows: Rows | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts of a family are inside of a block.
+
+    Attributes:
+        switch: the stacked layers of mlx-lm.
+        module: the module of transformers whose parameters hold all of them.
+        file: the experts in the checkpoint; None where they are stacked there too.
+        files: the names of an expert's matrices there, in the order of ``projections``.
+        projections: of mlx-lm's names, the parameter of transformers, such as ``gate_up_proj``
+            (experts, 2·F, in), and which part of its rows.
+        interleaved: gate and up alternate in ``gate_up_proj``, instead of one after the other.
+    """
+
+    switch: str = "mlp.switch_mlp"
+    module: str = "mlp.experts"
+    file: str | None = "mlp.experts"
+    files: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    projections: Mapping[str, tuple[str, int | None]] = field(
+        default_factory=lambda: {
+            "gate_proj": ("gate_up_proj", 0),
+            "up_proj": ("gate_up_proj", 1),
+            "down_proj": ("down_proj", None),
+        }
+    )
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` of config.json names the linear layers inside its blocks.
+
+    Attributes:
+        linears: path inside a block, MLX's against that of transformers' module.
+        blocks: what comes before a block's number in MLX.
+        hf_blocks: the same in the model of transformers.
+        file_blocks: the same in the checkpoint, where it is not ``hf_blocks``.
+        files: path inside a block in the checkpoint, by transformers', where it is another.
+        transposed: the weights are Conv1D's, (in, out).
+        experts: where the experts are, where they can be exported.
+        refused: why some paths inside a block, MLX's, cannot be exported.
+        as_parameters: last name components of layers that PEFT must be told of as parameters.
+        others: regular expression of modules of transformers outside the language model whose last
+            name component may be a target's.
+    """
+
+    linears: Mapping[str, str]
+    blocks: str = "model.layers"
+    hf_blocks: str = "model.layers"
+    file_blocks: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    experts: Experts | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    as_parameters: frozenset[str] = frozenset()
+    others: str | None = None
+
+    def __post_init__(self) -> None:
+        files = {self.files.get(name, name) for name in self.linears.values()}
+        if not len(self.linears) == len(set(self.linears.values())) == len(files):
+            raise ValueError(f"two modules of {self} have one name")
+
+
+def _same(*paths: str) -> dict[str, str]:
+    """Modules whose path inside a block is the same on both sides: ``prefix: name name …``."""
+    split = [path.split(": ") for path in paths]
+    return {f"{p}.{name}": f"{p}.{name}" for p, names in split for name in names.split()}
+
+
+_ATTENTION = _same("self_attn: q_proj k_proj v_proj o_proj")
+_MLP = _same("mlp: gate_proj up_proj down_proj")
+_LLAMA = _ATTENTION | _MLP
+# Multi-head latent attention; where mlx-lm splits kv_b_proj up, it is no target.
+_LATENT = _same("self_attn: q_a_proj q_b_proj kv_a_proj_with_mqa o_proj")
+_Q = _same("self_attn: q_proj")  # instead of q_a_proj and q_b_proj, without q_lora_rank
+_KV_B = _same("self_attn: kv_b_proj")
+_SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
+_SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
+_MAMBA = _same("mamba: in_proj out_proj")
+_GRANITE_EXPERTS = Experts("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", None)
+_MIXTRAL_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp", file="block_sparse_moe.experts", files=("w1", "w3", "w2")
+)
+# peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba.
+_NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels pass it by"
+_EXAONE_FILES = {
+    "self_attn.q_proj": "attn.attention.q_proj",
+    "self_attn.k_proj": "attn.attention.k_proj",
+    "self_attn.v_proj": "attn.attention.v_proj",
+    "self_attn.o_proj": "attn.attention.out_proj",
+    "mlp.gate_proj": "mlp.c_fc_0",
+    "mlp.up_proj": "mlp.c_fc_1",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+# PEFT (0.21) takes these names for those that experts had in transformers 4, in every family whose
+# experts transformers converts like qwen2_moe's (peft/utils/transformers_weight_conversion.py,
+# _MOE_TARGET_MODULE_MAPPING; transformers/conversion_mapping.py, _MODEL_TO_CONVERSION_PATTERN).
+_TAKEN = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+# By model_type, as config.json has it. Each is proven by a round trip through mlx-lm, transformers
+# and PEFT (tests/test_families.py; docs/MODELS.md is the outcome).
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "ministral3",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "olmo2",
+            "olmo3",
+            "smollm3",
+            "cohere",
+            "cohere2",
+            "granite",
+            "stablelm",
+            "exaone4",
+            "ernie4_5",
+            "helium",
+            "hunyuan_v1_dense",
+            "seed_oss",
+            "internlm3",
+        ),
+        Family(_LLAMA),
+    ),
+    "apertus": Family(_ATTENTION | _same("mlp: up_proj down_proj")),
+    "nemotron": Family(_ATTENTION | _same("mlp: up_proj down_proj")),
+    "starcoder2": Family(_ATTENTION | _same("mlp: c_fc c_proj")),
+    "phi": Family(_same("self_attn: q_proj k_proj v_proj dense", "mlp: fc1 fc2")),
+    # Fused: the adapter is one of the fused matrix, on both sides.
+    "phi3": Family(_same("self_attn: qkv_proj o_proj", "mlp: gate_up_proj down_proj")),
+    "glm4": Family(_ATTENTION | _same("mlp: gate_up_proj down_proj")),
+    "minicpm3": Family(_LATENT | _KV_B | _MLP),
+    "gpt_neox": Family(
+        _same("attention: query_key_value dense", "mlp: dense_h_to_4h dense_4h_to_h"),
+        blocks="model.h",
+        hf_blocks="gpt_neox.layers",
+    ),
+    "gptj": Family(
+        _same("attn: q_proj k_proj v_proj out_proj", "mlp: fc_in fc_out"),
+        blocks="model.h",
+        hf_blocks="transformer.h",
+    ),
+    "gpt_bigcode": Family(
+        _same("attn: c_attn c_proj", "mlp: c_fc c_proj"),
+        blocks="transformer.h",
+        hf_blocks="transformer.h",
+    ),
+    # The Hub's checkpoints have no "transformer."; others mlx-lm does not load.
+    "gpt2": Family(
+        _same("attn: c_attn c_proj", "mlp: c_fc c_proj"),
+        blocks="model.h",
+        hf_blocks="transformer.h",
+        file_blocks="h",
+        transposed=True,
+    ),
+    "exaone": Family(
+        {mlx: hf for hf, mlx in _EXAONE_FILES.items()},
+        blocks="transformer.h",
+        file_blocks="transformer.h",
+        files=_EXAONE_FILES,
+    ),
+    # The language model inside of a multimodal one.
+    "gemma3": Family(
+        _LLAMA,
+        blocks="language_model.model.layers",
+        hf_blocks="model.language_model.layers",
+        file_blocks="language_model.model.layers",
+        others=r"model\.vision_tower\..*",
+    ),
+    # Layers that differ in kind: state spaces, convolutions or linear attention among the others.
+    "falcon_h1": Family(
+        _ATTENTION | _same("mamba: in_proj", "feed_forward: gate_proj up_proj down_proj"),
+        refused={"mamba.out_proj": _NO_OUT_PROJ},
+    ),
+    "lfm2": Family(
+        _same(
+            "self_attn: q_proj k_proj v_proj out_proj",
+            "conv: in_proj out_proj",
+            "feed_forward: w1 w2 w3",
+        )
+    ),
+    # On the Hub inside of a multimodal model, of which transformers loads the language model alone.
+    "qwen3_5": Family(
+        _LLAMA | _same("linear_attn: in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj"),
+        blocks="language_model.model.layers",
+        file_blocks="model.language_model.layers",
+    ),
+    # Mixtures of experts: attention and what every token passes; experts where it is said.
+    "granitemoe": Family(_ATTENTION, experts=_GRANITE_EXPERTS),
+    "gpt_oss": Family(_ATTENTION, experts=Experts("mlp.experts", file=None, interleaved=True)),
+    **dict.fromkeys(("mixtral", "phimoe"), Family(_ATTENTION, experts=_MIXTRAL_EXPERTS)),
+    **dict.fromkeys(("olmoe", "mellum"), Family(_ATTENTION, experts=Experts())),
+    "qwen3_moe": Family(_LLAMA, experts=Experts(), as_parameters=_TAKEN),
+    "qwen2_moe": Family(_ATTENTION | _SHARED_EXPERT, experts=Experts()),
+    "qwen3_next": Family(
+        _LLAMA | _SHARED_EXPERT | _same("linear_attn: in_proj_qkvz in_proj_ba out_proj"),
+        experts=Experts(),
+        as_parameters=_TAKEN,
+    ),
+    **dict.fromkeys(
+        ("glm4_moe", "ernie4_5_moe", "exaone_moe"),
+        Family(_LLAMA | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
+    ),
+    "dots1": Family(_LLAMA | _SHARED_EXPERTS, experts=Experts("mlp.experts"), as_parameters=_TAKEN),
+    "afmoe": Family(
+        _LLAMA | _SHARED_EXPERTS | _same("self_attn: gate_proj"),
+        experts=Experts("mlp.experts"),
+        as_parameters=_TAKEN,
+    ),
+    "laguna": Family(
+        _LLAMA | _same("self_attn: g_proj"),
+        refused=dict.fromkeys(
+            _SHARED_EXPERT,
+            "PEFT 0.21 finds no adapter of shared_experts in this family, since transformers 5.24 "
+            "renames them in passing",
+        ),
+    ),
+    "deepseek_v2": Family(
+        _LATENT | _Q | _KV_B | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN
+    ),
+    **dict.fromkeys(
+        ("deepseek_v3", "glm4_moe_lite"),
+        Family(_LATENT | _Q | _MLP | _SHARED_EXPERTS, experts=Experts(), as_parameters=_TAKEN),
+    ),
+    "llama4": Family(
+        _ATTENTION
+        | _same(
+            "feed_forward: gate_proj up_proj down_proj",
+            "feed_forward.shared_expert: gate_proj up_proj down_proj",
+        ),
+        refused=dict.fromkeys(
+            _same("feed_forward.experts: gate_proj up_proj down_proj"),
+            "PEFT 0.21 takes this family's experts, which are (in, out), for (out, in)",
+        ),
+        blocks="language_model.model.layers",
+        file_blocks="language_model.model.layers",
+    ),
+    "lfm2_moe": Family(
+        _same("self_attn: q_proj k_proj v_proj out_proj", "conv: in_proj out_proj")
+        | {
+            "feed_forward.gate_proj": "feed_forward.w1",
+            "feed_forward.down_proj": "feed_forward.w2",
+            "feed_forward.up_proj": "feed_forward.w3",
+        },
+        experts=Experts(
+            "feed_forward.switch_mlp",
+            "feed_forward.experts",
+            "feed_forward.experts",
+            ("w1", "w3", "w2"),
+        ),
+    ),
+    "granitemoehybrid": Family(
+        _ATTENTION | _MAMBA | _same("shared_mlp: input_linear output_linear"),
+        experts=_GRANITE_EXPERTS,
+    ),
+    "nemotron_h": Family(
+        _same(
+            "mixer: in_proj q_proj k_proj v_proj o_proj up_proj down_proj",
+            "mixer.shared_experts: up_proj down_proj",
+        ),
+        experts=Experts(
+            "mixer.switch_mlp",
+            "mixer.experts",
+            "mixer.experts",
+            ("up_proj", "down_proj"),
+            {"fc1": ("up_proj", None), "fc2": ("down_proj", None)},
+        ),
+        refused={"mixer.out_proj": _NO_OUT_PROJ},
+        blocks="backbone.layers",
+        file_blocks="backbone.layers",
+    ),
+}
+
+# Families that mlx-lm loads, but as another model than transformers: no export could be right.
+REFUSED = {
+    "glm": "mlx-lm rotates whole heads, transformers the part that partial_rotary_factor says, so "
+    "an adapter would be trained on another model than it is used with",
+}
 
 
 def hf_weight(model_type: str, name: str) -> HFWeight | None:
     """Where the weight of an MLX module is on Hugging Face's side; None where it is not known."""
-    pattern = SAME_NAMES.get(model_type)
-    return HFWeight(name, f"{name}.weight") if pattern and pattern.fullmatch(name) else None
+    family = FAMILIES.get(model_type)
+    match = family and re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", name)
+    if match and family.experts and match[2].startswith(f"{family.experts.switch}."):
+        return _expert_weight(family, match[1], match[2])
+    if not match or match[2] not in family.linears:
+        return None
+    hf = family.linears[match[2]]
+    return HFWeight(
+        f"{family.hf_blocks}.{match[1]}.{hf}",
+        f"{family.file_blocks or family.hf_blocks}.{match[1]}.{family.files.get(hf, hf)}.weight",
+        family.transposed,
+    )
 
 
-def mlx_name(model_type: str, module: str) -> str | None:
-    """The MLX module of a Hugging Face module; None where it is not known: the way back."""
-    pattern = SAME_NAMES.get(model_type)
-    return module if pattern and pattern.fullmatch(module) else None
+def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
+    """Of ``SWITCH.PROJECTION.NUMBER`` inside of a block."""
+    experts = family.experts
+    projection, _, number = path.removeprefix(f"{experts.switch}.").partition(".")
+    if projection not in experts.projections or not number.isdigit():
+        return None
+    parameter, part = experts.projections[projection]
+    tensor = None
+    if experts.file:
+        file = experts.files[list(experts.projections).index(projection)]
+        blocks = family.file_blocks or family.hf_blocks
+        tensor = f"{blocks}.{block}.{experts.file}.{number}.{file}.weight"
+    return HFWeight(
+        f"{family.hf_blocks}.{block}.{experts.module}",
+        tensor,
+        parameter=parameter,
+        rows=None if part is None else Rows(part, experts.interleaved),
+        number=int(number),
+    )
 
 
-def unexportable(model_type: str, names: Iterable[str]) -> str | None:
+def mlx_name(model_type: str, hf_module: str) -> str | None:
+    """The MLX module of a module of transformers, by ``hf_weight`` backwards; None if not known."""
+    family = FAMILIES.get(model_type)
+    match = family and re.fullmatch(rf"{re.escape(family.hf_blocks)}\.(\d+)\.(.+)", hf_module)
+    name = match and _backwards(model_type).get(match[2])
+    return f"{family.blocks}.{match[1]}.{name}" if name else None
+
+
+@cache
+def _backwards(model_type: str) -> dict[str, str]:
+    return {hf: mlx for mlx, hf in FAMILIES[model_type].linears.items()}
+
+
+def unexportable(model_type: str, names: Collection[str]) -> str | None:
     """Why these modules cannot be exported, in one sentence; None where they can."""
-    if model_type not in SAME_NAMES:
+    if model_type in REFUSED:
+        return f"model family '{model_type}' cannot be exported: {REFUSED[model_type]}"
+    if model_type not in FAMILIES:
         return (
             f"the Hugging Face names of model family '{model_type}' are not known "
-            f"(known: {', '.join(sorted(SAME_NAMES))})"
+            f"(known: {', '.join(sorted(FAMILIES))})"
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
+    refused = FAMILIES[model_type].refused
+    paths = [re.sub(r"\.\d+$", "", name) for name in unknown]  # of an expert, its stacked layer
+    reasons = {refused[end] for path in paths for end in refused if path.endswith(f".{end}")}
+    if reasons:
+        return (
+            f"these modules of family '{model_type}' cannot be exported: {_some(unknown)} "
+            f"({'; '.join(sorted(reasons))}); leave them out with --target-modules"
+        )
     if unknown:
         return (
             f"the Hugging Face names of these modules of family '{model_type}' are not known: "
-            f"{', '.join(unknown)}"
+            f"{_some(unknown)}"
         )
     return None
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of many: experts make hundreds."""
+    more = len(names) - 20
+    return ", ".join(names[:20]) + (f" and {more} more" if more > 0 else "")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.delta import Delta, float32
-from tlora_mlx.exporting.names import hf_weight, unexportable
+from tlora_mlx.exporting.experts import expert_part, expert_stacks, stack_module, stacked_tensors
+from tlora_mlx.exporting.names import FAMILIES, hf_weight, unexportable
 from tlora_mlx.exporting.proof import DTYPES, Proof, finite_in, prove_adapter
 from tlora_mlx.files import new_directory, read_json, write_json, write_tensors
 from tlora_mlx.run_directory import Run
@@ -62,13 +66,15 @@ def export_peft(
             f"the base model {run.config['model']} is quantized and its card names no original; "
             "name the full-precision Hub repository with --base-model"
         )
+    family = FAMILIES[run.config["model_type"]]
     write = {"portable": _portable, "compact": _compact}[layout]
     tensors, config = write(run, DTYPES[dtype])
     finite_in(tensors, dtype)
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Of Conv1D's weights (in, out): PEFT transposes what it merges, A and B are stored alike.
+        "fan_in_fan_out": family.transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
@@ -87,9 +93,22 @@ def export_peft(
 
 
 def _hf_names(run: Run) -> dict[str, str]:
-    """MLX module name -> Hugging Face module name, of all target modules."""
+    """MLX module name -> Hugging Face module name, of all target modules but experts."""
     model_type = run.config["model_type"]
-    return {name: hf_weight(model_type, name).module for name in run.plan.modules}
+    weights = {name: hf_weight(model_type, name) for name in run.plan.modules}
+    return {name: weight.module for name, weight in weights.items() if not weight.parameter}
+
+
+def _targets(run: Run, hf_names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Which of these modules PEFT is told of as modules, and the weights of the others; sorted."""
+    as_parameters = FAMILIES[run.config["model_type"]].as_parameters
+    modules, parameters = [], []
+    for name in sorted(hf_names):
+        if name.rsplit(".", 1)[-1] in as_parameters:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return modules, parameters
 
 
 def _keys(hf_name: str) -> tuple[str, str]:
@@ -99,55 +118,81 @@ def _keys(hf_name: str) -> tuple[str, str]:
 
 def _portable(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Tensors and configuration of the portable layout."""
-    largest = max(module.rank for module in run.plan.modules.values())
+    names, stacks = _hf_names(run), expert_stacks(run)
+    largest = max(
+        *(run.plan.modules[name].rank for name in names),
+        *(stack.least_rank() for stack in stacks.values()),
+        0,
+    )
     if largest > PORTABLE_RANKS[-1]:
         raise UserError(
             f"the plan's largest rank {largest} is above {PORTABLE_RANKS[-1]}, the most that vLLM "
             "serves; use --layout compact, or train with --max-rank 512"
         )
     rank = next(r for r in PORTABLE_RANKS if r >= largest)
-    names = _hf_names(run)
     tensors = {}
-    for name, module in run.plan.modules.items():
+    for name in names:
+        module = run.plan.modules[name]
         a, b = mx.zeros((rank, module.in_features)), mx.zeros((module.out_features, rank))
         if module.rank:
             a[: module.rank] = run.tensors[f"{name}.lora_a"].T.astype(mx.float32)
             b[:, : module.rank] = module.scale * run.tensors[f"{name}.lora_b"].T.astype(mx.float32)
         for key, value in zip(_keys(names[name]), (a, b), strict=True):
             tensors[key] = value.astype(dtype)
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names.values()})
+    tensors |= stacked_tensors(stacks, rank, dtype)
+    modules, parameters = _targets(run, names.values())
+    parameters += sorted(stacks)
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in modules})
     config = {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": suffixes,
+        "target_parameters": parameters or None,
     }
-    blocks = sorted({int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name in names.values()})
-    if blocks[0] > 0:
+    family = FAMILIES[run.config["model_type"]]
+    if family.others:
+        config["exclude_modules"] = family.others
+    prefix = family.hf_blocks
+    blocks = {
+        int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in [*names.values(), *stacks]
+    }
+    if min(blocks) > 0:
         # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
-        config |= {"layers_to_transform": blocks, "layers_pattern": "layers"}
+        pattern = prefix.rsplit(".", 1)[-1]
+        config |= {"layers_to_transform": sorted(blocks), "layers_pattern": pattern}
     return tensors, config
 
 
 def _compact(run: Run, dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Tensors and configuration of the compact layout."""
-    names = _hf_names(run)
+    names = {name: hf for name, hf in _hf_names(run).items() if run.plan.modules[name].rank}
     tensors, ranks, alphas = {}, {}, {}
-    for name, module in run.plan.adapted().items():
+    for name in names:
+        module = run.plan.modules[name]
         a_key, b_key = _keys(names[name])
         tensors[a_key] = run.tensors[f"{name}.lora_a"].T.astype(dtype)
         tensors[b_key] = run.tensors[f"{name}.lora_b"].T.astype(dtype)
         # PEFT matches r"(.*\.)?(key)$": anchored and escaped, so that layers.1 is not layers.11's.
-        pattern = f"^{re.escape(names[name])}$"
+        [[target]] = filter(None, _targets(run, [names[name]]))
+        pattern = f"^{re.escape(target)}$"
         ranks[pattern] = module.rank
         alphas[pattern] = module.scale * module.rank
+    stacks = {name: stack for name, stack in expert_stacks(run).items() if stack.least_rank()}
+    for name, stack in stacks.items():
+        pattern = f"^{re.escape(name)}$"
+        ranks[pattern] = alphas[pattern] = stack.least_rank()
+    tensors |= stacked_tensors(stacks, None, dtype)
+    modules, parameters = _targets(run, names.values())
+    parameters += sorted(stacks)
     return tensors, {
         "r": run.plan.rank,
         "lora_alpha": run.plan.alpha,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": sorted(names[name] for name in run.plan.adapted()),
+        "target_modules": modules,
+        "target_parameters": parameters or None,
     }
 
 
@@ -155,7 +200,6 @@ def _prove(run: Run, path: Path, dtype: str) -> Proof:
     """Read the adapter back by PEFT's rule: lora_alpha over r, unless a pattern matches."""
     config = read_json(path / CONFIG, "the adapter's configuration")
     tensors = TensorFile(path / ADAPTERS, "the adapter")
-    names = _hf_names(run)
 
     def setting(key: str, name: str) -> float:
         # peft/utils/other.py, get_pattern_key: the first pattern that matches wins.
@@ -163,12 +207,24 @@ def _prove(run: Run, path: Path, dtype: str) -> Proof:
         found = (value for k, value in patterns if re.match(rf"(.*\.)?({k})$", name))
         return next(found, config["r" if key == "rank" else "lora_alpha"])
 
+    @lru_cache(maxsize=4)  # all experts of a block are in one pair
+    def factor(key: str) -> np.ndarray:
+        return float32(tensors[key])
+
     def delta(name: str) -> Delta | None:
-        a_key, b_key = _keys(names[name])
-        if not {a_key, b_key} <= tensors.keys():
+        weight = hf_weight(run.config["model_type"], name)
+        target, module = weight.module, weight.module
+        if weight.parameter:
+            target, module = f"{module}.{weight.parameter}", stack_module(weight, tensors.keys())
+        else:
+            [[target]] = filter(None, _targets(run, [module]))
+        keys = _keys(module)
+        if not set(keys) <= tensors.keys():
             return None
-        a, b = float32(tensors[a_key]), float32(tensors[b_key])
-        rank = setting("rank", names[name])
-        return Delta(setting("alpha", names[name]) / rank * b, a) if len(a) == rank else None
+        rank = int(setting("rank", target))
+        a, b = map(factor, keys)
+        if weight.parameter:
+            a, b = expert_part(weight, a, b, rank)
+        return Delta(setting("alpha", target) / rank * b, a) if len(a) == rank else None
 
     return prove_adapter(run, delta, dtype)

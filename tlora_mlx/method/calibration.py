@@ -19,7 +19,15 @@ from mlx.utils import tree_flatten
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import centred_gram
 from tlora_mlx.method.distributed import total
-from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules
+from tlora_mlx.method.experts import (
+    SWITCH_TYPES,
+    Expert,
+    modules_of,
+    routed_rows,
+    rows_by_expert,
+    samples_of,
+)
+from tlora_mlx.method.layers import Linear, dense_weight, linear_shape, replace_modules
 from tlora_mlx.method.loss import masked_cross_entropy
 
 # Entries of ∂loss/∂W that are formed at a time: 16 MB of float32.
@@ -89,7 +97,47 @@ class _Probe(nn.Module):
         return tap(linear(x), mx.stop_gradient(x), *statistics)
 
 
-def _mean_products(linear: nn.Module, samples: list[tuple[mx.array, mx.array]]) -> mx.array:
+class _SwitchProbe(nn.Module):
+    """As ``_Probe``, of a stacked layer of experts: ``sensitivity`` (E,) of one sample."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+        self.linear.freeze()
+
+    def prepare(self, lengths: list[int]) -> None:
+        """Set up for a batch of one sample."""
+        self.sensitivity = mx.zeros((self.linear.num_experts,))
+        self.unfreeze(recurse=False)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        linear = self.linear
+
+        @mx.custom_function
+        def tap(y, x, indices, sensitivity):
+            return y
+
+        @tap.vjp
+        def _(primals, delta, _output):
+            x, indices = primals[1].astype(mx.float32), primals[2]
+            x, delta_rows = routed_rows(x, indices), routed_rows(delta, indices)
+            found = enumerate(rows_by_expert(indices, linear.num_experts))
+            scores = [
+                mx.zeros((1,))
+                if rows is None
+                else _mean_products(Expert(linear, e), [(delta_rows[rows], x[rows])])
+                for e, rows in found
+            ]
+            nothing = mx.zeros_like(primals[1]), mx.zeros_like(indices)
+            return delta, *nothing, mx.concatenate(scores)
+
+        # As numbers of float32, since every input of a function has a gradient.
+        routing = mx.stop_gradient(indices.astype(mx.float32))
+        y = linear(x, indices, sorted_indices=sorted_indices)
+        return tap(y, mx.stop_gradient(x), routing, self.sensitivity)
+
+
+def _mean_products(linear: Linear, samples: list[tuple[mx.array, mx.array]]) -> mx.array:
     """mean_ij |W_ij · (δᵀX)_ij| of each sample, (batch,) float32, a few of W's rows at a time.
 
     Args:
@@ -109,7 +157,7 @@ def _mean_products(linear: nn.Module, samples: list[tuple[mx.array, mx.array]]) 
 
 def calibrate(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Linear],
     batches: Iterable[Batch],
     covariance_of: Collection[str] = (),
     on_batch: Callable[[int], None] = lambda samples: None,
@@ -124,8 +172,8 @@ def calibrate(
         model: the base model; it is frozen on return.
         targets: the modules to look at, by full name, as ``target_linears`` finds them.
         batches: every sample with at least one token that counts as a target.
-        covariance_of: the targets whose covariance is wanted; one for each input will do
-            (``covariance.input_leaders``).
+        covariance_of: the targets whose covariance is wanted, experts excepted; one for each input
+            will do (``covariance.input_leaders``).
         on_batch: called with the number of samples of each batch that is done.
 
     Raises:
@@ -134,7 +182,15 @@ def calibrate(
 
     Source: paper, section 3; Rambo-Yi/TLora e3463ae, ``tlora.py::preprocess_tlora``.
     """
-    probes = {name: _Probe(name, linear, name in covariance_of) for name, linear in targets.items()}
+    modules = modules_of(targets)
+    probes = {
+        name: _SwitchProbe(module)
+        if isinstance(module, SWITCH_TYPES)
+        else _Probe(name, module, name in covariance_of)
+        for name, module in modules.items()
+    }
+    if any(isinstance(probe, _SwitchProbe) for probe in probes.values()):
+        batches = samples_of(batches)
     sensitivities = dict.fromkeys(targets, 0.0)
     covariances: dict[str, mx.array] = {}
     samples = 0
@@ -143,6 +199,10 @@ def calibrate(
     try:
         for batch in batches:
             for name, scores, gram in _observe(model, probes, batch, samples):
+                if isinstance(modules[name], SWITCH_TYPES):
+                    for number, score in enumerate(scores.tolist()):
+                        sensitivities[f"{name}.{number}"] += score
+                    continue
                 sensitivities[name] += sum(scores.tolist())
                 if gram is not None:
                     covariances[name] = covariances[name] + gram if name in covariances else gram
@@ -150,7 +210,7 @@ def calibrate(
             samples += batch.tokens.shape[0]
             on_batch(batch.tokens.shape[0])
     finally:
-        replace_modules(model, targets)
+        replace_modules(model, modules)
         model.freeze()
     samples = int(total(mx.array(samples)).item())
     if samples == 0:
@@ -169,9 +229,11 @@ def calibrate(
 
 
 def _observe(
-    model: nn.Module, probes: Mapping[str, _Probe], batch: Batch, samples_before: int
+    model: nn.Module, probes: Mapping[str, _Probe | _SwitchProbe], batch: Batch, samples_before: int
 ) -> Iterator[tuple[str, mx.array, mx.array | None]]:
     """One batch's statistics, module by module: name, scores (batch,) and gram (in, in) or None.
+
+    A stacked layer's scores are those of its experts, (E,), of a batch of one sample.
 
     The last module comes first and each result is dropped before the next is evaluated, so that
     the backward pass frees what it no longer needs: evaluated together, MLX keeps it all.

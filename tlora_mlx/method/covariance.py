@@ -12,7 +12,14 @@ import mlx.nn as nn
 
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.distributed import total
-from tlora_mlx.method.layers import linear_shape, replace_modules
+from tlora_mlx.method.experts import (
+    Expert,
+    modules_of,
+    routed_rows,
+    rows_by_expert,
+    samples_of,
+)
+from tlora_mlx.method.layers import Linear, linear_shape, replace_modules
 
 
 def centred(inputs: mx.array) -> mx.array:
@@ -43,45 +50,77 @@ class _Recorder(nn.Module):
     def __init__(self, linear: nn.Module):
         super().__init__()
         self.linear = linear
-        self._seen: mx.array | None = None
+        self._seen: tuple[mx.array, ...] | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self._seen = x
-        return self.linear(x)
+    def __call__(self, x: mx.array, *experts: mx.array, **options: bool) -> mx.array:
+        self._seen = (x, *experts)
+        return self.linear(x, *experts, **options)
 
-    def take(self) -> mx.array:
+    def take(self) -> tuple[mx.array, ...]:
+        """What was seen: the input and, of a stacked layer, the experts that its rows go to."""
         seen, self._seen = self._seen, None
         return seen
 
 
-def _inputs(
-    model: nn.Module, linears: Mapping[str, nn.Module], tokens: mx.array
-) -> Iterator[tuple[str, mx.array]]:
-    """Each module's input on ``tokens`` (batch, T), in the modules' order; nothing is evaluated.
+def _seen(
+    model: nn.Module, modules: Mapping[str, nn.Module], tokens: mx.array
+) -> Iterator[tuple[str, tuple[mx.array, ...]]]:
+    """What each module reads on ``tokens`` (batch, T), in their order; nothing is evaluated.
 
     Whoever evaluates what it makes of one input before it asks for the next keeps no more than the
     activations between the two.
     """
-    recorders = {name: _Recorder(linear) for name, linear in linears.items()}
+    recorders = {name: _Recorder(module) for name, module in modules.items()}
     replace_modules(model, recorders)
     try:
         model(tokens)
     finally:
-        replace_modules(model, linears)
+        replace_modules(model, modules)
     for name, recorder in recorders.items():
         yield name, recorder.take()
 
 
-def input_leaders(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, str]:
-    """For each module the first one that reads the same input: itself, or one before it."""
+def _inputs(
+    model: nn.Module, linears: Mapping[str, Linear], tokens: mx.array
+) -> Iterator[tuple[str, mx.array]]:
+    """Each linear layer's input (batch, T, in), and each expert's (1, rows routed to it, in).
+
+    As ``_seen``; an expert that no token goes to has one row of zeros.
+    """
+    for name, (x, *routing) in _seen(model, modules_of(linears), tokens):
+        if not routing:
+            yield name, x
+            continue
+        inputs, found = routed_rows(x, *routing), None
+        for number, rows in enumerate(rows_by_expert(*routing, _experts(linears, name))):
+            if f"{name}.{number}" in linears:
+                found = mx.zeros((1, inputs.shape[-1])) if rows is None else inputs[rows]
+                yield f"{name}.{number}", found[None]
+
+
+def _experts(linears: Mapping[str, Linear], name: str) -> int:
+    """How many experts the stacked layer ``name`` has."""
+    return next(linears[n].switch.num_experts for n in linears if n.startswith(f"{name}."))
+
+
+def input_leaders(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, str]:
+    """For each module the first one that reads the same input: itself, or one before it.
+
+    Experts of one number read the same where their stacked layers do.
+    """
     readers: dict[int, str] = {}
-    inputs = list(_inputs(model, targets, mx.array([[0]])))  # kept: an id is of a living object
-    return {name: readers.setdefault(id(x), name) for name, x in inputs}
+    seen = list(_seen(model, modules_of(targets), mx.array([[0]])))  # an id is of a living object
+    first = {name: readers.setdefault(id(x), name) for name, (x, *_) in seen}
+    return {
+        name: f"{first[switch]}.{target.number}" if isinstance(target, Expert) else first[name]
+        for name, target in targets.items()
+        for switch in [name.rsplit(".", 1)[0]]
+    }
 
 
 def accumulate(
     model: nn.Module,
-    linears: Mapping[str, nn.Module],
+    linears: Mapping[str, Linear],
     batches: Iterable[Batch],
     term: Callable[[str, mx.array], mx.array],
     on_batch: Callable[[int], None] = lambda samples: None,
@@ -97,6 +136,8 @@ def accumulate(
     """
     sums: dict[str, mx.array] = {}
     samples = 0
+    if any(isinstance(linear, Expert) for linear in linears.values()):
+        batches = samples_of(batches)
     for batch in batches:
         lengths = batch.spans[:, 1].tolist()
         for name, x in _inputs(model, linears, batch.tokens):
@@ -112,13 +153,13 @@ def accumulate(
     return {name: total(sums[name]) / samples for name in linears}
 
 
-def exact_bytes(targets: Mapping[str, nn.Module], leaders: Iterable[str]) -> int:
+def exact_bytes(targets: Mapping[str, Linear], leaders: Iterable[str]) -> int:
     """What the covariances of these leaders take, float32."""
     return sum(4 * linear_shape(targets[name])[1] ** 2 for name in set(leaders))
 
 
 def groups_within(
-    targets: Mapping[str, nn.Module], leaders: Iterable[str], memory: int
+    targets: Mapping[str, Linear], leaders: Iterable[str], memory: int
 ) -> list[list[str]]:
     """The leaders in groups, in order, whose covariances fit into ``memory`` bytes together.
 

@@ -12,7 +12,7 @@ from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import accumulate, groups_within
 from tlora_mlx.method.distributed import is_first, tensors_from_first
-from tlora_mlx.method.layers import dense_weight, linear_shape
+from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
 from tlora_mlx.method.subspace import krylov_subspace, task_subspace
 
 # Where each product costs a pass: wider blocks, at most so many passes, and a captured energy that
@@ -24,7 +24,7 @@ STREAMING_TOLERANCE = 5e-5
 
 def exact_subspaces(
     plan: RankPlan,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Linear],
     leaders: Mapping[str, str],
     covariances: Mapping[str, mx.array],
     done: Callable[[], None] = lambda: None,
@@ -56,7 +56,7 @@ def exact_subspaces(
 def grouped_subspaces(
     model: nn.Module,
     plan: RankPlan,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Linear],
     leaders: Mapping[str, str],
     batches: Sequence[Batch],
     memory: int,
@@ -77,7 +77,7 @@ def grouped_subspaces(
 def streamed_subspaces(
     model: nn.Module,
     plan: RankPlan,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Linear],
     leaders: Mapping[str, str],
     batches: Sequence[Batch],
     seed: int,

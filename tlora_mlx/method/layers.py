@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,40 +12,55 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.experts import SWITCH_TYPES, Expert, TLoRASwitchLinear, experts_of
 
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+# A module that is adapted: a linear layer, or one expert of a stacked one.
+Linear = nn.Module | Expert
+# Components of the names of what chooses or weighs experts, in all of mlx-lm's models (0.32). An
+# adapter there would change which experts a token goes to, so they are never targets.
+ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 
 
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, quantized or not."""
-    out_features, in_features = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        in_features = in_features * 32 // linear.bits
+def linear_shape(linear: Linear) -> tuple[int, int]:
+    """(out, in) of a linear layer or of an expert, quantized or not."""
+    layer = linear.switch if isinstance(linear, Expert) else linear
+    out_features, in_features = layer.weight.shape[-2:]
+    if "scales" in layer:
+        in_features = in_features * 32 // layer.bits
     return out_features, in_features
 
 
 def activation_dtype(linear: nn.Module) -> mx.Dtype:
-    """The dtype of a linear layer's products: that of its weight, or of its quantization scales."""
-    stored = linear.scales if isinstance(linear, nn.QuantizedLinear) else linear.weight
+    """The dtype of a layer's products: that of its weight, or of its quantization scales."""
+    stored = linear.scales if "scales" in linear else linear.weight
     # The fp modes (mxfp4, mxfp8, nvfp4) keep uint8 scales: bfloat16 is what such models run in.
     return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else mx.bfloat16
 
 
-def dense_weight(linear: nn.Module, rows: slice = slice(None)) -> mx.array:
-    """W (out, in) float32 of a linear layer, or some of its rows, dequantized; not evaluated."""
-    if isinstance(linear, nn.QuantizedLinear):
-        biases = linear.get("biases")
+def dense_weight(linear: Linear, rows: slice = slice(None)) -> mx.array:
+    """W (out, in) float32 of a linear layer or of an expert, or some of its rows, dequantized.
+
+    It is not evaluated.
+    """
+    layer, number = linear if isinstance(linear, Expert) else (linear, ...)
+
+    def some(array: mx.array | None) -> mx.array | None:
+        return None if array is None else array[number][rows]
+
+    if "scales" in layer:
+        global_scale = layer.get("global_scale")
         return mx.dequantize(
-            linear.weight[rows],
-            linear.scales[rows],
-            None if biases is None else biases[rows],
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
-            global_scale=linear.get("global_scale"),
+            some(layer.weight),
+            some(layer.scales),
+            some(layer.get("biases")),
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+            global_scale=None if global_scale is None else global_scale[number],
             dtype=mx.float32,
         )
-    return linear.weight[rows].astype(mx.float32)
+    return some(layer.weight).astype(mx.float32)
 
 
 class TLoRALinear(nn.Module):
@@ -83,32 +99,53 @@ class TLoRALinear(nn.Module):
         b = (self.scale * self.lora_b).astype(self.lora_a.dtype)
         return y + ((x @ self.lora_a) @ b).astype(y.dtype)
 
+    def adapters(self) -> dict[str, mx.array]:
+        """``lora_a`` (in, rank) and ``lora_b`` (rank, out)."""
+        return {"lora_a": self.lora_a, "lora_b": self.lora_b}
+
+    def restore_b(self, tensors: Mapping[str, mx.array]) -> None:
+        """Take ``lora_b`` from what ``adapters`` gave earlier."""
+        self.lora_b = tensors["lora_b"]
+
+
+ADAPTED_TYPES = (TLoRALinear, TLoRASwitchLinear)
+
 
 def target_linears(
-    model: nn.Module, num_layers: int = -1, suffixes: Sequence[str] | None = None
-) -> dict[str, nn.Module]:
+    model: nn.Module,
+    num_layers: int = -1,
+    suffixes: Sequence[str] | None = None,
+    experts: bool = False,
+) -> dict[str, Linear]:
     """The linear layers inside the transformer blocks, by full name, first block first.
 
-    Embeddings and the output layer are outside of the blocks, so they are never among them.
+    Embeddings and the output layer are outside of the blocks, so they are never among them; nor are
+    the routers of a mixture of experts, whatever their class.
 
     Args:
         model: an mlx-lm model: ``model.layers`` are its blocks.
         num_layers: only the last so many blocks; -1 for all.
         suffixes: only modules with one of these last name components, such as ``q_proj``.
+        experts: each expert of a mixture too, by its projection's name and its number.
 
     Raises:
         ValueError: a suffix matches nothing (the message names those that exist), or there is no
-            linear layer at all.
+            linear layer, or no expert where they are asked for.
     """
     names = {id(module): name for name, module in model.named_modules()}
     blocks = model.layers[-num_layers:] if num_layers > 0 else model.layers
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Linear] = {}
     for block in blocks:
         leaves = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
         for path, module in leaves:
-            if isinstance(module, LINEAR_TYPES):
+            if isinstance(module, LINEAR_TYPES) and not ROUTERS & set(path.split(".")):
                 found[f"{names[id(block)]}.{path}"] = module
-    existing = sorted({name.rsplit(".", 1)[-1] for name in found})
+            elif experts and isinstance(module, SWITCH_TYPES):
+                found |= experts_of(f"{names[id(block)]}.{path}", module)
+    if experts and not any(isinstance(target, Expert) for target in found.values()):
+        raise ValueError("the model has no experts")
+    kinds = {name: re.search(r"([^.]+)(\.\d+)?$", name)[1] for name in found}
+    existing = sorted(set(kinds.values()))
     if not found:
         raise ValueError("the model has no linear layer inside its transformer blocks")
     unknown = sorted(set(suffixes or ()) - set(existing))
@@ -117,15 +154,22 @@ def target_linears(
             f"the model has no target module named {', '.join(unknown)}; "
             f"its linear layers are {', '.join(existing)}"
         )
-    return {k: v for k, v in found.items() if not suffixes or k.rsplit(".", 1)[-1] in suffixes}
+    return {name: found[name] for name in found if not suffixes or kinds[name] in suffixes}
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, LINEAR_TYPES)}
+def _linears(model: nn.Module) -> dict[str, Linear]:
+    """Every linear layer of a model and every expert of a stacked one, by full name."""
+    linears: dict[str, Linear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SWITCH_TYPES):
+            linears |= experts_of(name, module)
+        elif isinstance(module, LINEAR_TYPES):
+            linears[name] = module
+    return linears
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer of a model, in its blocks or not, by full name."""
+    """(out, in) of every linear layer and expert of a model, in its blocks or not, by name."""
     return {name: linear_shape(module) for name, module in _linears(model).items()}
 
 
@@ -135,7 +179,7 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def attach(model: nn.Module, plan: RankPlan, tensors: Mapping[str, mx.array]) -> nn.Module:
-    """Freeze the model and put a TLoRALinear wherever the plan gives a rank above 0, in place.
+    """Freeze the model and put an adapted layer wherever the plan gives a rank above 0, in place.
 
     Args:
         model: the base model.
@@ -154,18 +198,19 @@ def attach(model: nn.Module, plan: RankPlan, tensors: Mapping[str, mx.array]) ->
     if faults:
         raise ValueError("; ".join(faults))
     model.freeze()
-    replace_modules(
-        model,
-        {
-            name: TLoRALinear(
-                linears[name],
-                tensors[f"{name}.lora_a"],
-                module.scale,
-                tensors.get(f"{name}.lora_b"),
-            )
-            for name, module in plan.adapted().items()
-        },
-    )
+    adapted: dict[str, nn.Module] = {}
+    switches: dict[str, dict[int, tuple[mx.array, float, mx.array | None]]] = {}
+    for name, module in plan.adapted().items():
+        linear, a, b = linears[name], tensors[f"{name}.lora_a"], tensors.get(f"{name}.lora_b")
+        if isinstance(linear, Expert):
+            switch = name.rsplit(".", 1)[0]
+            switches.setdefault(switch, {})[linear.number] = (a, module.scale, b)
+        else:
+            adapted[name] = TLoRALinear(linear, a, module.scale, b)
+    for name, adapters in switches.items():
+        switch = linears[f"{name}.0"].switch
+        adapted[name] = TLoRASwitchLinear(switch, activation_dtype(switch), adapters)
+    replace_modules(model, adapted)
     return model
 
 
@@ -203,19 +248,28 @@ def adapter_faults(
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """``NAME.lora_a`` and ``NAME.lora_b`` of every TLoRALinear: the adapter, complete by itself."""
+    """``NAME.lora_a`` and ``NAME.lora_b`` of all adapted layers: the whole adapter."""
     return {
-        f"{name}.{key}": module[key]
+        f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if isinstance(module, TLoRALinear)
-        for key in ("lora_a", "lora_b")
+        if isinstance(module, ADAPTED_TYPES)
+        for key, tensor in module.adapters().items()
     }
+
+
+def restore_b(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    """Take every B from what ``adapter_tensors`` gave earlier; none where ``tensors`` is empty."""
+    for name, module in model.named_modules() if tensors else ():
+        if isinstance(module, ADAPTED_TYPES):
+            start = f"{name}."
+            own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            module.restore_b(own)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as its base alone, inside of the block."""
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, TLoRALinear)}
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, ADAPTED_TYPES)}
     replace_modules(model, {name: module.linear for name, module in adapted.items()})
     try:
         yield
@@ -225,4 +279,4 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def trained_parameters(model: nn.Module) -> int:
     """How many parameters are trained: Σ rank·out over the adapted modules."""
-    return sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    return sum(b.size for name, b in adapter_tensors(model).items() if name.endswith(".lora_b"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.terminal import console, say
 from tlora_mlx.training.checkpoint import Progress
 
@@ -30,9 +32,34 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
     )
 
 
+def experts_summed(plan: RankPlan) -> RankPlan:
+    """The plan as it is shown: a stacked layer's experts as one, with the sum of their ranks.
+
+    Its scale is the mean of those that have an adapter.
+    """
+    modules: dict[str, ModulePlan] = {}
+    stacks: dict[str, list[ModulePlan]] = {}
+    for name, module in plan.modules.items():
+        stack, _, number = name.rpartition(".")
+        if not number.isdigit():
+            modules[name] = module
+            continue
+        experts = stacks.setdefault(stack, [])
+        experts.append(module)
+        scales = [expert.scale for expert in experts if expert.rank]
+        modules[stack] = replace(
+            module,
+            rank=sum(expert.rank for expert in experts),
+            scale=sum(scales) / max(1, len(scales)),
+            sensitivity=sum(expert.sensitivity for expert in experts),
+        )
+    return replace(plan, modules=modules)
+
+
 def print_plan(plan: RankPlan) -> None:
     """The plan as a table: blocks × module kinds, each with rank and scale."""
-    blocks, kinds, cells = plan_grid(plan)
+    shown = experts_summed(plan)
+    blocks, kinds, cells = plan_grid(shown)
     table = Table(
         title="rank × scale of each module",
         title_justify="left",
@@ -43,7 +70,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(plan_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(shown, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(

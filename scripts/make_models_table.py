@@ -1,0 +1,113 @@
+"""Write docs/MODELS.md from what the matrix of tests/test_families.py finds on this machine.
+
+Run from the repository's root: ``python scripts/make_models_table.py`` (a few minutes).
+"""
+
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import ROWS, write_jsonl  # noqa: E402
+from families import FAILS, FAMILIES  # noqa: E402
+from test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
+
+from tlora_mlx.exporting import names  # noqa: E402
+
+TEXT = """# Model families
+
+Written by `scripts/make_models_table.py` with mlx-lm {mlx_lm}, transformers {transformers} and
+PEFT {peft}.
+
+Each family's `model_type` (in `config.json`) stands for a tiny random checkpoint that transformers
+makes, with layers of every kind that the family has. It is loaded through mlx-lm, calibrated,
+trained a few steps, exported, and loaded by transformers and PEFT. The numbers are the largest
+differences between logits: of the untrained models in mlx-lm and transformers, and of the trained
+model in mlx-lm and each export on the other side; the tests ask for less than 1e-4. Training itself
+moved logits by {least_trained:.2f} or more. Where released checkpoints have a setting that keeps
+mlx-lm and transformers apart, it is a remark, with its difference in brackets, and the numbers are
+those without it. A family that is not here is refused when training starts;
+`--allow-unexportable` trains it all the same.
+
+{table}
+
+## What the other side should know
+
+- **Fused layers** (`qkv_proj`, `query_key_value`, `gate_up_proj`, `c_attn`) are adapted as the one
+  matrix that they are, on both sides.
+- **gpt2's Conv1D** keeps its weights as (in, out). Its adapters have `fan_in_fan_out: true`, by
+  which PEFT transposes the product when it merges; A and B are stored as everywhere. llama.cpp's
+  converter transposes gpt2's tensors by their names, which is not meant for adapters: there, merge.
+- **Multimodal checkpoints** (gemma3, qwen3_5, llama4): the language model is adapted, by its names
+  in what `AutoModelForCausalLM` loads. In gemma3 the portable layout's names would match the vision
+  tower's layers too, so `exclude_modules` leaves them out for PEFT.
+- **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
+  adapted; routers never. `--target-experts` adapts the experts too, each with a rank of its own (0
+  where no calibration token goes to it), in the families with a figure under "with experts"; in the
+  others it is refused. Statistics are of the tokens that go to an expert, taken a sample at a time,
+  so many experts make calibration long: fewer `--calibration-samples` shorten it. In training an
+  expert's A and B are padded to the largest rank in its layer, which `--max-rank` bounds. PEFT has
+  one adapter for all experts of a block (`target_parameters`), gate and up fused, whose rank is
+  the largest sum of an expert's two.
+- **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
+  `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
+  dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
+  warns of patterns that match no module, and uses them all the same. The tensors are named and
+  shaped as everywhere.
+- **Latent attention** (deepseek_v3, glm4_moe_lite): mlx-lm splits `kv_b_proj` up, so it is no
+  target.
+
+## What does not work
+
+{fails}
+"""
+
+
+def main() -> None:
+    """Run the matrix and write the file."""
+    rows, trained = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        write_jsonl(data / "train.jsonl", ROWS[:13])
+        write_jsonl(data / "valid.jsonl", ROWS[13:])
+        for family, tiny in sorted(FAMILIES.items()):
+            found = round_trip(family, data, Path(folder) / family)
+            trained.append(found.pop("trained"))
+            linears = names.FAMILIES[family].linears
+            modules = sorted({m.rsplit(".", 1)[-1] for m in linears})
+            modules = tiny.targets or modules
+            figures = [f"{value:.0e}" for value in found.values()]
+            if family in EXPERT_FAMILIES:
+                found = round_trip(family, data, Path(folder) / f"{family}-experts", experts=True)
+                trained.append(found.pop("trained"))
+                figures.append(f"{max(found.values()):.0e}")
+            else:
+                figures.append("")
+            note = tiny.note
+            if tiny.released:
+                how = failure(family, Path(folder) / f"{family}-released", **tiny.released)
+                note += f" ({how})"
+            rows.append([f"`{family}`", " ".join(modules), *figures, note])
+        fails = [
+            f"- `{family}`: {tiny.note} ({failure(family, Path(folder) / family)})."
+            for family, tiny in sorted(FAILS.items())
+        ]
+    head = ["family", "adapted layers", "base", *EXPORTS, "with experts", "remarks"]
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = TEXT.format(
+        mlx_lm=version("mlx-lm"),
+        transformers=version("transformers"),
+        peft=version("peft"),
+        least_trained=min(trained),
+        table=table,
+        fails="\n".join(fails),
+    )
+    (ROOT / "docs" / "MODELS.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Experts of a mixture: each is a linear layer of its own inside of a stacked one.
+
+mlx-lm stacks the experts of a block into one module per projection, which is called with the
+experts that each token goes to. Here each expert is a module of the plan, by the stacked module's
+name and its number, such as ``model.layers.0.mlp.switch_mlp.up_proj.3``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from tlora_mlx.method.batch import Batch
+
+SWITCH_TYPES = (SwitchLinear, QuantizedSwitchLinear)
+
+
+class Expert(NamedTuple):
+    """One expert of a stacked layer (``SWITCH_TYPES``), which stands for a linear layer."""
+
+    switch: nn.Module
+    number: int
+
+
+def experts_of(name: str, switch: nn.Module) -> dict[str, Expert]:
+    """All experts of a stacked layer, by full name."""
+    return {f"{name}.{e}": Expert(switch, e) for e in range(switch.num_experts)}
+
+
+def modules_of(targets: Mapping[str, nn.Module | Expert]) -> dict[str, nn.Module]:
+    """The modules of the model that hold these targets: an expert's is the stacked layer."""
+    return {
+        name.rsplit(".", 1)[0] if isinstance(target, Expert) else name: (
+            target.switch if isinstance(target, Expert) else target
+        )
+        for name, target in targets.items()
+    }
+
+
+def samples_of(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Each sample as a batch of its own without padding: a stacked layer does not tell them apart.
+
+    Source: mlx_lm/models/switch_layers.py sorts the tokens of a batch by expert.
+    """
+    for batch in batches:
+        for n, length in enumerate(batch.spans[:, 1].tolist()):
+            yield Batch(batch.tokens[n : n + 1, :length], batch.spans[n : n + 1])
+
+
+def routed_rows(array: mx.array, indices: mx.array) -> mx.array:
+    """What a stacked layer reads or gives, (N, features), a row for each token and expert of it.
+
+    Args:
+        array: (…, 1, features), where … is ``indices``' shape, or has 1 in place of its last.
+        indices: (…) which expert each row goes to.
+    """
+    features = array.shape[-1]
+    rows = mx.broadcast_to(array.squeeze(-2), (*indices.shape, features))
+    return rows.reshape(-1, features)
+
+
+def rows_by_expert(indices: mx.array, experts: int) -> list[mx.array | None]:
+    """For each expert the rows (of ``routed_rows``) that go to it; None for none. Evaluates."""
+    flat = np.array(indices).reshape(-1)
+    found = [np.nonzero(flat == e)[0] for e in range(experts)]
+    return [mx.array(rows) if rows.size else None for rows in found]
+
+
+class TLoRASwitchLinear(nn.Module):
+    """A stacked layer whose experts have adapters, ``scale · B (A x)`` of their own, A frozen.
+
+    Experts' ranks differ, so A and B are padded with zeros to the largest. The padding of B has no
+    gradient, since that of A is zero.
+
+    Args:
+        linear: the frozen stacked layer of E experts, (E, out, in).
+        dtype: of its products, and so of A.
+        adapters: by the expert's number: A transposed (in, rank), scale, and B transposed
+            (rank, out), or None for zeros.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        dtype: mx.Dtype,
+        adapters: Mapping[int, tuple[mx.array, float, mx.array | None]],
+    ):
+        super().__init__()
+        experts, out_features = linear.num_experts, linear.output_dims
+        self._ranks = {e: a.shape[1] for e, (a, _, _) in adapters.items()}
+        rank, in_features = max(self._ranks.values()), linear.input_dims
+        lora_a = mx.zeros((experts, in_features, rank))
+        lora_b = mx.zeros((experts, rank, out_features))
+        scales = mx.zeros((experts, 1, 1))
+        for e, (a, scale, b) in adapters.items():
+            lora_a[e, :, : a.shape[1]] = a.astype(mx.float32)
+            scales[e] = scale
+            if b is not None:
+                lora_b[e, : b.shape[0]] = b.astype(mx.float32)
+        self.linear = linear
+        self.scales = scales
+        self.lora_a = lora_a.astype(dtype)
+        self.lora_b = lora_b
+        self.freeze()
+        self.unfreeze(recurse=False, keys="lora_b")
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """As the stacked layer: (…, 1, in) and the experts (…) -> (…, 1, out)."""
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        routing = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        b = (self.scales * self.lora_b).astype(self.lora_a.dtype)
+        return y + mx.gather_mm(mx.gather_mm(x, self.lora_a, **routing), b, **routing).astype(
+            y.dtype
+        )
+
+    def adapters(self) -> dict[str, mx.array]:
+        """``E.lora_a`` (in, rank) and ``E.lora_b`` (rank, out) of each expert that has one."""
+        tensors = {}
+        for e, rank in self._ranks.items():
+            tensors[f"{e}.lora_a"] = mx.contiguous(self.lora_a[e, :, :rank])
+            tensors[f"{e}.lora_b"] = mx.contiguous(self.lora_b[e, :rank])
+        return tensors
+
+    def restore_b(self, tensors: Mapping[str, mx.array]) -> None:
+        """Take every ``E.lora_b`` from what ``adapters`` gave earlier."""
+        for e, rank in self._ranks.items():
+            self.lora_b[e, :rank] = tensors[f"{e}.lora_b"]
