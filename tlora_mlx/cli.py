@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "calibrate and show the rank plan only",
     "export": "write a run as a PEFT adapter",
     "generate": "complete a prompt with base model and adapter",
+    "evaluate": "base model and adapter on a task, side by side",
 }
 
 

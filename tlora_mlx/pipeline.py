@@ -53,7 +53,14 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
         raise UserError(f"--target-modules: {error}") from None
     if reason := unexportable(base.config["model_type"], targets):
         say(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
-    data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
+    data = load_data(
+        config.data,
+        base.tokenizer,
+        config.max_seq_length,
+        config.mask_prompt,
+        config.format,
+        config.max_samples,
+    )
     if config.val_split:
         if data["valid"].samples:
             raise UserError(f"--val-split: {config.data} has a validation split already")
