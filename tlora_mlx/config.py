@@ -305,7 +305,10 @@ class EvaluateCommand(Config):
         "how rows are read and scored",
         choices=("math", "commonsense", "nlu", "code", "chat", "perplexity"),
     )
-    data: str = option(MISSING, "file of rows, one JSON object a line")
+    data: str = option(
+        MISSING,
+        "file of rows, one JSON object a line; or a Hub data set, whose test split is taken",
+    )
     format: str | None = option(
         None, "how raw rows are read; default: as the run was trained", choices=tuple(FORMATS)
     )

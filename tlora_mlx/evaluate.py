@@ -39,15 +39,15 @@ def evaluate(config: EvaluateCommand) -> Path:
     from tlora_mlx.training.progress import say
 
     run = read_run(config.run)
-    data = Path(config.data).expanduser()
-    rows = read_rows(data, config.max_samples)
-    output = Path(config.output or run.path / "evaluations" / f"{config.task}-{data.stem}")
+    rows = read_rows(config.data, config.max_samples)
+    name = Path(config.data).stem.replace(":", "-")
+    output = Path(config.output or run.path / "evaluations" / f"{config.task}-{name}")
     with new_directory(output.expanduser()) as beside:
         base = load_run(run.path, config.trust_remote_code)
         read, respond, metrics, samples = _family(config, run.config)
         subject = _subject(config, base, run.config)
         items = read(rows, subject)
-        say(f"{config.task}: {len(items)} of {data.name}'s rows")
+        say(f"{config.task}: {len(items)} rows of {config.data}")
         start = time.perf_counter()
         with adapters_off(base.model):
             before = respond(subject, items)
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateCommand) -> Path:
             _write_lines(beside / "adapter.jsonl", samples(items, after, run.path.name))
         summary = {
             "task": config.task,
-            "data": str(data.resolve()),
+            "data": config.data,
             "rows": len(items),
             "metrics": results,
             "model": base.name,

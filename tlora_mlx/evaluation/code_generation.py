@@ -24,7 +24,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
 
     A row is HumanEval's: ``task_id``, ``prompt`` (code to continue), ``entry_point`` and maybe
     ``test``, which defines ``check``; or MBPP's: ``task_id``, ``text`` (or ``prompt``: words) and
-    ``test_list``, lines of Python, maybe after ``test_setup_code``.
+    ``test_list``, lines of Python, maybe after ``test_setup_code`` or ``test_imports``.
 
     Raises:
         UserError: a row is neither.
@@ -45,6 +45,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
             lines = row.texts("test_list")
             task_id = f"Mbpp/{task_id}" if task_id.isdigit() else task_id  # as EvalPlus has it
             setup = row.columns.get("test_setup_code") or ""
+            setup += "\n".join(row.columns.get("test_imports") or [])
             header, test = "", "\n".join([setup, *lines]) + "\n"
             asked = "\n".join(
                 [row.text("text", "prompt"), "Write Python code that passes these tests:", *lines]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.files import read_json
-from tlora_mlx.training.data import read_jsonl
+from tlora_mlx.training.data import download_rows, read_jsonl
 
 # What the public test sets call the question, where it is not a ready prompt, and the answer.
 QUESTIONS = ("question", "query", "problem", "instruction", "text")
@@ -51,15 +51,27 @@ class Row(NamedTuple):
         return value
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """The rows of a JSON-lines file, or of a ``.json`` file with an array; at most ``limit``.
+def read_rows(data: str, limit: int | None = None) -> list[Row]:
+    """The first rows, at most ``limit``, of a file or of a Hub data set.
+
+    Args:
+        data: a file of JSON lines, or a ``.json`` file with an array; or a Hub data set as
+            NAME or NAME:CONFIGURATION, of which the test split is read, or the validation split
+            where there is no test split with labels.
 
     Raises:
-        UserError: there is no such file, it holds no rows, or one is not a JSON object.
+        UserError: there is no such data, it holds no rows, or one is not a JSON object.
     """
+    path = Path(data).expanduser()
     if path.is_dir():
         raise UserError(f"--data {path} is a directory; give the file to evaluate on")
-    if path.suffix == ".json":
+    if not path.exists() and path.suffix not in (".json", ".jsonl"):
+        splits = download_rows(data)
+        split = "test" if splits["test"] else "valid"
+        numbered, what = splits[split], f"split {split}, row"
+        if numbered is None:
+            raise UserError(f"data set {data} has no test or validation split with answers")
+    elif path.suffix == ".json":
         data = read_json(path, "the evaluation data")
         if not isinstance(data, list) or not data:
             raise UserError(f"{path} holds no array of rows")
@@ -70,7 +82,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
             raise UserError(f"--data {path} does not exist; give a file of JSON lines")
     rows = []
     for number, columns in numbered[:limit]:
-        where = f"{path}, {what} {number}"
+        where = f"{data}, {what} {number}"
         if not isinstance(columns, Mapping):
             raise UserError(f"{where} is not a JSON object")
         rows.append(Row(number, where, columns))

@@ -92,8 +92,10 @@ def load_data(
     elif path.exists():
         raise UserError(f"data {path} is a file; give the directory that holds train.jsonl")
     else:
-        rows = _download_rows(data)
+        rows = download_rows(data)
         where = {split: f"data set {data}, split {split}, row" for split in rows}
+        if not rows["train"]:
+            raise UserError(f"data set {data} has no split 'train' with rows to learn from")
     rows["train"] = rows["train"][:max_samples]
     tokenized = {}
     for split, numbered in rows.items():
@@ -155,8 +157,15 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
     return rows
 
 
-def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
-    """The rows of a Hub data set, with their numbers."""
+def download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
+    """The rows of a Hub data set with their numbers, by split; None where there is no such split.
+
+    Args:
+        data: NAME or NAME:CONFIGURATION.
+
+    Raises:
+        UserError: it cannot be had.
+    """
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith("/"):
         raise UserError(f"data directory {data} does not exist")
     try:
@@ -173,16 +182,11 @@ def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
             f"data {data} is no directory here, and the Hugging Face Hub did not provide it: "
             f"{first_line(error)}"
         ) from None
-    if "train" not in dataset:
-        raise UserError(f"data set {data} has no split 'train', only {', '.join(dataset)}")
     names = _split_names(data, dataset)
-    rows = {
+    return {
         split: _labelled(dataset[name]) if name in dataset else None
         for split, name in names.items()
     }
-    if not rows["train"]:
-        raise UserError(f"data set {data} has no row with a label in its split 'train'")
-    return rows
 
 
 def _labelled(split: Any) -> list[tuple[int, Any]] | None:
