@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "write a run as a PEFT adapter",
     "generate": "complete a prompt with base model and adapter",
     "evaluate": "base model and adapter on a task, side by side",
+    "report": "write a run as one HTML page",
 }
 
 

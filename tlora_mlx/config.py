@@ -329,6 +329,19 @@ class EvaluateCommand(Config):
             raise UserError("--execute is for --task code")
 
 
+@dataclass(kw_only=True)
+class ReportCommand(Config):
+    """``python -m tlora_mlx.report``."""
+
+    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    output: str | None = option(None, "HTML file to write; default: RUN/report.html")
+    samples: int = option(
+        0, "also let base model and adapter continue so many validation prompts", at_least=0
+    )
+    max_tokens: int = option(120, "tokens per sample at most", at_least=1)
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+
 def parse(
     config_class: type[C],
     prog: str,

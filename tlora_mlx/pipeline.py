@@ -177,9 +177,15 @@ def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> It
 
 
 def plan_and_initialise(
-    config: TrainConfig, base: BaseModel, train: Split, targets: Mapping[str, nn.Module]
+    config: TrainConfig,
+    base: BaseModel,
+    train: Split,
+    targets: Mapping[str, nn.Module],
+    energies: dict[str, float] | None = None,
 ) -> tuple[RankPlan, dict[str, mx.array]]:
     """The rank plan, and ``NAME.lora_a`` (in, rank) for every adapted module.
+
+    ``energies``, where given, is filled with the captured energies of modules; not with streaming.
 
     Raises:
         UserError: the plan that was given does not fit, or a module cannot be calibrated.
@@ -210,7 +216,9 @@ def plan_and_initialise(
         how = f"exact, {len(groups)} pass{'es' * (len(groups) > 1)}"
     say(f"covariance: {how}, about {_size(expected)} ({_size(memory)} allowed)")
     try:
-        subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+        subspaces = exact_subspaces(
+            plan, targets, leaders, calibration.covariances, energies=energies
+        )
         calibration.covariances.clear()
         left = {n: m for n, m in plan.modules.items() if m.rank and n not in subspaces}
         rest = replace(plan, modules=left)
@@ -219,7 +227,7 @@ def plan_and_initialise(
             if streaming:
                 subspaces |= streamed_subspaces(*common, config.seed, advance)
             elif left:
-                subspaces |= grouped_subspaces(*common, memory, advance)
+                subspaces |= grouped_subspaces(*common, memory, advance, energies)
     except ValueError as error:
         raise RunError(f"the task subspace failed: {error}") from None
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory

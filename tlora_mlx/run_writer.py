@@ -31,7 +31,7 @@ from tlora_mlx.files import (
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_tensors
 from tlora_mlx.pictures import can_draw, draw_losses
-from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, LOSSES, METRICS, PLAN
+from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, ENERGIES, LOSSES, METRICS, PLAN
 from tlora_mlx.training.checkpoint import Checkpoint, Progress, read_checkpoint, save_checkpoint
 from tlora_mlx.training.progress import say
 from tlora_mlx.version import __version__
@@ -204,9 +204,19 @@ class RunWriter:
             replace_file(metrics, lambda beside: beside.write_bytes(kept))
         return RankPlan.from_dict(read_json(self.path / PLAN, "the run's rank plan"))
 
-    def start(self, base: BaseModel, plan: RankPlan, fingerprints: Mapping[str, str]) -> None:
-        """Write the plan and the configuration; from here on the directory is a run's."""
+    def start(
+        self,
+        base: BaseModel,
+        plan: RankPlan,
+        fingerprints: Mapping[str, str],
+        energies: Mapping[str, float],
+    ) -> None:
+        """Write the plan, the captured energies by module and the configuration.
+
+        From here on the directory is a run's.
+        """
         write_json(self.path / PLAN, plan.to_dict())
+        write_json(self.path / ENERGIES, dict(energies))
         self._fingerprints = {**fingerprints, **self._own_fingerprints()}
         data = user_path(self.config.data)
         write_json(

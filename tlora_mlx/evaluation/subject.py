@@ -86,12 +86,13 @@ class Subject:
     def generate(self, conversations: Sequence[Sequence[str]]) -> list[str]:
         """Greedy answers, of at most ``max_tokens`` tokens, to conversations as for ``encode``.
 
-        Prompts of like length share a batch.
-
         Raises:
             RunError: mlx-lm cannot generate in batches with this model.
         """
-        prompts = [self.encode(turns) for turns in conversations]
+        return self.complete([self.encode(turns) for turns in conversations])
+
+    def complete(self, prompts: Sequence[list[int]]) -> list[str]:
+        """``generate`` for prompts in token ids; those of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers = [""] * len(prompts)
         with bar(f"{self.title} answers", len(prompts)) as advance:
