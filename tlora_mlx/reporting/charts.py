@@ -67,8 +67,9 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
                 for x, y, at, value in places
             ]
     parts.append("</svg>")
+    labels = series if len(series) > 1 else ()  # one alone says what the caption says
     legend = "".join(
-        f'<span class="key c{number}">{escape(label)}</span>' for number, label in enumerate(series)
+        f'<span class="key c{number}">{escape(label)}</span>' for number, label in enumerate(labels)
     )
     return f"<figure><figcaption>{escape(y_label)} {legend}</figcaption>{''.join(parts)}</figure>"
 
@@ -99,7 +100,7 @@ def heat_map(
                 continue
             value, text, hint = cells[row, column]
             depth = (color(value) - low) / (high - low) if high > low else 0.5
-            deep = ' class="deep"' if depth > 0.55 else ""
+            deep = ' class="deep"' if depth > 0.66 else ""
             parts.append(
                 f'<td{deep} style="--depth:{0.06 + 0.94 * depth:.3f}" title="{escape(hint)}">'
                 f"{escape(text)}</td>"

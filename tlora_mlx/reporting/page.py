@@ -51,10 +51,10 @@ def page(
         f'<p class="dim">TLoRA adapter of {escape(run.config["model"])}, trained on '
         f"{escape(str(run.config.get('data', 'unknown data')))}</p>",
         _cards(run, reports),
+        _plan(run, energies),
         _curves(reports),
         _evaluations(evaluations),
         _samples(evaluations, samples),
-        _plan(run, energies),
         _loading(run),
         _options(run),
         "</body></html>",
@@ -77,7 +77,7 @@ def _cards(run: Run, reports: Reports) -> str:
     for name, losses in (("validation loss", validation), ("test loss", test)):
         if len(losses) > 1:
             best = min(y for _, y in losses[1:])
-            cards.append((f"{losses[0][1]:.3f} → {best:.3f}", f"{name}, base → adapter"))
+            cards.append((f"{losses[0][1]:.3f} → {best:.3f}", f"{name}, before → after"))
     plan = run.plan
     adapted = len(plan.adapted())
     cards.append((f"{adapted} of {len(plan.modules)}", "modules adapted"))
@@ -88,9 +88,9 @@ def _cards(run: Run, reports: Reports) -> str:
     if tokens := points(reports, "trained_tokens"):
         cards.append((short(tokens[-1][1]), "tokens trained on"))
     if speed := points(reports, "tokens_per_second"):
-        cards.append((short(median(y for _, y in speed)), "tokens per second, median"))
+        cards.append((short(median(y for _, y in speed)), "tokens/s, median"))
     if memory := points(reports, "peak_memory"):
-        cards.append((f"{max(y for _, y in memory):.2f} GB", "peak memory in training"))
+        cards.append((f"{max(y for _, y in memory):.2f} GB", "peak memory"))
     inside = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
         for value, what in cards
@@ -116,7 +116,7 @@ def _curves(reports: Reports) -> str:
             charts.append(line_chart({label: values}, "iteration", label))
     if not charts:
         return "<h2>Training</h2><p>Nothing was reported.</p>"
-    return f'<h2>Training</h2><div class="row">{"".join(charts)}</div>'
+    return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>'
 
 
 def _plan(run: Run, energies: Mapping[str, float]) -> str:
@@ -212,16 +212,27 @@ def _evaluations(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _samples(evaluations: Sequence[Evaluation], samples: Sequence[Sample]) -> str:
-    shown = [*samples, *(sample for evaluation in evaluations for sample in evaluation.samples)]
-    parts = ["<h2>Samples, before and after</h2>"] if shown else []
-    for sample in shown:
-        parts.append(f'<div class="ask"><b>prompt</b><pre>{escape(sample.prompt)}</pre></div>')
-        columns = [("base model", sample.base), ("with the adapter", sample.adapter)]
-        if sample.expected is not None:
-            columns.append(("expected", sample.expected))
-        boxes = "".join(f"<div><b>{h}</b><pre>{escape(text)}</pre></div>" for h, text in columns)
-        parts.append(f'<div class="pair">{boxes}</div>')
+    groups = [("prompts of the run's own data", samples)]
+    groups += [(_title(summary), answers) for summary, answers in evaluations]
+    groups = [group for group in groups if group[1]]
+    parts = ["<h2>Samples, before and after</h2>"] if groups else []
+    for title, shown in groups:
+        parts.append(f"<h3>{escape(title)}</h3>")
+        parts += [_sample(sample) for sample in shown]
     return "\n".join(parts)
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    return f"{summary['task']}, {summary['data']}"
+
+
+def _sample(sample: Sample) -> str:
+    columns = [("base model", sample.base), ("with the adapter", sample.adapter)]
+    if sample.expected is not None:
+        columns.append(("expected", sample.expected))
+    boxes = "".join(f"<div><b>{head}</b><pre>{escape(text)}</pre></div>" for head, text in columns)
+    prompt = f'<div class="ask"><b>prompt</b><pre>{escape(sample.prompt)}</pre></div>'
+    return f'{prompt}<div class="pair">{boxes}</div>'
 
 
 def _loading(run: Run) -> str:

@@ -2,7 +2,7 @@
 
 CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; --dim: #5b6675;
-  --line: #dfe4ea; --card: #f6f8fa; --heat: 37 99 196; --deep-ink: #ffffff;
+  --line: #dfe4ea; --card: #f6f8fa; --heat: 20 74 168; --deep-ink: #ffffff;
   --c0: #2563c4; --c1: #d9541e; --c2: #15803d; }
 @media (prefers-color-scheme: dark) { :root { --paper: #12161d; --ink: #e4e8ee; --dim: #97a3b3;
   --line: #2b333f; --card: #1a2029; --heat: 125 177 255; --deep-ink: #0c1118;
@@ -16,12 +16,16 @@ p { margin: 6px 0 10px; } .dim, figcaption, caption { color: var(--dim); }
 code, pre { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; margin: 6px 0;
   padding: 9px 11px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 10px;
   margin: 18px 0 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 13px; }
-.card b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 19px; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .card span { color: var(--dim); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr));
+  gap: 18px 30px; }
+@media (max-width: 460px) { .charts { grid-template-columns: 1fr; } }
 .wide { overflow-x: auto; }
 .row { display: flex; flex-wrap: wrap; gap: 22px 34px; align-items: flex-start; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
@@ -29,10 +33,10 @@ caption { text-align: left; padding-bottom: 5px; }
 th { font-weight: 500; color: var(--dim); text-align: left; padding: 2px 9px 2px 0; }
 td { padding: 2px 12px 2px 0; vertical-align: top; }
 table.heat th { text-align: right; padding: 1px 6px; font-size: 12px; }
-table.heat td { text-align: center; min-width: 58px; padding: 2px 5px; font-size: 12px;
+table.heat td { text-align: center; white-space: nowrap; min-width: 58px; padding: 2px 5px; font-size: 12px;
   border: 1px solid var(--paper); background: rgb(var(--heat) / var(--depth)); }
 table.heat td.deep { color: var(--deep-ink); }
-figure { margin: 0; flex: 1 1 440px; min-width: 0; max-width: 560px; }
+figure { margin: 0; min-width: 0; }
 figcaption { font-size: 13px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--dim); font-size: 11px; font-family: inherit; }
@@ -42,6 +46,7 @@ svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg .line { stroke: var(--color); } svg .dot { fill: var(--color); }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   background: var(--color); margin: 0 5px 3px 10px; }
+h3 { font-size: 14px; font-weight: 600; margin: 20px 0 4px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 10px; }
 .pair div > b, .ask > b { font-weight: 500; color: var(--dim); font-size: 13px; }
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--dim); }
