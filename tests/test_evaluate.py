@@ -199,7 +199,9 @@ def test_a_later_turn_follows_in_the_frame(run_path):
     [
         ("math", '{"question": "1?"}', (), r"line 1 has 'question'; it needs 'answer'"),
         ("math", '{"answer": "1"}', (), r"line 1 has 'answer'; it needs 'question'"),
-        ("math", '{"question": "1?", "answer": " "}', (), "line 1 has no final answer"),
+        ("math", '{"question": "1?", "answer": " "}', (), "line 1: 'answer' is empty"),
+        ("math", '{"question": "1?", "answer": "$"}', (), "line 1 has no final answer"),
+        ("math", '{"prompt": "", "answer": "1"}', (), "line 1: 'prompt' is empty"),
         ("math", '{"question": [1], "answer": "1"}', (), r"line 1: 'question' is not a text but"),
         ("math", "[1]", (), "line 1 is not a JSON object"),
         ("math", "{", (), "line 1 is not valid JSON"),
@@ -216,6 +218,7 @@ def test_a_later_turn_follows_in_the_frame(run_path):
             ("--execute",),
             "--execute needs rows with a test; row 1 has none",
         ),
+        ("chat", '{"turns": ["Hi", ""]}', (), "'turns' holds something that is no text"),
         ("chat", '{"turns": "Hi"}', (), "'turns' is not a list of texts"),
         ("perplexity", '{"body": "x"}', (), "line 1 has 'body'; it needs 'text'"),
         ("perplexity", '{"text": ""}', (), "has a token to predict"),

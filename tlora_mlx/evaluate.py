@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlora_mlx.config import EvaluateCommand, parse
 from tlora_mlx.errors import run_command
@@ -33,6 +33,7 @@ def evaluate(config: EvaluateCommand) -> Path:
         RunError: it failed while running; no directory is left.
     """
     from tlora_mlx.evaluation.rows import read_rows
+    from tlora_mlx.evaluation.subject import Subject
     from tlora_mlx.files import new_directory, write_json
     from tlora_mlx.method.layers import adapters_off
     from tlora_mlx.run_directory import load_run, read_run
@@ -44,30 +45,34 @@ def evaluate(config: EvaluateCommand) -> Path:
     output = Path(config.output or run.path / "evaluations" / f"{config.task}-{name}")
     with new_directory(output.expanduser()) as beside:
         base = load_run(run.path, config.trust_remote_code)
-        read, respond, metrics, samples = _family(config, run.config)
-        subject = _subject(config, base, run.config)
-        items = read(rows, subject)
+        family = _family(config, run.config)
+        format = config.format or run.config.get("format")
+        subject = Subject(base, "base model", format, config.batch_size, config.max_tokens)
+        items = family.read(rows, subject)
         say(f"{config.task}: {len(items)} rows of {config.data}")
         start = time.perf_counter()
         with adapters_off(base.model):
-            before = respond(subject, items)
-        after = respond(replace(subject, title="adapter"), items)
-        results = {"base": metrics(items, before), "adapter": metrics(items, after)}
+            before = family.respond(subject, items)
+        after = family.respond(replace(subject, title="adapter"), items)
+        results = {
+            "base": family.metrics(items, before),
+            "adapter": family.metrics(items, after),
+        }
         lines = [
             {**{k: v for k, v in item.items() if k != "sample"}, "base": b, "adapter": a}
             for item, b, a in zip(items, before, after, strict=True)
         ]
         _write_lines(beside / RESULTS, lines)
-        if samples:
-            _write_lines(beside / "base.jsonl", samples(items, before, base.name))
-            _write_lines(beside / "adapter.jsonl", samples(items, after, run.path.name))
+        if family.samples:
+            _write_lines(beside / "base.jsonl", family.samples(items, before, base.name))
+            _write_lines(beside / "adapter.jsonl", family.samples(items, after, run.path.name))
         summary = {
             "task": config.task,
             "data": config.data,
             "rows": len(items),
             "metrics": results,
             "model": base.name,
-            "format": subject.format,
+            "format": format,
             "max_tokens": config.max_tokens,
             "seconds": time.perf_counter() - start,
             "tlora_mlx": __version__,
@@ -78,35 +83,42 @@ def evaluate(config: EvaluateCommand) -> Path:
     return output
 
 
-def _subject(config: EvaluateCommand, base: Any, stored: dict[str, Any]) -> Any:
-    from tlora_mlx.evaluation.subject import Subject
+class Family(NamedTuple):
+    """How the rows of a task are read and answered, the answers measured, and, where another tool
+    judges them, written for it.
+    """
 
-    format = config.format or stored.get("format")
-    return Subject(base, "base model", format, config.batch_size, config.max_tokens)
+    read: Callable[..., list[dict[str, Any]]]
+    respond: Callable[..., list[dict[str, Any]]]
+    metrics: Callable[..., dict[str, float | None]]
+    samples: Callable[..., list[dict[str, Any]]] | None = None
 
 
-def _family(config: EvaluateCommand, stored: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """How the task's rows are read, answered, measured, and written for other tools."""
+def _family(config: EvaluateCommand, stored: dict[str, Any]) -> Family:
     from functools import partial
 
     from tlora_mlx.evaluation import chat, choices, code_generation, mathematics, perplexity
     from tlora_mlx.evaluation.execution import Limits
 
-    limits = Limits() if config.execute else None
-    perplexity_read = partial(
+    if config.task == "math":
+        return Family(mathematics.read, mathematics.respond, mathematics.metrics)
+    if config.task == "commonsense":
+        return Family(choices.read, choices.respond, choices.metrics)
+    if config.task == "nlu":
+        return Family(choices.read, choices.respond, choices.labelled_metrics)
+    if config.task == "code":
+        limits = Limits() if config.execute else None
+        respond = partial(code_generation.respond, limits=limits)
+        code = code_generation
+        return Family(code.read, respond, code.metrics, code.samples)
+    if config.task == "chat":
+        return Family(chat.read, chat.respond, chat.metrics, chat.samples)
+    read = partial(
         perplexity.read,
         max_seq_length=stored.get("max_seq_length") or 2048,
         mask_prompt=stored.get("mask_prompt"),
     )
-    code = code_generation
-    return {
-        "math": (mathematics.read, mathematics.respond, mathematics.metrics, None),
-        "commonsense": (choices.read, choices.respond, choices.metrics, None),
-        "nlu": (choices.read, choices.respond, choices.labelled_metrics, None),
-        "code": (code.read, partial(code.respond, limits=limits), code.metrics, code.samples),
-        "chat": (chat.read, chat.respond, chat.metrics, chat.samples),
-        "perplexity": (perplexity_read, perplexity.respond, perplexity.metrics, None),
-    }[config.task]
+    return Family(read, perplexity.respond, perplexity.metrics)
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -34,7 +34,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
         task_id = row.text("task_id")
         if "entry_point" in row.columns:
             header, name = row.text("prompt"), row.text("entry_point")
-            test = row.columns.get("test") and f"{row.text('test')}\n\ncheck({name})\n"
+            test = f"{row.text('test')}\n\ncheck({name})\n" if row.columns.get("test") else None
             if subject.is_framed or subject.base.tokenizer.has_chat_template:
                 asked = f"Complete this Python function:\n```python\n{header.strip()}\n```"
             else:
@@ -58,7 +58,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
                 "task_id": task_id,
                 "prompt": asked,
                 "header": header,
-                "test": test or None,
+                "test": test,
             }
         )
     return items

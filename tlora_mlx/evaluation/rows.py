@@ -28,11 +28,13 @@ class Row(NamedTuple):
         """The first of these columns that the row has, as a text; numbers are written out.
 
         Raises:
-            UserError: it has none of them, or it is neither text nor number.
+            UserError: it has none of them, or it is neither text nor number, or empty.
         """
         for name in names:
             value = self.columns.get(name)
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                if not str(value).strip():
+                    raise UserError(f"{self.where}: '{name}' is empty")
                 return str(value)
             if value is not None:
                 raise UserError(f"{self.where}: '{name}' is not a text but {str(value)[:40]}")
@@ -46,8 +48,10 @@ class Row(NamedTuple):
             UserError: it is not.
         """
         value = self.columns.get(name)
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list) or not value:
             raise UserError(f"{self.where}: '{name}' is not a list of texts, one at least")
+        if not all(isinstance(v, str) and v.strip() for v in value):
+            raise UserError(f"{self.where}: '{name}' holds something that is no text, or empty")
         return value
 
 

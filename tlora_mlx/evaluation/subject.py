@@ -107,7 +107,7 @@ class Subject:
                         completion_batch_size=self.batch_size,
                         prefill_batch_size=self.batch_size,
                     ).texts
-                except (ValueError, NotImplementedError, AttributeError) as error:
+                except ValueError as error:
                     raise RunError(
                         f"mlx-lm cannot answer in batches with this model: {first_line(error)}"
                     ) from error

@@ -33,8 +33,9 @@ caption { text-align: left; padding-bottom: 5px; }
 th { font-weight: 500; color: var(--dim); text-align: left; padding: 2px 9px 2px 0; }
 td { padding: 2px 12px 2px 0; vertical-align: top; }
 table.heat th { text-align: right; padding: 1px 6px; font-size: 12px; }
-table.heat td { text-align: center; white-space: nowrap; min-width: 58px; padding: 2px 5px; font-size: 12px;
-  border: 1px solid var(--paper); background: rgb(var(--heat) / var(--depth)); }
+table.heat td { text-align: center; white-space: nowrap; min-width: 58px;
+  padding: 2px 5px; font-size: 12px; border: 1px solid var(--paper);
+  background: rgb(var(--heat) / var(--depth)); }
 table.heat td.deep { color: var(--deep-ink); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 13px; }
