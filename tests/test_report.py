@@ -92,11 +92,15 @@ def test_what_is_damaged(run, tlora_here, tmp_path):
     metrics.write_text(whole + '{"iteration": 9')  # half a line, of a run that is going on
     assert tlora_here("report", run).returncode == 0
     metrics.write_text("{\n" + whole)
-    assert "line 1 is not valid JSON" in tlora_here("report", run).stderr
+    assert "line 1 is damaged" in tlora_here("report", run).stderr
     metrics.write_text(whole)
     (run / "evaluations" / "math").mkdir(parents=True)
     result = tlora_here("report", run)
     assert (result.returncode, "an evaluation's summary is missing" in result.stderr) == (2, True)
+    (run / "evaluations" / "math" / "summary.json").write_text('{"task": "math"}')
+    assert "is not as tlora evaluate wrote it ('data')" in tlora_here("report", run).stderr
+    (run / "captured_energy.json").write_text("[]")
+    assert "holds no energies" in tlora_here("report", run).stderr
     result = tlora_here("report", run, "--output", tmp_path / "none" / "page.html")
     assert (result.returncode, "a directory that exists" in result.stderr) == (2, True)
     assert tlora_here("report", tmp_path / "nothing").returncode == 2

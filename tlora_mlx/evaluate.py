@@ -34,7 +34,7 @@ def evaluate(config: EvaluateCommand) -> Path:
     """
     from tlora_mlx.evaluation.rows import read_rows
     from tlora_mlx.evaluation.subject import Subject
-    from tlora_mlx.files import new_directory, write_json
+    from tlora_mlx.files import new_directory, user_path, write_json
     from tlora_mlx.method.layers import adapters_off
     from tlora_mlx.run_directory import load_run, read_run
     from tlora_mlx.training.progress import say
@@ -42,8 +42,8 @@ def evaluate(config: EvaluateCommand) -> Path:
     run = read_run(config.run)
     rows = read_rows(config.data, config.max_samples)
     name = Path(config.data).stem.replace(":", "-")
-    output = Path(config.output or run.path / "evaluations" / f"{config.task}-{name}")
-    with new_directory(output.expanduser()) as beside:
+    output = user_path(config.output or run.path / "evaluations" / f"{config.task}-{name}")
+    with new_directory(output) as beside:
         base = load_run(run.path, config.trust_remote_code)
         family = _family(config, run.config)
         format = config.format or run.config.get("format")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.config import ReportCommand, parse
-from tlora_mlx.errors import UserError, run_command
+from tlora_mlx.errors import UserError, first_line, run_command
 
 if TYPE_CHECKING:
     from tlora_mlx.reporting.page import Evaluation, Sample
@@ -28,18 +28,22 @@ def report(config: ReportCommand) -> Path:
         UserError: the run is not whole, or its data is gone and samples are asked for.
         RunError: the page cannot be written.
     """
-    from tlora_mlx.files import read_json, write_text
+    from tlora_mlx.files import read_json, user_path, write_text
     from tlora_mlx.reporting.page import page
     from tlora_mlx.run_directory import ENERGIES, METRICS, read_run
     from tlora_mlx.training.progress import say
 
     run = read_run(config.run)
-    output = Path(config.output or run.path / "report.html").expanduser()
+    output = user_path(config.output or run.path / "report.html")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output} must be a file in a directory that exists")
     energies = {}
     if (run.path / ENERGIES).exists():
         energies = read_json(run.path / ENERGIES, "the captured energies")
+        if not isinstance(energies, dict) or not all(
+            isinstance(value, (int, float)) for value in energies.values()
+        ):
+            raise UserError(f"{run.path / ENERGIES} holds no energies; delete it")
     reports = _read_lines(run.path / METRICS)
     evaluations = read_evaluations(run.path / "evaluations")
     samples = generated(run, config) if config.samples else []
@@ -52,14 +56,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """A file of JSON lines; the last may be half written, by a run that is going on."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is not valid JSON; it is damaged") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number} is damaged: no JSON object")
     return rows
 
 
@@ -71,28 +78,42 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     """
     from tlora_mlx.evaluate import RESULTS, SUMMARY
     from tlora_mlx.files import read_json
-    from tlora_mlx.reporting.page import Evaluation, Sample
+    from tlora_mlx.reporting.page import Evaluation
 
     found = []
     for place in sorted(path.glob("[!.]*/")):
         summary = read_json(place / SUMMARY, "an evaluation's summary")
-        samples = []
-        for line in _read_lines(place / RESULTS)[:SHOWN]:
-            answers = [_answer(line[who]) for who in ("base", "adapter")]
-            if None not in answers:
-                asked = line.get("prompt") or line["turns"][0]
-                right = line.get("answer")
-                expected = right if isinstance(right, str) else None
-                samples.append(Sample(asked, *answers, expected))
-        found.append(Evaluation(summary, samples))
+        try:
+            for key in ("task", "data", "rows"):
+                summary[key]
+            for who in ("base", "adapter"):
+                summary["metrics"][who].items()
+            samples = [_shown(line) for line in _read_lines(place / RESULTS)[:SHOWN]]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"the evaluation {place} is not as tlora evaluate wrote it ({first_line(error)}); "
+                "delete it and evaluate again"
+            ) from None
+        found.append(Evaluation(summary, [sample for sample in samples if sample]))
     return found
 
 
-def _answer(output: dict[str, Any]) -> str | None:
-    """What was written, where something was."""
-    if "answers" in output:
-        return output["answers"][0]
-    return output.get("response")
+def _shown(line: dict[str, Any]) -> Sample | None:
+    """A line of the results as a sample, where something was written."""
+    from tlora_mlx.reporting.page import Sample
+
+    answers = []
+    for who in ("base", "adapter"):
+        output = line[who]
+        answers.append(output["answers"][0] if "answers" in output else output.get("response"))
+    if None in answers:
+        return None
+    right = line.get("answer")
+    return Sample(
+        line["prompt"] if "prompt" in line else line["turns"][0],
+        *answers,
+        right if isinstance(right, str) else None,
+    )
 
 
 def generated(run: Run, config: ReportCommand) -> list[Sample]:

@@ -144,5 +144,5 @@ def test_hub_data_sets(monkeypatch):
     assert [row.text("question") for row in read_rows("some/test")] == ["1+1?"]
     with pytest.raises(UserError, match="no split 'train'"):
         load_data("some/test", tokenizer, 512, None)
-    with pytest.raises(UserError, match="no test or validation split"):
+    with pytest.raises(UserError, match="has no split 'test' or 'valid', only train"):
         read_rows("some/train")

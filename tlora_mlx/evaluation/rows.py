@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tlora_mlx.errors import UserError
-from tlora_mlx.files import read_json
+from tlora_mlx.files import read_json, user_path
 from tlora_mlx.training.data import download_rows, read_jsonl
 
 # What the public test sets call the question, where it is not a ready prompt, and the answer.
@@ -66,15 +65,13 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
     Raises:
         UserError: there is no such data, it holds no rows, or one is not a JSON object.
     """
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_dir():
         raise UserError(f"--data {path} is a directory; give the file to evaluate on")
     if not path.exists() and path.suffix not in (".json", ".jsonl"):
-        splits = download_rows(data)
+        splits = download_rows(data, ["test", "valid"])
         split = "test" if splits["test"] else "valid"
         numbered, what = splits[split], f"split {split}, row"
-        if numbered is None:
-            raise UserError(f"data set {data} has no test or validation split with answers")
     elif path.suffix == ".json":
         data = read_json(path, "the evaluation data")
         if not isinstance(data, list) or not data:

@@ -67,7 +67,9 @@ def points(reports: Reports, key: str) -> list[tuple[float, float]]:
     return [
         (report["iteration"], report[key])
         for report in reports
-        if isinstance(report.get(key), (int, float)) and math.isfinite(report[key])
+        if isinstance(report.get(key), (int, float))
+        and math.isfinite(report[key])
+        and isinstance(report.get("iteration"), int)
     ]
 
 
@@ -83,8 +85,8 @@ def _cards(run: Run, reports: Reports) -> str:
     cards.append((f"{adapted} of {len(plan.modules)}", "modules adapted"))
     cards.append((short(plan.trained_parameters()), "trained parameters"))
     cards.append((f"{plan.rank} / {plan.alpha:g}", "base rank / alpha"))
-    if iterations := [report["iteration"] for report in reports]:
-        cards.append((f"{max(iterations)}", "iterations"))
+    if iterations := points(reports, "iteration"):
+        cards.append((f"{iterations[-1][0]}", "iterations"))
     if tokens := points(reports, "trained_tokens"):
         cards.append((short(tokens[-1][1]), "tokens trained on"))
     if speed := points(reports, "tokens_per_second"):

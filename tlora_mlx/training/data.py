@@ -92,10 +92,8 @@ def load_data(
     elif path.exists():
         raise UserError(f"data {path} is a file; give the directory that holds train.jsonl")
     else:
-        rows = download_rows(data)
+        rows = download_rows(data, ["train"])
         where = {split: f"data set {data}, split {split}, row" for split in rows}
-        if not rows["train"]:
-            raise UserError(f"data set {data} has no split 'train' with rows to learn from")
     rows["train"] = rows["train"][:max_samples]
     tokenized = {}
     for split, numbered in rows.items():
@@ -157,14 +155,15 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
     return rows
 
 
-def download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
+def download_rows(data: str, wanted: Sequence[str]) -> dict[str, list[tuple[int, Any]] | None]:
     """The rows of a Hub data set with their numbers, by split; None where there is no such split.
 
     Args:
         data: NAME or NAME:CONFIGURATION.
+        wanted: the splits of which one at least must be there: train, valid, test.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it cannot be had, or has none of the wanted splits.
     """
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith("/"):
         raise UserError(f"data directory {data} does not exist")
@@ -183,10 +182,14 @@ def download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
             f"{first_line(error)}"
         ) from None
     names = _split_names(data, dataset)
-    return {
+    rows = {
         split: _labelled(dataset[name]) if name in dataset else None
         for split, name in names.items()
     }
+    if not any(rows[split] for split in wanted):
+        missing = " or ".join(repr(names[split]) for split in wanted)
+        raise UserError(f"data set {data} has no split {missing}, only {', '.join(dataset)}")
+    return rows
 
 
 def _labelled(split: Any) -> list[tuple[int, Any]] | None:
