@@ -32,8 +32,7 @@ class Row(NamedTuple):
         for name in names:
             value = self.columns.get(name)
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-                if not str(value).strip():
-                    raise UserError(f"{self.where}: '{name}' is empty")
+                self._check(name, str(value))
                 return str(value)
             if value is not None:
                 raise UserError(f"{self.where}: '{name}' is not a text but {str(value)[:40]}")
@@ -49,9 +48,19 @@ class Row(NamedTuple):
         value = self.columns.get(name)
         if not isinstance(value, list) or not value:
             raise UserError(f"{self.where}: '{name}' is not a list of texts, one at least")
-        if not all(isinstance(v, str) and v.strip() for v in value):
-            raise UserError(f"{self.where}: '{name}' holds something that is no text, or empty")
+        for text in value:
+            self._check(name, text)
         return value
+
+    def _check(self, name: str, text: Any) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{self.where}: '{name}' is empty, or a part of it is no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{self.where}: '{name}' has half of a surrogate pair, which is no character"
+            ) from None
 
 
 def read_rows(data: str, limit: int | None = None) -> list[Row]:
