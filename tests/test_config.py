@@ -157,6 +157,6 @@ def test_the_console_script():
     assert unknown.returncode == 2
     assert unknown.stderr == (
         "error: unknown command 'trian'; it is one of "
-        "train, plan, export, generate, evaluate, report\n"
+        "train, plan, export, upload, generate, evaluate, report\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

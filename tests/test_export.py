@@ -195,8 +195,10 @@ def test_the_command(run_path, model_path, tmp_path):
     result = tlora("export", run_path, "--format", "peft", "--output", out, "--base-model", "a/b")
     assert (result.returncode, result.stderr) == (0, "")
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "rank_plan.png",
     ]
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "a/b"

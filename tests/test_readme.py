@@ -12,6 +12,7 @@ from tlora_mlx.config import (
     PlanConfig,
     ReportCommand,
     TrainConfig,
+    UploadCommand,
 )
 
 README = (ROOT / "README.md").read_text()
@@ -36,7 +37,8 @@ def test_the_table_of_flags():
 
 def test_the_other_commands_flags():
     last = README[README.index("`tlora export RUN` takes") :]
-    for config_class in (ExportCommand, GenerateCommand, EvaluateCommand, ReportCommand):
+    commands = (ExportCommand, UploadCommand, GenerateCommand, EvaluateCommand, ReportCommand)
+    for config_class in commands:
         for item in fields(config_class):
             if not item.metadata["positional"] and item.name != "trust_remote_code":
                 assert f"--{item.name.replace('_', '-')}" in last

@@ -24,6 +24,7 @@ _HOME = {
     "attach": "method.layers",
     "TLoRALinear": "method.layers",
     "export_peft": "exporting.peft",
+    "push": "exporting.hub",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

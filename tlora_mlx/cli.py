@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
     "export": "write a run as a PEFT adapter",
+    "upload": "push an export to the Hugging Face Hub",
     "generate": "complete a prompt with base model and adapter",
     "evaluate": "base model and adapter on a task, side by side",
     "report": "write a run as one HTML page",

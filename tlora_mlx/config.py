@@ -122,7 +122,9 @@ class PlanConfig(Config):
         above=0.0,
         below=1.0,
     )
-    batch_size: int = option(4, "samples per batch", at_least=1)
+    batch_size: int = option(
+        4, "samples per batch, over all processes of mlx.launch together", at_least=1
+    )
     max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
     mask_prompt: bool | None = option(
         None,
@@ -250,14 +252,21 @@ class TrainConfig(PlanConfig):
     def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
         """With ``resume``, whatever was not given is as the run in ``adapter_path`` has it.
 
+        Under ``mlx.launch`` the directory is the first process's, which tells the others.
+
         Raises:
             UserError: the run's configuration is damaged.
         """
         default = cls.__dataclass_fields__["adapter_path"].default
         path = user_path(given.get("adapter_path", default)) / "adapter_config.json"
-        if not given.get("resume") or not path.exists():
+        if not given.get("resume"):
             return given
-        stored = read_json(path, "the run's configuration")
+        from tlora_mlx.method.distributed import from_first, is_first
+
+        found = is_first() and path.exists()
+        stored = from_first(read_json(path, "the run's configuration") if found else None)
+        if stored is None:
+            return given
         if not isinstance(stored, dict):
             raise UserError(f"the run's configuration {path} is damaged; start another run")
         known = {item.name for item in fields(cls)}
@@ -283,6 +292,26 @@ class ExportCommand(Config):
     base_model: str | None = option(
         None, "the base model's Hub repository, for readers; default: the run's own"
     )
+    push_to: str | None = option(
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+    )
+    private: bool = option(False, "make the repository of --push-to private")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.private and self.push_to is None:
+            raise UserError("--private goes with --push-to USER/NAME")
+
+
+@dataclass(kw_only=True)
+class UploadCommand(Config):
+    """``python -m tlora_mlx.upload``."""
+
+    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    repository: str = option(
+        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+    )
+    private: bool = option(False, "make the repository private")
 
 
 @dataclass(kw_only=True)

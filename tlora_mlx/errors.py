@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ class RunError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; ``exit_code`` is 130 or 143."""
+    """Ctrl-C, SIGTERM or SIGHUP; ``exit_code`` is 130, 143 or 129."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -57,27 +58,47 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], object]) -> int:
     """Run a command; print its failure as one sentence on stderr and return the exit code.
 
     A failure that is none of ours and not the system's is a bug: its traceback is what a bug
-    report needs, so it is let through.
+    report needs, so it is let through. Under ``mlx.launch`` a failure in one process ends all.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # for terminals that have no × or emoji
         sys.stdout.reconfigure(errors="replace")
+    if not _launched():
+        code, message = _outcome(command)
+    else:
+        from tlora_mlx.watch import start
+
+        watch = start()
+        code, message = _outcome(command)
+        if watch:
+            return watch.leave(code, message)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _launched() -> bool:
+    """Whether ``mlx.launch`` started this process, with one of its backends (or Open MPI did)."""
+    return "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+
+
+def _outcome(command: Callable[[], object]) -> tuple[int, str]:
+    """The exit code and, where it failed, why."""
     try:
         with sigterm_as_ctrl_c():
             command()
-        return 0
+        return 0, ""
     except (UserError, RunError, Interrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code, str(error)
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0), ""
     except KeyboardInterrupt as stop:
-        print("error: interrupted", file=sys.stderr)
-        return interruption_code(stop)
+        return interruption_code(stop), "interrupted"
     except BrokenPipeError:
-        return 1
+        return 1, ""
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or first_line(error)}{where}", file=sys.stderr)
-        return 1
+        return 1, f"{error.strerror or first_line(error)}{where}"

@@ -23,7 +23,13 @@ from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
 from tlora_mlx.method.covariance import exact_bytes, groups_within, input_leaders
-from tlora_mlx.method.distributed import share
+from tlora_mlx.method.distributed import (
+    from_each,
+    from_first,
+    is_first,
+    processes,
+    tensors_from_first,
+)
 from tlora_mlx.method.initialise import (
     exact_subspaces,
     grouped_subspaces,
@@ -67,6 +73,8 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
         data["train"], data["valid"] = split_off(data["train"], config.val_split, config.seed)
     for name, split in data.items():
         _say_split(name, split, config.max_seq_length)
+    if processes() > 1:
+        _compare_processes(config, base, data)
     if config.grad_checkpoint:
         _enable_grad_checkpoint(base.model)
     return base, data, targets
@@ -74,11 +82,34 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, nn.
 
 def fingerprints(base: BaseModel, data: Mapping[str, Split]) -> dict[str, str]:
     """What a resumed run must find again: digests of the model and of the tokenized samples."""
-    digests = {"model": base.fingerprint()}
-    for name in ("train", "valid"):
-        samples = json.dumps([sample[:2] for sample in data[name].samples])
-        digests[f"{name} data"] = hashlib.sha256(samples.encode()).hexdigest()
-    return digests
+    return {"model": base.fingerprint()} | {
+        f"{name} data": _digest([sample[:2] for sample in data[name].samples])
+        for name in ("train", "valid")
+    }
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _compare_processes(config: PlanConfig, base: BaseModel, data: Mapping[str, Split]) -> None:
+    """See that all processes have the same model, data and options, wherever these lie."""
+    options = {k: v for k, v in config.to_dict().items() if k not in ("model", "data")}
+    mine = {**fingerprints(base, data), "test data": _digest([s[:2] for s in data["test"].samples])}
+    mine |= {f"option --{k.replace('_', '-')}": v for k, v in options.items()}
+    first = from_first(mine)
+    faults = from_each([name for name in mine if mine[name] != first[name]])
+    for number, names in enumerate(faults):
+        if names:
+            raise UserError(
+                f"process {number} has another {' and another '.join(names)} than the first; all "
+                "need the same model, data and options"
+            )
+    if config.batch_size < processes():
+        say(
+            f"warning: --batch-size {config.batch_size} is shared out to {processes()} processes, "
+            "so some have nothing to do"
+        )
 
 
 def _say_split(name: str, split: Split, max_seq_length: int) -> None:
@@ -102,7 +133,8 @@ def _enable_grad_checkpoint(model: nn.Module) -> None:
 def calibration_batches(config: PlanConfig, train: Split) -> list[Batch]:
     """The calibration samples in batches: under ``mlx.launch``, this process's share of them."""
     samples = calibration_samples(train.samples, config.calibration_samples, config.seed)
-    return list(batches_in_order(share(samples), config.batch_size, config.max_seq_length))
+    batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
+    return [batch for batch in batches if batch]
 
 
 def calibration_samples(samples: list[Sample], number: int, seed: int) -> list[Sample]:
@@ -191,14 +223,17 @@ def plan_and_initialise(
         UserError: the plan that was given does not fit, or a module cannot be calibrated.
         RunError: a statistic is not finite.
     """
-    given = read_plan(config.plan, targets) if config.plan else None
+    given = None
+    if config.plan:  # the first process's file counts; the others need not have it
+        given = read_plan(config.plan, targets) if is_first() else None
+        given = RankPlan.from_dict(from_first(given and given.to_dict()))
     if given:
         targets = {name: targets[name] for name in targets if name in given.modules}
     start, model_memory = time.perf_counter(), mx.get_active_memory()
     mx.reset_peak_memory()
     batches = calibration_batches(config, train)
     leaders = input_leaders(base.model, targets)
-    memory = int((config.calibration_memory or default_memory()) * 1e9)
+    memory = min(from_each(int((config.calibration_memory or default_memory()) * 1e9)))
     groups = groups_within(targets, leaders.values(), memory)
     streaming = config.covariance == "streaming" or (
         config.covariance == "auto" and len(groups) > 1
@@ -230,10 +265,11 @@ def plan_and_initialise(
                 subspaces |= grouped_subspaces(*common, memory, advance, energies)
     except ValueError as error:
         raise RunError(f"the task subspace failed: {error}") from None
+    tensors = tensors_from_first({f"{name}.lora_a": a.T for name, a in subspaces.items()})
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory
     say(f"initialised in {seconds:.1f} s, peak memory {_size(peak)} above the model")
     mx.reset_peak_memory()
-    return plan, {f"{name}.lora_a": a.T for name, a in subspaces.items()}
+    return plan, tensors
 
 
 def default_memory() -> float:

@@ -22,15 +22,15 @@ def plan(config: PlanCommand) -> RankPlan:
         UserError: the configuration, the model or the data are not right.
         RunError: it failed while running.
     """
-    import mlx.core as mx
-
     from tlora_mlx import pipeline
     from tlora_mlx.files import user_path, write_json
+    from tlora_mlx.method.distributed import is_first
     from tlora_mlx.pictures import can_draw, draw_plan
     from tlora_mlx.training.progress import print_plan, say
 
     output = user_path(config.output)
-    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+    fits = output.parent.is_dir() and (output.is_file() or not output.exists())
+    if is_first() and not fits:
         raise UserError(f"--output {output} must be a file in a directory that exists")
     if output.suffix == ".png":
         raise UserError(f"--output {output} is the plan's JSON; the picture goes beside it as .png")
@@ -41,7 +41,7 @@ def plan(config: PlanCommand) -> RankPlan:
         batches = pipeline.calibration_batches(config, data["train"])
         _, result = pipeline.calibrate_and_plan(config, base, targets, batches)
     print_plan(result)
-    if mx.distributed.init().rank() > 0:
+    if not is_first():
         return result
     write_json(output, result.to_dict())
     written = [str(output)]

@@ -194,15 +194,19 @@ class RunWriter:
                 f"{self.path} cannot be resumed: its {' and '.join(changed)} changed since it was "
                 "started; bring back what it was, or start another run"
             )
-        self._best = checkpoint.best
-        if checkpoint.progress.best_iteration == checkpoint.progress.iteration:
-            self._best = _b_matrices(checkpoint.adapters)
+        self.take_best(checkpoint)
         metrics = self.path / METRICS
         reports = metrics.read_bytes() if metrics.exists() else b""
         if len(reports) != checkpoint.metrics_bytes:
             kept = reports[: checkpoint.metrics_bytes]
             replace_file(metrics, lambda beside: beside.write_bytes(kept))
         return RankPlan.from_dict(read_json(self.path / PLAN, "the run's rank plan"))
+
+    def take_best(self, checkpoint: Checkpoint) -> None:
+        """Keep the checkpoint's B of the lowest validation loss."""
+        self._best = checkpoint.best
+        if checkpoint.progress.best_iteration == checkpoint.progress.iteration:
+            self._best = _b_matrices(checkpoint.adapters)
 
     def start(
         self,

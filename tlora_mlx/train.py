@@ -24,7 +24,9 @@ DESCRIPTION = "Fine-tune a language model with TLoRA (task-aware LoRA: A frozen,
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter as configured.
+    """Train an adapter as configured; under ``mlx.launch``, together with the other processes.
+
+    Each of them has its share of every batch and the same weights; the first one alone writes.
 
     Returns:
         The run directory, which holds ``adapter_config.json``, ``rank_plan.json``,
@@ -33,29 +35,30 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: the configuration, the model or the data are not right.
         RunError: it failed while running.
-        Interrupted: SIGINT or SIGTERM came; everything was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; everything was saved.
     """
-    import mlx.core as mx
-
     from tlora_mlx.files import user_path
+    from tlora_mlx.follower import Follower
+    from tlora_mlx.method.distributed import is_first
     from tlora_mlx.run_writer import RunWriter
 
-    if mx.distributed.init().size() > 1:
-        raise UserError("training takes one process for now; mlx.launch works with tlora plan")
-    with RunWriter(user_path(config.adapter_path), config) as run:
+    writer = RunWriter if is_first() else Follower
+    with writer(user_path(config.adapter_path), config) as run:
         _train(config, run)
     return run.path
 
 
 def _train(config: TrainConfig, run: RunWriter) -> None:
     from tlora_mlx import pipeline
+    from tlora_mlx.method.allocation import RankPlan
+    from tlora_mlx.method.distributed import from_first
     from tlora_mlx.method.layers import attach
-    from tlora_mlx.training.checkpoint import Progress
+    from tlora_mlx.training.checkpoint import Progress, checkpoint_from_first
     from tlora_mlx.training.loop import evaluate, fit, make_optimizer
     from tlora_mlx.training.progress import say, say_summary
 
-    checkpoint = run.newest_checkpoint() if config.resume else None
-    if checkpoint and run.is_finished(checkpoint.progress):
+    checkpoint = checkpoint_from_first(run.newest_checkpoint() if config.resume else None)
+    if checkpoint and from_first(run.is_finished(checkpoint.progress)):
         say(f"the run in {run.path} is finished; next: {_export(run.path)}")
         return
     base, data, targets = pipeline.load(config)
@@ -66,7 +69,9 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
     fingerprints = pipeline.fingerprints(base, data)
 
     if checkpoint:
-        plan, progress = run.go_on(checkpoint, fingerprints), checkpoint.progress
+        plan = run.go_on(checkpoint, fingerprints)
+        plan = RankPlan.from_dict(from_first(plan and plan.to_dict()))
+        progress = checkpoint.progress
         tensors, optimizer_state = checkpoint.adapters, checkpoint.optimizer
         say(f"going on after iteration {progress.iteration}")
         run.report_to_others()

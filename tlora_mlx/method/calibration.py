@@ -156,9 +156,13 @@ def calibrate(
     if samples == 0:
         raise ValueError("there is no sample to calibrate on")
     sums = total(mx.array(list(sensitivities.values()))).tolist()
-    for name in covariances:
-        covariances[name] = total(covariances[name]) / samples
-        mx.eval(covariances[name])
+    for name in targets:
+        if name in covariance_of:
+            in_features = linear_shape(targets[name])[1]
+            gram = covariances.get(name)  # None: this process had no sample
+            gram = mx.zeros((in_features, in_features)) if gram is None else gram
+            covariances[name] = total(gram) / samples
+            mx.eval(covariances[name])
     return Calibration(
         {name: s / samples for name, s in zip(targets, sums, strict=True)}, covariances, samples
     )

@@ -106,7 +106,10 @@ def accumulate(
         samples += len(lengths)
         on_batch(len(lengths))
     samples = total(mx.array(samples)).item()
-    return {name: total(value) / samples for name, value in sums.items()}
+    for name, linear in linears.items():
+        if name not in sums:  # this process had no sample
+            sums[name] = term(name, mx.zeros((1, linear_shape(linear)[1])))
+    return {name: total(sums[name]) / samples for name in linears}
 
 
 def exact_bytes(targets: Mapping[str, nn.Module], leaders: Iterable[str]) -> int:

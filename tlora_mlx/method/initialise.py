@@ -11,6 +11,7 @@ import mlx.nn as nn
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import accumulate, groups_within
+from tlora_mlx.method.distributed import is_first, tensors_from_first
 from tlora_mlx.method.layers import dense_weight, linear_shape
 from tlora_mlx.method.subspace import captured_energy, krylov_subspace, task_subspace
 
@@ -90,7 +91,9 @@ def streamed_subspaces(
     """A (rank, in) of every adapted module without any covariance being formed.
 
     Since C P = Σ Xᵀ(X P), a pass over the samples answers the Krylov steps of all modules at once.
-    A module whose captured energy has converged drops out; the last one ends the passes.
+    A module whose captured energy has converged drops out; the last one ends the passes. Under
+    ``mlx.launch`` the first process alone takes the steps, since others may round otherwise, and
+    the result is there.
     """
     steps = {
         name: krylov_subspace(
@@ -103,9 +106,10 @@ def streamed_subspaces(
             seed,
         )
         for name, module in plan.adapted().items()
+        if is_first()
     }
     subspaces: dict[str, mx.array] = {}
-    blocks = {name: next(step) for name, step in steps.items()}
+    blocks = tensors_from_first({name: next(step) for name, step in steps.items()})
     while blocks:
         readers: dict[str, list[str]] = {}
         for name in blocks:
@@ -116,7 +120,7 @@ def streamed_subspaces(
         }
         linears = {leader: targets[leader] for leader in targets if leader in readers}
         products = accumulate(model, linears, batches, partial(_product, side_by_side), on_batch)
-        for leader, names in readers.items():
+        for leader, names in readers.items() if is_first() else ():
             widths = [blocks[name].shape[1] for name in names]
             edges = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
             for name, part in zip(names, mx.split(products[leader], edges, axis=1), strict=True):
@@ -125,7 +129,8 @@ def streamed_subspaces(
                 except StopIteration as end:
                     subspaces[name], _ = end.value
                     del blocks[name]
-    return {name: subspaces[name] for name in plan.adapted()}
+        blocks = tensors_from_first(blocks)
+    return {name: subspaces[name] for name in plan.adapted() if name in subspaces}
 
 
 def _product(blocks: Mapping[str, mx.array], name: str, x: mx.array) -> mx.array:

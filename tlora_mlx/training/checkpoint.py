@@ -20,6 +20,7 @@ from tlora_mlx.files import (
     write_json,
     write_tensors,
 )
+from tlora_mlx.method.distributed import from_first, is_first, processes, tensors_from_first
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -113,6 +114,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.best:
             write_tensors(beside / BEST, checkpoint.best, {})
         _write_state(beside, checkpoint)
+
+
+def checkpoint_from_first(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The first process's checkpoint, to all under ``mlx.launch``; the others' is ignored."""
+    if processes() == 1:
+        return checkpoint
+    state = None
+    if is_first() and checkpoint:
+        state = [asdict(checkpoint.progress), checkpoint.fingerprints, checkpoint.metrics_bytes]
+    state = from_first(state)
+    if state is None:
+        return None
+    tensors = [
+        tensors_from_first(getattr(checkpoint, name) if is_first() else {})
+        for name in ("adapters", "optimizer", "best")
+    ]
+    return Checkpoint(*tensors, Progress.from_dict(state[0]), *state[1:])
 
 
 def _write_state(path: Path, checkpoint: Checkpoint) -> None:

@@ -17,6 +17,7 @@ from mlx_lm.tuner.datasets import create_dataset
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.files import user_path
 from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.distributed import share
 from tlora_mlx.training.formats import to_prompt
 
 # Lengths are padded to multiples of this, so that mx.compile sees few shapes (as in mlx-lm).
@@ -334,11 +335,15 @@ def collate(samples: Sequence[Sample], max_seq_length: int) -> Batch:
 
 def batches_in_order(
     samples: Sequence[Sample], batch_size: int, max_seq_length: int
-) -> Iterator[Batch]:
-    """Every sample once, by length, so that little is padded; for calibration and evaluation."""
+) -> Iterator[Batch | None]:
+    """Every sample once, by length, so that little is padded; for calibration and evaluation.
+
+    Under ``mlx.launch`` each batch is shared out; None where this process has no part in it.
+    """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
     for start in range(0, len(order), batch_size):
-        yield collate([samples[i] for i in order[start : start + batch_size]], max_seq_length)
+        part = share([samples[i] for i in order[start : start + batch_size]])
+        yield collate(part, max_seq_length) if part else None
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

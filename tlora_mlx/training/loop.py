@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tlora_mlx.config import TrainConfig
 from tlora_mlx.errors import Interrupted, RunError
 from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.distributed import largest, processes, rank, share, total, total_of_tree
 from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.training.checkpoint import Progress, Window
 from tlora_mlx.training.data import Sample, Split, batches_in_order, collate, epoch_order
@@ -45,16 +46,23 @@ def summed_loss(model: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx
     return losses.sum(), counts.sum()
 
 
-def mean_loss(model: nn.Module, batches: Iterable[Batch], done: Callable[[], None]) -> float:
-    """The mean loss per token that counts; every batch weighs as many tokens as it has."""
+def mean_loss(model: nn.Module, batches: Iterable[Batch | None], done: Callable[[], None]) -> float:
+    """The mean loss per token that counts; every batch weighs as many tokens as it has.
+
+    Under ``mlx.launch`` each process gives its part of each batch (None: it has none), and all get
+    the mean over all.
+    """
     model.eval()
-    total, tokens = 0.0, 0.0
+    sums = [0.0, 0.0]
     for batch in batches:
-        loss, n = summed_loss(model, *batch)
-        total += loss.item()
-        tokens += n.item()
+        if batch:
+            loss, n = summed_loss(model, *batch)
+            sums[0] += loss.item()
+            sums[1] += n.item()
         done()
-    return total / tokens
+    if processes() > 1:
+        sums = total(mx.array(sums)).tolist()
+    return sums[0] / sums[1]
 
 
 def evaluate(
@@ -68,7 +76,7 @@ def evaluate(
     """``mean_loss`` over a split, or over ``limit`` evenly spread batches of it, under a bar.
 
     Raises:
-        Interrupted: ``stops`` is not empty any more.
+        Interrupted: ``stops`` is not empty any more, in any process.
     """
     samples = split.samples
     if 0 < limit * config.batch_size < len(samples):
@@ -78,8 +86,8 @@ def evaluate(
 
         def done() -> None:
             advance()
-            if stops:
-                raise Interrupted("", 128 + stops[0])
+            if stops is not None and (stop := agreed(stops)):
+                raise Interrupted("", 128 + stop)
 
         batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
         return mean_loss(model, batches, done)
@@ -113,9 +121,10 @@ def training_batches(
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the loop can finish its step first.
+    """Collect SIGINT, SIGTERM and SIGHUP in a list, so that the loop can finish its step first.
 
-    A second signal is acted on at once, by the handler that was there before.
+    A second signal is acted on at once, by the handler that was there before. SIGHUP is what ssh
+    makes of a Ctrl-C at ``mlx.launch``; where it is ignored (nohup), it stays so.
     """
     received: list[int] = []
 
@@ -123,12 +132,18 @@ def stop_requests() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def agreed(stops: list[int]) -> int:
+    """The signal that came, to this process or any other, so that all stop after the same step."""
+    return largest(stops[0] if stops else 0)
 
 
 def make_optimizer(
@@ -183,7 +198,7 @@ def fit(
 
     Raises:
         RunError: a loss or gradient is not finite; the weights are those of the last good update.
-        Interrupted: SIGINT or SIGTERM came; the weights are those of the last update.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the weights are those of the last update.
     """
     updates = total_updates(len(train), config)
     step = _Step(model, optimizer, config)
@@ -194,8 +209,8 @@ def fit(
             try:
                 if valid.samples and _validation_is_due(progress, updates, config):
                     _validate(model, valid, config, progress, recorder, stops)
-                if stops:
-                    raise Interrupted("", 128 + stops[0])
+                if stop := agreed(stops):
+                    raise Interrupted("", 128 + stop)
             except Interrupted as interruption:
                 recorder.checkpoint(model, optimizer, progress)
                 raise Interrupted(
@@ -247,6 +262,7 @@ class _Step:
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig):
         self.optimizer, self.config = optimizer, config
+        self._trained = model.trainable_parameters
         self._state = [model.state, optimizer.state]
         mx.eval(self._state)
         loss_and_gradient = nn.value_and_grad(model, summed_loss)
@@ -275,21 +291,25 @@ class _Step:
         """Update the model unless loss or gradient are not finite.
 
         Args:
-            batches: the micro-batches' samples.
+            batches: the micro-batches' samples; under ``mlx.launch`` all processes have the same,
+                and each takes its share of each.
             rate: learning rate.
-            number: of the first micro-batch in the run; with the seed it gives the random state.
+            number: of the first micro-batch in the run; with the seed and the process's own number
+                it gives the random state.
 
         Returns:
             The summed loss, the number of tokens that counted, and the mean gradient's norm.
         """
-        mx.random.seed(((self.config.seed << 32) + number) % 2**64)
+        mx.random.seed(((self.config.seed << 32) + (rank() << 56) + number) % 2**64)
         total = None
-        for samples in batches:
+        for samples in filter(None, map(share, batches)):
             result = self._gradient(*collate(samples, self.config.max_seq_length))
             # Sums, not means: a token weighs the same in each micro-batch.
             total = result if total is None else tree_map(mx.add, total, result)
             mx.eval(total)
-        loss, n, gradients = total
+        if total is None:  # more processes than samples
+            total = mx.array(0.0), mx.array(0.0), tree_map(mx.zeros_like, self._trained())
+        loss, n, gradients = total_of_tree(total)
         gradients, norm = self._clip(gradients, n)
         mx.eval(gradients, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):

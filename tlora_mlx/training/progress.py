@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mlx.core as mx
 from rich import progress as bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.distributed import is_first
 from tlora_mlx.training.checkpoint import Progress
 
 
@@ -35,8 +35,7 @@ class _Console(Console):
 
 
 # Under mlx.launch the first process speaks for all.
-_quiet = mx.distributed.init().rank() > 0
-console = _Console(highlight=False, soft_wrap=True, quiet=_quiet)
+console = _Console(highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def say(text: str) -> None:
@@ -97,7 +96,7 @@ def print_plan(plan: RankPlan) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for block in blocks:
         names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(_cell(plan, name) for name in names))
+        table.add_row(block, *(plan_cell(plan, name) for name in names))
     console.print(table)
     ranks = sum(module.rank for module in plan.modules.values())
     say(
@@ -106,7 +105,8 @@ def print_plan(plan: RankPlan) -> None:
     )
 
 
-def _cell(plan: RankPlan, name: str | None) -> str:
+def plan_cell(plan: RankPlan, name: str | None) -> str:
+    """One module of the table: "12×1.5", a dash for rank 0, nothing where there is no module."""
     if name is None:
         return ""
     module = plan.modules[name]
