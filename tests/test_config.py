@@ -121,7 +121,9 @@ def test_what_is_missing():
         parse(TrainConfig, "tlora train", "", ["-c", "no.yaml"])
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "export", "generate", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["train", "plan", "export", "generate", "inspect", "evaluate", "report"]
+)
 def test_help_loads_nothing_heavy(command):
     """Not a time, which a busy machine would spoil, but what makes it short."""
     code = (
@@ -157,6 +159,6 @@ def test_the_console_script():
     assert unknown.returncode == 2
     assert unknown.stderr == (
         "error: unknown command 'trian'; it is one of train, plan, export, inspect, upload, "
-        "generate\n"
+        "generate, evaluate, report\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

@@ -5,7 +5,15 @@ from dataclasses import MISSING, fields
 
 from conftest import ROOT
 
-from tlora_mlx.config import ExportCommand, GenerateCommand, PlanConfig, TrainConfig, UploadCommand
+from tlora_mlx.config import (
+    EvaluateCommand,
+    ExportCommand,
+    GenerateCommand,
+    PlanConfig,
+    ReportCommand,
+    TrainConfig,
+    UploadCommand,
+)
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,7 +37,8 @@ def test_the_table_of_flags():
 
 def test_the_other_commands_flags():
     last = README[README.index("`tlora export RUN` takes") :]
-    for config_class in (ExportCommand, UploadCommand, GenerateCommand):
+    commands = (ExportCommand, UploadCommand, GenerateCommand, EvaluateCommand, ReportCommand)
+    for config_class in commands:
         for item in fields(config_class):
             if not item.metadata["positional"] and item.name != "trust_remote_code":
                 assert f"--{item.name.replace('_', '-')}" in last

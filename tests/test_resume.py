@@ -432,7 +432,8 @@ def test_a_full_disk(model_path, data_path, tmp_path):
     result = tlora(*command, preexec_fn=limit(8192))
     assert_one_sentence(result, 1, "cannot write")
     left = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-    assert left == ["adapter_config.json", "metrics.jsonl", "rank_plan.json"]
+    names = ["adapter_config.json", "captured_energy.json", "metrics.jsonl", "rank_plan.json"]
+    assert left == names
     # Room for checkpoints, but metrics.jsonl grows beyond it.
     size = 60_000
     options = ["--iters", 1000, "--save-every", 5, "--steps-per-report", 1, "--resume"]

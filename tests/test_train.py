@@ -42,6 +42,7 @@ def test_the_run_directory(model_path, data_path, tmp_path):
     assert files == [
         "adapter_config.json",
         "adapters.safetensors",
+        "captured_energy.json",
         "checkpoints/0000002/adapters.safetensors",
         "checkpoints/0000002/optimizer.safetensors",
         "checkpoints/0000002/state.json",

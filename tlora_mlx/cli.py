@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect": "describe an adapter: a run, PEFT's or mlx-lm's",
     "upload": "push an export to the Hugging Face Hub",
     "generate": "complete a prompt with base model and adapter",
+    "evaluate": "base model and adapter on a task, side by side",
+    "report": "write a run as one HTML page",
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.files import read_json, user_path
+from tlora_mlx.training.formats import FORMATS
 from tlora_mlx.version import __version__
 
 C = TypeVar("C")
@@ -79,7 +80,16 @@ class PlanConfig(Config):
     data: str = option(
         MISSING,
         "directory with train.jsonl (and valid.jsonl, test.jsonl) in mlx-lm's formats, or a Hub "
-        "data set",
+        "data set, as NAME or NAME:CONFIGURATION",
+    )
+    format: str | None = option(
+        None,
+        "how rows of a well-known data set become prompt and completion; not needed where they "
+        "have mlx-lm's keys",
+        choices=tuple(FORMATS),
+    )
+    max_samples: int | None = option(
+        None, "only the first so many rows of the training data", at_least=1
     )
     rank: int = option(
         8,
@@ -163,8 +173,8 @@ class PlanCommand(PlanConfig):
 
 
 # What makes ranks, scales and A, where no adapter brings them.
-SETS_THE_START = {"rank", "alpha", "max_rank", "target_modules", "num_layers", "plan"}
-SETS_THE_START |= {"calibration_samples", "covariance", "calibration_memory"}
+SETS_THE_START = {"rank", "alpha", "max_rank", "target_modules", "target_experts", "num_layers"}
+SETS_THE_START |= {"plan", "calibration_samples", "covariance", "calibration_memory"}
 
 
 @dataclass(kw_only=True)
@@ -439,6 +449,53 @@ class InspectCommand(Config):
     """``python -m tlora_mlx.inspect``."""
 
     path: str = option(MISSING, "run directory, PEFT adapter or mlx-lm adapter", positional=True)
+
+
+@dataclass(kw_only=True)
+class EvaluateCommand(Config):
+    """``python -m tlora_mlx.evaluate``."""
+
+    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    task: str = option(
+        MISSING,
+        "how rows are read and scored",
+        choices=("math", "commonsense", "nlu", "code", "chat", "perplexity"),
+    )
+    data: str = option(
+        MISSING,
+        "file of rows, one JSON object a line; or a Hub data set, whose test split is taken",
+    )
+    format: str | None = option(
+        None, "how raw rows are read; default: as the run was trained", choices=tuple(FORMATS)
+    )
+    output: str | None = option(None, "directory to make; default: RUN/evaluations/TASK-FILE")
+    max_samples: int | None = option(None, "only the first so many rows", at_least=1)
+    batch_size: int = option(8, "prompts, or choices, per batch", at_least=1)
+    max_tokens: int = option(512, "tokens per answer at most", at_least=1)
+    execute: bool = option(
+        False,
+        "run the code that the models wrote, in processes without network and with limits on time "
+        "and memory; it is no sandbox",
+    )
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.execute and self.task != "code":
+            raise UserError("--execute is for --task code")
+
+
+@dataclass(kw_only=True)
+class ReportCommand(Config):
+    """``python -m tlora_mlx.report``."""
+
+    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    output: str | None = option(None, "HTML file to write; default: RUN/report.html")
+    samples: int = option(
+        0, "also let base model and adapter continue so many validation prompts", at_least=0
+    )
+    max_tokens: int = option(120, "tokens per sample at most", at_least=1)
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
 
 def parse(

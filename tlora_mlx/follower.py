@@ -39,7 +39,13 @@ class Follower(RunWriter):
     def report_to_others(self) -> None:
         """Nothing: the first process reports."""
 
-    def start(self, base: BaseModel, plan: RankPlan, fingerprints: Mapping[str, str]) -> None:
+    def start(
+        self,
+        base: BaseModel,
+        plan: RankPlan,
+        fingerprints: Mapping[str, str],
+        energies: Mapping[str, float],
+    ) -> None:
         """Nothing: the first process writes the plan and the configuration."""
 
     def report(self, metrics: Mapping[str, float | None]) -> None:

@@ -66,7 +66,14 @@ def load(config: PlanConfig) -> tuple[BaseModel, dict[str, Split], dict[str, Lin
         if not config.allow_unexportable:
             raise UserError(f"{reason}; train all the same with --allow-unexportable")
         say(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
-    data = load_data(config.data, base.tokenizer, config.max_seq_length, config.mask_prompt)
+    data = load_data(
+        config.data,
+        base.tokenizer,
+        config.max_seq_length,
+        config.mask_prompt,
+        config.format,
+        config.max_samples,
+    )
     if config.val_split:
         if data["valid"].samples:
             raise UserError(f"--val-split: {config.data} has a validation split already")
@@ -209,9 +216,15 @@ def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> It
 
 
 def plan_and_initialise(
-    config: TrainConfig, base: BaseModel, train: Split, targets: Mapping[str, Linear]
+    config: TrainConfig,
+    base: BaseModel,
+    train: Split,
+    targets: Mapping[str, Linear],
+    energies: dict[str, float] | None = None,
 ) -> tuple[RankPlan, dict[str, mx.array]]:
     """The rank plan, and ``NAME.lora_a`` (in, rank) for every adapted module.
+
+    ``energies``, where given, is filled with the captured energies of modules; not with streaming.
 
     Raises:
         UserError: the plan that was given does not fit, or a module cannot be calibrated.
@@ -246,7 +259,9 @@ def plan_and_initialise(
         how = f"exact, {len(groups)} pass{'es' * (len(groups) > 1)}"
     say(f"covariance: {how}, about {_size(expected)} ({_size(memory)} allowed)")
     try:
-        subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+        subspaces = exact_subspaces(
+            plan, targets, leaders, calibration.covariances, energies=energies
+        )
         calibration.covariances.clear()
         left = {n: m for n, m in plan.modules.items() if m.rank and n not in subspaces}
         rest = replace(plan, modules=left)
@@ -255,7 +270,7 @@ def plan_and_initialise(
             if streaming:
                 subspaces |= streamed_subspaces(*common, config.seed, advance)
             elif left:
-                subspaces |= grouped_subspaces(*common, memory, advance)
+                subspaces |= grouped_subspaces(*common, memory, advance, energies)
     except ValueError as error:
         raise RunError(f"the task subspace failed: {error}") from None
     tensors = tensors_from_first({f"{name}.lora_a": a.T for name, a in subspaces.items()})

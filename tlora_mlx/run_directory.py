@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 PLAN = "rank_plan.json"
+ENERGIES = "captured_energy.json"
 ADAPTERS = "adapters.safetensors"
 METRICS = "metrics.jsonl"
 LOSSES = "loss.png"

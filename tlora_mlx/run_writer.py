@@ -31,7 +31,7 @@ from tlora_mlx.files import (
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_tensors, restore_b
 from tlora_mlx.pictures import can_draw, draw_losses
-from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, LOSSES, METRICS, PLAN
+from tlora_mlx.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, ENERGIES, LOSSES, METRICS, PLAN
 from tlora_mlx.terminal import say
 from tlora_mlx.training.checkpoint import Checkpoint, Progress, read_checkpoint, save_checkpoint
 from tlora_mlx.version import __version__
@@ -209,9 +209,19 @@ class RunWriter:
         if checkpoint.progress.best_iteration == checkpoint.progress.iteration:
             self._best = _b_matrices(checkpoint.adapters)
 
-    def start(self, base: BaseModel, plan: RankPlan, fingerprints: Mapping[str, str]) -> None:
-        """Write the plan and the configuration; from here on the directory is a run's."""
+    def start(
+        self,
+        base: BaseModel,
+        plan: RankPlan,
+        fingerprints: Mapping[str, str],
+        energies: Mapping[str, float],
+    ) -> None:
+        """Write the plan, the captured energies by module and the configuration.
+
+        From here on the directory is a run's.
+        """
         write_json(self.path / PLAN, plan.to_dict())
+        write_json(self.path / ENERGIES, dict(energies))
         self._fingerprints = {**fingerprints, **self._own_fingerprints()}
         data = user_path(self.config.data)
         write_json(

@@ -80,7 +80,10 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
         given = pipeline.from_adapter(config.from_adapter, base) if config.from_adapter else None
         run.report_to_others()
         run.create()
-        plan, tensors = given or pipeline.plan_and_initialise(config, base, data["train"], targets)
+        energies: dict[str, float] = {}
+        plan, tensors = given or pipeline.plan_and_initialise(
+            config, base, data["train"], targets, energies
+        )
         progress, optimizer_state = Progress(), None
     attach(base.model, plan, tensors)
     optimizer = make_optimizer(config, base.model, optimizer_state)
@@ -97,7 +100,7 @@ def _train(config: TrainConfig, run: RunWriter) -> None:
 
     if not checkpoint:
         progress.test_loss = test_loss()
-        run.start(base, plan, fingerprints)
+        run.start(base, plan, fingerprints, energies)
         run.checkpoint(base.model, optimizer, progress)
     again = f"python -m tlora_mlx.train --adapter-path {run.path} --resume"
     try:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tlora_mlx.method import subspace
-from tlora_mlx.method.subspace import task_subspace
+from tlora_mlx.method.subspace import captured_energy, task_subspace
 
 SPECTRA = {
     "fast": lambda i: 2.0**-i + 1e-9,
@@ -94,3 +94,15 @@ def test_not_finite(shape):
         task_subspace(weight, covariance * mx.nan, 1)
     with pytest.raises(ValueError, match="not finite"):
         task_subspace(weight * mx.inf, covariance, 1)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_captured_energy(spectrum):
+    weight, covariance = problem(60, 40, spectrum)
+    a = task_subspace(weight, covariance, 4)
+    product = np.array(weight, np.float64) @ np.array(covariance, np.float64)
+    share = np.square(product @ np.array(a, np.float64).T).sum() / np.square(product).sum()
+    estimates = [captured_energy(weight, 1e20 * covariance, a, seed) for seed in range(30)]
+    assert np.allclose(estimates, share, atol=0.05)
+    assert abs(np.mean(estimates) - share) < 0.01
+    assert captured_energy(weight, mx.zeros_like(covariance), a) == 0.0

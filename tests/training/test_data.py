@@ -1,6 +1,5 @@
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,21 +174,24 @@ def test_the_second_split_goes_by_two_names(tmp_path, plain):
 
 
 def test_a_hub_data_set(monkeypatch, plain):
-    """The splits as the package ``datasets`` gives them; a stand-in for it, as there is no Hub."""
-    splits = {"train": ROWS[:4], "validation": ROWS[4:6], "extra": ROWS}
+    """The splits as the package ``datasets`` gives them; a stand-in for the Hub alone."""
+    import datasets
+
+    rows = datasets.Dataset.from_list
+    splits = {"train": rows(ROWS[:4]), "validation": rows(ROWS[4:6]), "extra": rows(ROWS)}
 
     def load_dataset(name):
         if name != "org/data":
             raise FileNotFoundError(f"{name} doesn't exist on the Hub\nand so on")
         return splits
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_data("org/data", plain, 2048, None)
     assert {name: len(split) for name, split in data.items()} == {"train": 4, "valid": 2, "test": 0}
     assert data["valid"].where == "data set org/data, split valid, row"
     with pytest.raises(UserError, match=r"did not provide it: org/none doesn't exist on the Hub$"):
         load_data("org/none", plain, 2048, None)
-    splits["train"] = [{"prompt": "a"}]
+    splits["train"] = rows([{"prompt": "a"}])
     with pytest.raises(UserError, match="data set org/data, split train, row 1 has 'prompt'; it"):
         load_data("org/data", plain, 2048, None)
     del splits["train"]

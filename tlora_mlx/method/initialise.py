@@ -13,7 +13,7 @@ from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import accumulate, groups_within
 from tlora_mlx.method.distributed import is_first, tensors_from_first
 from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
-from tlora_mlx.method.subspace import krylov_subspace, task_subspace
+from tlora_mlx.method.subspace import captured_energy, krylov_subspace, task_subspace
 
 # Where each product costs a pass: wider blocks, at most so many passes, and a captured energy that
 # has converged when a pass raises it by less than this share.
@@ -28,6 +28,7 @@ def exact_subspaces(
     leaders: Mapping[str, str],
     covariances: Mapping[str, mx.array],
     done: Callable[[], None] = lambda: None,
+    energies: dict[str, float] | None = None,
 ) -> dict[str, mx.array]:
     """A (rank, in) of every adapted module whose input's covariance is at hand.
 
@@ -37,6 +38,7 @@ def exact_subspaces(
         leaders: for each target the module whose covariance it shares.
         covariances: C (in, in) by leader; others' modules are passed over.
         done: called after each module.
+        energies: where given, the modules' captured energies are put into it.
 
     Raises:
         ValueError: W·C of a module is not finite (it is named).
@@ -46,9 +48,11 @@ def exact_subspaces(
         if leaders[name] in covariances:
             weight, covariance = dense_weight(targets[name]), covariances[leaders[name]]
             try:
-                subspaces[name] = task_subspace(weight, covariance, module.rank)
+                a = subspaces[name] = task_subspace(weight, covariance, module.rank)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            if energies is not None:
+                energies[name] = captured_energy(weight, covariance, a)
             done()
     return subspaces
 
@@ -61,6 +65,7 @@ def grouped_subspaces(
     batches: Sequence[Batch],
     memory: int,
     on_batch: Callable[[int], None] = lambda samples: None,
+    energies: dict[str, float] | None = None,
 ) -> dict[str, mx.array]:
     """``exact_subspaces`` of all modules, with a pass over the samples per group of covariances.
 
@@ -70,7 +75,7 @@ def grouped_subspaces(
     for group in groups_within(targets, (leaders[name] for name in plan.adapted()), memory):
         linears = {name: targets[name] for name in group}
         covariances = accumulate(model, linears, batches, lambda _, x: x.T @ x, on_batch)
-        subspaces |= exact_subspaces(plan, targets, leaders, covariances)
+        subspaces |= exact_subspaces(plan, targets, leaders, covariances, energies=energies)
     return subspaces
 
 

@@ -20,6 +20,8 @@ OVERSAMPLING = 8
 TOLERANCE = 1e-6
 # At most so many products with C; where the energy has not converged by then, the exact way.
 PRODUCTS = 32
+# Random vectors by which the energy outside of a subspace is estimated.
+PROBES = 64
 # A basis of so many blocks is what most spectra need: it decides whether Krylov pays.
 TYPICAL_BLOCKS = 8
 
@@ -91,6 +93,26 @@ def _top_right_vectors(
         if converged:
             return a
     return _exact_subspace(weight if covariance is None else weight @ covariance, rank)
+
+
+def captured_energy(weight: mx.array, covariance: mx.array, a: mx.array, seed: int = 0) -> float:
+    """The share of ‖W·C‖² (Frobenius) that lies in the span of A's rows, between 0 and 1.
+
+    W·C is not formed: what is inside is ‖W·C·Aᵀ‖², what is outside is estimated without bias by
+    random vectors g, as the mean of ‖(1 − AᵀA)·C·Wᵀ·g‖².
+
+    Args:
+        weight: W (out, in) float32.
+        covariance: C (in, in) float32. Its scale does not matter.
+        a: (rank, in) with orthonormal rows.
+        seed: of the random vectors.
+    """
+    scaled = covariance / mx.maximum(mx.abs(covariance).max(), 1e-30)
+    inside = mx.square(weight @ (scaled @ a.T)).sum()
+    random = mx.random.normal((weight.shape[0], PROBES), key=mx.random.key(seed))
+    rest = scaled @ (weight.T @ random)
+    outside = mx.square(rest - a.T @ (a @ rest)).sum() / PROBES
+    return (inside / mx.maximum(inside + outside, 1e-30)).item()
 
 
 def _exact_subspace(product: mx.array, rank: int) -> mx.array:

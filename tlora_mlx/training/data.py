@@ -18,6 +18,7 @@ from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.files import user_path
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.distributed import share
+from tlora_mlx.training.formats import to_prompt
 
 # Lengths are padded to multiples of so much, so that mx.compile sees few shapes: an eighth of the
 # power of two below, within these bounds. mlx-lm pads by 32, a third of a sample of 100 tokens.
@@ -60,16 +61,24 @@ class Split:
 
 
 def load_data(
-    data: str, tokenizer: TokenizerWrapper, max_seq_length: int, mask_prompt: bool | None
+    data: str,
+    tokenizer: TokenizerWrapper,
+    max_seq_length: int,
+    mask_prompt: bool | None,
+    format: str | None = None,
+    max_samples: int | None = None,
 ) -> dict[str, Split]:
     """Read and tokenize all splits; a split without a file is empty.
 
     Args:
         data: a directory with ``train.jsonl`` and maybe ``valid.jsonl`` (or ``validation.jsonl``)
-            and ``test.jsonl``, or the name of a Hub data set with splits of these names.
+            and ``test.jsonl``, or the name of a Hub data set with splits of these names; a
+            configuration of it follows after a colon.
         tokenizer: the model's.
         max_seq_length: in tokens; longer samples are cut.
         mask_prompt: None: wherever the rows have a prompt.
+        format: name of the formatter (``formats.FORMATS``) that the rows go through first.
+        max_samples: only the first so many rows of the training split.
 
     Raises:
         UserError: no such data, a line that is not JSON, a row without the expected keys, a split
@@ -78,21 +87,22 @@ def load_data(
     path = user_path(data)
     if path.is_dir():
         names = _split_names(path, [p.stem for p in path.glob("*.jsonl")])
-        rows = {split: _read_jsonl(path / f"{name}.jsonl") for split, name in names.items()}
+        rows = {split: read_jsonl(path / f"{name}.jsonl") for split, name in names.items()}
         where = {split: f"{path / name}.jsonl, line" for split, name in names.items()}
         if rows["train"] is None:
             raise UserError(f"the data directory {path} has no train.jsonl")
     elif path.exists():
         raise UserError(f"data {path} is a file; give the directory that holds train.jsonl")
     else:
-        rows = _download_rows(data)
+        rows = download_rows(data, ["train"])
         where = {split: f"data set {data}, split {split}, row" for split in rows}
+    rows["train"] = rows["train"][:max_samples]
     tokenized = {}
     for split, numbered in rows.items():
         tokenized[split] = (
             Split()
             if numbered is None
-            else _tokenize(numbered, where[split], tokenizer, max_seq_length, mask_prompt)
+            else tokenize(numbered, where[split], tokenizer, max_seq_length, mask_prompt, format)
         )
     if not tokenized["train"].samples:
         raise UserError(
@@ -126,7 +136,7 @@ def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split]:
     return replace(train, samples=parts[0]), Split(parts[1], where=train.where)
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
+def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
     """The rows with their line numbers; None where there is no such file."""
     if not path.exists():
         return None
@@ -147,8 +157,16 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
     return rows
 
 
-def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
-    """The rows of a Hub data set, with their numbers."""
+def download_rows(data: str, wanted: Sequence[str]) -> dict[str, list[tuple[int, Any]] | None]:
+    """The rows of a Hub data set with their numbers, by split; None where there is no such split.
+
+    Args:
+        data: NAME or NAME:CONFIGURATION.
+        wanted: the splits of which one at least must be there: train, valid, test.
+
+    Raises:
+        UserError: it cannot be had, or has none of the wanted splits.
+    """
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith("/"):
         raise UserError(f"data directory {data} does not exist")
     try:
@@ -159,29 +177,57 @@ def _download_rows(data: str) -> dict[str, list[tuple[int, Any]] | None]:
             "pip install datasets"
         ) from None
     try:
-        dataset = load_dataset(data)
+        dataset = load_dataset(*data.split(":", 1))
     except Exception as error:  # as many kinds as there are ways to fail
         raise UserError(
             f"data {data} is no directory here, and the Hugging Face Hub did not provide it: "
             f"{first_line(error)}"
         ) from None
-    if "train" not in dataset:
-        raise UserError(f"data set {data} has no split 'train', only {', '.join(dataset)}")
     names = _split_names(data, dataset)
-    return {
-        split: list(enumerate(dataset[name], 1)) if name in dataset else None
+    rows = {
+        split: _labelled(dataset[name]) if name in dataset else None
         for split, name in names.items()
     }
+    if not any(rows[split] for split in wanted):
+        missing = " or ".join(repr(names[split]) for split in wanted)
+        raise UserError(f"data set {data} has no split {missing}, only {', '.join(dataset)}")
+    return rows
 
 
-def _tokenize(
+def _labelled(split: Any) -> list[tuple[int, Any]] | None:
+    """A Hub split's rows with their numbers, class labels by name; None where none is left.
+
+    Rows whose label is withheld (−1, as in the test splits of GLUE) are left out.
+    """
+    from datasets import ClassLabel
+
+    labels = {k: kind for k, kind in split.features.items() if isinstance(kind, ClassLabel)}
+    rows = []
+    for number, row in enumerate(split, 1):
+        if all(row[key] not in (None, -1) for key in labels):
+            named = {key: kind.int2str(row[key]) for key, kind in labels.items()}
+            rows.append((number, {**row, **named}))
+    return rows or None
+
+
+def tokenize(
     rows: list[tuple[int, Any]],
     where: str,
     tokenizer: TokenizerWrapper,
     max_seq_length: int,
     mask_prompt: bool | None,
+    format: str | None = None,
 ) -> Split:
-    """All rows of a split as samples; the first row decides on the format, as in mlx-lm."""
+    """All rows of a split as samples; the first row decides on the format, as in mlx-lm.
+
+    Raises:
+        UserError: a row is not right; it is named.
+    """
+    if format:
+        rows = [
+            (number, _formatted(format, row, f"{where} {number}", tokenizer))
+            for number, row in rows
+        ]
     for number, row in rows:
         _check_row(row, rows[0][1], f"{where} {number}")
     has_prompt = "text" not in _format_keys(rows[0][1])
@@ -206,6 +252,13 @@ def _tokenize(
     return Split(samples, left_out, truncated, where)
 
 
+def _formatted(format: str, row: Any, where: str, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    try:
+        return to_prompt(format, row, tokenizer.has_chat_template)
+    except ValueError as error:
+        raise UserError(f"{where} is no row for --format {format}: {error}") from None
+
+
 # The keys of each format, in the order in which mlx-lm's create_dataset looks for them.
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
 
@@ -222,7 +275,8 @@ def _check_row(row: Any, first: Any, where: str) -> None:
     keys = _format_keys(first) if isinstance(first, dict) else ()
     if not keys:
         raise UserError(
-            f"{where} has {found}; it needs 'text', or 'prompt' and 'completion', or 'messages'"
+            f"{where} has {found}; it needs 'text', or 'prompt' and 'completion', or 'messages', "
+            "or a --format"
         )
     for key in keys:
         kind, name = (list, "a list") if key == "messages" else (str, "a text")

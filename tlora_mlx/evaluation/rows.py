@@ -1,0 +1,99 @@
+"""Evaluation data: a file of rows, and how a row is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.files import read_json, user_path
+from tlora_mlx.training.data import download_rows, read_jsonl
+
+# What the public test sets call the question, where it is not a ready prompt, and the answer.
+QUESTIONS = ("question", "query", "problem", "instruction", "text")
+ANSWERS = ("answer", "completion", "response", "solution", "output")
+
+
+class Row(NamedTuple):
+    """One row: its number in the file (its line, or its place in an array), what it is called in
+    messages, and its columns.
+    """
+
+    number: int
+    where: str
+    columns: dict[str, Any]
+
+    def text(self, *names: str) -> str:
+        """The first of these columns that the row has, as a text; numbers are written out.
+
+        Raises:
+            UserError: it has none of them, or it is neither text nor number, or empty.
+        """
+        for name in names:
+            value = self.columns.get(name)
+            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                self._check(name, str(value))
+                return str(value)
+            if value is not None:
+                raise UserError(f"{self.where}: '{name}' is not a text but {str(value)[:40]}")
+        found = ", ".join(map(repr, self.columns)) or "nothing"
+        raise UserError(f"{self.where} has {found}; it needs {' or '.join(map(repr, names))}")
+
+    def texts(self, name: str) -> list[str]:
+        """A column that is a list of texts, at least one.
+
+        Raises:
+            UserError: it is not.
+        """
+        value = self.columns.get(name)
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{self.where}: '{name}' is not a list of texts, one at least")
+        for text in value:
+            self._check(name, text)
+        return value
+
+    def _check(self, name: str, text: Any) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{self.where}: '{name}' is empty, or a part of it is no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{self.where}: '{name}' has half of a surrogate pair, which is no character"
+            ) from None
+
+
+def read_rows(data: str, limit: int | None = None) -> list[Row]:
+    """The first rows, at most ``limit``, of a file or of a Hub data set.
+
+    Args:
+        data: a file of JSON lines, or a ``.json`` file with an array; or a Hub data set as
+            NAME or NAME:CONFIGURATION, of which the test split is read, or the validation split
+            where there is no test split with labels.
+
+    Raises:
+        UserError: there is no such data, it holds no rows, or one is not a JSON object.
+    """
+    path = user_path(data)
+    if path.is_dir():
+        raise UserError(f"--data {path} is a directory; give the file to evaluate on")
+    if not path.exists() and path.suffix not in (".json", ".jsonl"):
+        splits = download_rows(data, ["test", "valid"])
+        split = "test" if splits["test"] else "valid"
+        numbered, what = splits[split], f"split {split}, row"
+    elif path.suffix == ".json":
+        data = read_json(path, "the evaluation data")
+        if not isinstance(data, list) or not data:
+            raise UserError(f"{path} holds no array of rows")
+        numbered, what = list(enumerate(data, 1)), "row"
+    else:
+        numbered, what = read_jsonl(path), "line"
+        if numbered is None:
+            raise UserError(f"--data {path} does not exist; give a file of JSON lines")
+    rows = []
+    for number, columns in numbered[:limit]:
+        where = f"{data}, {what} {number}"
+        if not isinstance(columns, Mapping):
+            raise UserError(f"{where} is not a JSON object")
+        rows.append(Row(number, where, columns))
+    return rows

@@ -1,0 +1,157 @@
+"""The model under evaluation: what it answers, and how likely it finds an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import batch_generate
+
+from tlora_mlx.base_model import BaseModel
+from tlora_mlx.errors import RunError, UserError, first_line
+from tlora_mlx.evaluation.rows import QUESTIONS, Row
+from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.terminal import bar
+from tlora_mlx.training.data import Sample, collate
+from tlora_mlx.training.formats import FRAME_STOPS, framed, to_prompt
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how it is asked.
+
+    Attributes:
+        title: what the bars call it.
+        format: the named format that it was trained with: where there is no chat template, its
+            frame is put around a question.
+    """
+
+    base: BaseModel
+    title: str
+    format: str | None
+    batch_size: int
+    max_tokens: int
+
+    @property
+    def is_framed(self) -> bool:
+        """Whether a question is put into the format's frame."""
+        return self.format is not None and not self.base.tokenizer.has_chat_template
+
+    def formatted(self, row: Row) -> Row:
+        """The row with ``prompt`` and ``completion``, where a format makes them of raw columns.
+
+        Raises:
+            UserError: it is no row of the format.
+        """
+        if self.format is None or "prompt" in row.columns:
+            return row
+        try:
+            chat = self.base.tokenizer.has_chat_template
+            return row._replace(columns=to_prompt(self.format, row.columns, chat))
+        except ValueError as error:
+            raise UserError(f"{row.where} is no row for --format {self.format}: {error}") from None
+
+    def question(self, row: Row) -> str:
+        """The row's ``prompt`` as it stands, or its question in the format's frame."""
+        if "prompt" in row.columns:
+            return row.text("prompt")
+        asked = row.text(*QUESTIONS)
+        return framed(asked) if self.is_framed else asked
+
+    def encode(self, turns: Sequence[str]) -> list[int]:
+        """Token ids that the answer to the last turn follows.
+
+        Args:
+            turns: prompt, answer, next instruction, …, one or an odd number of them.
+        """
+        tokenizer = self.base.tokenizer
+        if tokenizer.has_chat_template:
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+            # Models that may think first are asked not to, like those that cannot.
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False
+            )
+        text = turns[0]
+        for answer, instruction in zip(turns[1::2], turns[2::2], strict=True):
+            if self.is_framed:
+                text += f"{answer}\n\n### Instruction:\n{instruction}\n\n### Response:"
+            else:
+                text += f"{answer}\n\n{instruction}"
+        tokens = tokenizer.encode(text)
+        return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+    def generate(self, conversations: Sequence[Sequence[str]]) -> list[str]:
+        """Greedy answers, of at most ``max_tokens`` tokens, to conversations as for ``encode``.
+
+        Raises:
+            RunError: mlx-lm cannot generate in batches with this model.
+        """
+        return self.complete([self.encode(turns) for turns in conversations])
+
+    def complete(self, prompts: Sequence[list[int]]) -> list[str]:
+        """``generate`` for prompts in token ids; those of like length share a batch."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = [""] * len(prompts)
+        with bar(f"{self.title} answers", len(prompts)) as advance:
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                try:
+                    texts = batch_generate(
+                        self.base.model,
+                        self.base.tokenizer,
+                        [prompts[i] for i in chosen],
+                        max_tokens=self.max_tokens,
+                        completion_batch_size=self.batch_size,
+                        prefill_batch_size=self.batch_size,
+                    ).texts
+                except ValueError as error:
+                    raise RunError(
+                        f"mlx-lm cannot answer in batches with this model: {first_line(error)}"
+                    ) from error
+                for i, text in zip(chosen, texts, strict=True):
+                    answers[i] = cut(text, FRAME_STOPS) if self.is_framed else text
+                advance(len(chosen))
+        return answers
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Σ log p of each answer's tokens after its prompt, in nats; an answer without tokens: 0.
+
+        Prompt and answer are tokenized apart, as in training; the end token is not counted.
+        """
+        encode = self.base.tokenizer.encode
+        samples = []
+        for prompt, answer in pairs:
+            tokens = self.encode([prompt])
+            samples.append(
+                Sample(tokens + encode(answer, add_special_tokens=False), max(len(tokens), 1))
+            )
+        with bar(f"{self.title} weighs", len(samples)) as advance:
+            losses = sample_losses(self.base.model, samples, self.batch_size, advance)
+        return [-loss for loss, _ in losses]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of these, without the space around it."""
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+def sample_losses(
+    model: Any, samples: Sequence[Sample], batch_size: int, done: Callable[[int], None]
+) -> list[tuple[float, int]]:
+    """Each sample's summed loss, in nats, and how many tokens it is over."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        tokens, spans = collate([samples[i] for i in chosen], 0)
+        losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, spans)
+        sums = losses.sum(axis=1)
+        mx.eval(sums, counts)
+        for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
+            results[i] = (loss, int(count))
+        done(len(chosen))
+    return results

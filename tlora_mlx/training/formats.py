@@ -1,0 +1,146 @@
+"""Named formatters: rows of well-known data sets as they come, to prompt and completion.
+
+A format maps a raw row to an instruction and its response. Where the model has a chat template, the
+instruction is the user's message; elsewhere it is put into Alpaca's frame, as the authors do
+(Rambo-Yi/TLora e3463ae, ``math_train.py``; their ``commonsense_train.py`` has the same words with
+stray indentation, which is left out here).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FRAME = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+FRAME_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+# What a base model goes on with when it does not know where to end.
+FRAME_STOPS = ("### Instruction:", "### Input:", "### Response:", "Below is an instruction")
+
+Row = Mapping[str, Any]
+
+
+def _text(row: Row, *names: str) -> str:
+    """The first column of these names that the row has, as a text."""
+    for name in names:
+        if name in row:
+            if not isinstance(row[name], str):
+                raise ValueError(f"'{name}' is not a text but {str(row[name])[:40]}")
+            return row[name]
+    found = ", ".join(repr(str(key)) for key in row) or "nothing"
+    raise ValueError(f"it has {found}, but no {' or '.join(map(repr, names))}")
+
+
+def _metamath(row: Row) -> dict[str, Any]:
+    """meta-math/MetaMathQA: ``query``, ``response``; the test sets' columns too."""
+    return {
+        "instruction": _text(row, "query", "question", "problem", "instruction"),
+        "response": _text(row, "response", "solution", "output", "answer"),
+    }
+
+
+def _codefeedback(row: Row) -> dict[str, Any]:
+    """m-a-p/CodeFeedback-Filtered-Instruction: ``query``, ``answer``."""
+    return {"instruction": _text(row, "query"), "response": _text(row, "answer")}
+
+
+def _wizardlm(row: Row) -> dict[str, Any]:
+    """WizardLM's evolved instructions, both shapes.
+
+    WizardLMTeam/WizardLM_evol_instruct_V2_196k has ``conversations`` of a human and gpt, of which
+    the first exchange is taken; WizardLM_evol_instruct_70k has ``instruction`` and ``output``.
+    """
+    if "conversations" not in row:
+        return {"instruction": _text(row, "instruction"), "response": _text(row, "output")}
+    turns = row["conversations"]
+    if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
+        raise ValueError("'conversations' is not a list of objects with 'from' and 'value'")
+    if [turn.get("from") for turn in turns[:2]] != ["human", "gpt"]:
+        raise ValueError("'conversations' does not begin with a turn of 'human' and one of 'gpt'")
+    return {"instruction": _text(turns[0], "value"), "response": _text(turns[1], "value")}
+
+
+def _commonsense(row: Row) -> dict[str, Any]:
+    """commonsense_170k and the test sets of AGI-Edgerunners/LLM-Adapters.
+
+    ``instruction`` (which ends with "Answer format: a/b/c"), ``input``, ``output`` ("the correct
+    answer is b"). The choices are that sentence with each word of the answer format.
+    """
+    made = {"instruction": _text(row, "instruction"), "response": _text(row, "output").strip()}
+    if row.get("input"):
+        made["input"] = _text(row, "input")
+    if answers := re.search(r"Answer format:\s*(\S+/\S+)\s*$", made["instruction"]):
+        made["choices"] = [f"the correct answer is {word}" for word in answers[1].split("/")]
+    return made
+
+
+# A GLUE-like row's texts, by the names that GLUE and its copies give them; the order matters, since
+# "sentence" is in several.
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("sentence",),
+    ("text",),
+)
+
+
+def _glue(row: Row) -> dict[str, Any]:
+    """A text or a pair, and ``label_text`` or ``label``: nyu-mll/glue, SetFit's copies."""
+    names = next((names for names in _PAIRS if all(name in row for name in names)), None)
+    if names is None:
+        raise ValueError(
+            f"it has {', '.join(repr(str(key)) for key in row) or 'nothing'}, but no "
+            f"{', no '.join(' and '.join(map(repr, names)) for names in _PAIRS)}"
+        )
+    label = row.get("label_text", row.get("label"))
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
+        raise ValueError("it has neither 'label' nor 'label_text' with a name or a number")
+    lines = [f"{name}: {_text(row, name)}" for name in names]
+    return {"instruction": "\n".join([*lines, "label:"]), "response": str(label)}
+
+
+FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "metamath": _metamath,
+    "codefeedback": _codefeedback,
+    "wizardlm": _wizardlm,
+    "commonsense": _commonsense,
+    "glue": _glue,
+}
+
+
+def framed(instruction: str, input: str | None = None) -> str:
+    """The prompt of an instruction for a model without chat template."""
+    if input:
+        return FRAME_WITH_INPUT.format(instruction=instruction, input=input)
+    return FRAME.format(instruction=instruction)
+
+
+def to_prompt(name: str, row: Any, chat: bool) -> dict[str, Any]:
+    """A raw row as ``prompt``, ``completion`` and, where the format has them, ``choices``.
+
+    Args:
+        name: of the format.
+        row: as the data set has it; one with a prompt and a completion is left as it is.
+        chat: whether the model has a chat template, which is frame enough.
+
+    Raises:
+        ValueError: a column is missing or not of its kind.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("it is not a JSON object")
+    if "prompt" in row and "completion" in row:
+        return dict(row)
+    made = FORMATS[name](row)
+    instruction, extra = made.pop("instruction"), made.pop("input", None)
+    prompt = "\n\n".join(filter(None, (instruction, extra))) if chat else framed(instruction, extra)
+    return {"prompt": prompt, "completion": made.pop("response"), **made}
