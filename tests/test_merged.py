@@ -345,3 +345,18 @@ def test_options_that_do_not_go_together(flags, message, tlora_here, run_path, t
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_model_library_is_loaded(run_path, tmp_path):
+    """mlx-lm and with it transformers take longer to load than a small model to merge."""
+    code = (
+        "import sys\n"
+        "from tlora_mlx.export import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "heavy = {'mlx_lm', 'transformers', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    arguments = [run_path, "--format", "merged", "--output", tmp_path / "merged"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

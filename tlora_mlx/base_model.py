@@ -7,15 +7,17 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 import yaml
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.files import check_safetensors
 from tlora_mlx.model_directory import DESCRIPTION, find_model, read_model_config, weight_files
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # One of these is there wherever transformers finds a tokenizer.
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]

@@ -20,8 +20,8 @@ from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import centred_gram
 from tlora_mlx.method.distributed import total
 from tlora_mlx.method.experts import (
-    SWITCH_TYPES,
     Expert,
+    is_switch,
     modules_of,
     routed_rows,
     rows_by_expert,
@@ -185,7 +185,7 @@ def calibrate(
     modules = modules_of(targets)
     probes = {
         name: _SwitchProbe(module)
-        if isinstance(module, SWITCH_TYPES)
+        if is_switch(module)
         else _Probe(name, module, name in covariance_of)
         for name, module in modules.items()
     }
@@ -199,7 +199,7 @@ def calibrate(
     try:
         for batch in batches:
             for name, scores, gram in _observe(model, probes, batch, samples):
-                if isinstance(modules[name], SWITCH_TYPES):
+                if is_switch(modules[name]):
                     for number, score in enumerate(scores.tolist()):
                         sensitivities[f"{name}.{number}"] += score
                     continue

@@ -13,15 +13,20 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from tlora_mlx.method.batch import Batch
 
-SWITCH_TYPES = (SwitchLinear, QuantizedSwitchLinear)
+
+def is_switch(module: nn.Module) -> bool:
+    """Whether it is one of mlx-lm's stacked layers, dense or quantized."""
+    # With mlx-lm comes transformers: 2 seconds, for exports that have no model at all.
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
 
 
 class Expert(NamedTuple):
-    """One expert of a stacked layer (``SWITCH_TYPES``), which stands for a linear layer."""
+    """One expert of a stacked layer (``is_switch``), which stands for a linear layer."""
 
     switch: nn.Module
     number: int

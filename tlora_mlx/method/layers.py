@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tlora_mlx.method.allocation import RankPlan
-from tlora_mlx.method.experts import SWITCH_TYPES, Expert, TLoRASwitchLinear, experts_of
+from tlora_mlx.method.experts import Expert, TLoRASwitchLinear, experts_of, is_switch
 
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 # A module that is adapted: a linear layer, or one expert of a stacked one.
@@ -140,7 +140,7 @@ def target_linears(
         for path, module in leaves:
             if isinstance(module, LINEAR_TYPES) and not ROUTERS & set(path.split(".")):
                 found[f"{names[id(block)]}.{path}"] = module
-            elif experts and isinstance(module, SWITCH_TYPES):
+            elif experts and is_switch(module):
                 found |= experts_of(f"{names[id(block)]}.{path}", module)
     if experts and not any(isinstance(target, Expert) for target in found.values()):
         raise ValueError("the model has no experts")
@@ -161,7 +161,7 @@ def _linears(model: nn.Module) -> dict[str, Linear]:
     """Every linear layer of a model and every expert of a stacked one, by full name."""
     linears: dict[str, Linear] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SWITCH_TYPES):
+        if is_switch(module):
             linears |= experts_of(name, module)
         elif isinstance(module, LINEAR_TYPES):
             linears[name] = module
