@@ -7,6 +7,7 @@ ships is cut short. ``tlora`` and Python run in this process, other commands in 
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import EXAMPLE, ROOT, files_of, hub_environment, save_model, write_jsonl
 
 from tlora_mlx import cli
+from tlora_mlx.config import TrainConfig, parse
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -102,3 +104,33 @@ def test_the_guide(desk, hub, monkeypatch, capfd):
             expected=lambda words: 130 if is_first(words) else 0,
         )  # fmt: skip
     assert json.loads(Path("plan-16.json").read_text())["rank"] == 16
+
+
+def test_the_readme_and_the_options(desk, hub, capfd):
+    """The data set that is evaluated on is a file of its name here."""
+    shutil.copytree("examples/data", "my-data")
+    rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1\n#### {i + 1}"} for i in range(3)]
+    write_jsonl(desk / "openai/gsm8k:main", rows)
+    short = {"train": ["--iters", "3"], "evaluate": ["--max-tokens", "8"]}
+    for document in ("README.md", "docs/OPTIONS.md"):
+        if document == "docs/OPTIONS.md":
+            shutil.copytree("my-adapter", "from-cuda")
+        for language, text in blocks((ROOT / document).read_text()):
+            if language == "bash":
+                run_commands(text, hub, desk / "home", lambda words: short.get(words[1], []))
+            elif language == "python":
+                exec(text, {})
+    assert json.loads(Path("both/adapter_config.json").read_text())["r"] == 32
+
+
+def test_the_command_for_several_macs():
+    """tests/test_distributed.py runs several processes; here it is what the launcher is given."""
+    command = shlex.split(commands(blocks((ROOT / "docs/SEVERAL_MACS.md").read_text())[0][1])[0])
+    _, module, *options = command[command.index("--") + 2 :]
+    assert (command[0], module) == ("mlx.launch", "tlora_mlx.train")
+    config = parse(TrainConfig, "tlora train", "", options)
+    assert (config.adapter_path, config.batch_size) == ("/Users/me/my-run", 8)
+    for language, text in blocks((ROOT / "docs/SEVERAL_MACS.md").read_text()):
+        if language == "json":
+            hosts = json.loads(text)
+            assert len(hosts["hosts"] if isinstance(hosts, dict) else hosts) == 2
