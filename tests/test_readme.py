@@ -1,16 +1,20 @@
 """The documents tell the truth about what can be checked: options, files, links, messages."""
 
 import ast
+import inspect
 import re
 from dataclasses import MISSING, fields
 
 import pytest
 from conftest import ROOT
 
+import tlora_mlx
 from tlora_mlx.config import (
     EvaluateCommand,
     ExportCommand,
     GenerateCommand,
+    InspectCommand,
+    PlanCommand,
     PlanConfig,
     ReportCommand,
     TrainConfig,
@@ -87,6 +91,35 @@ def test_the_messages_that_troubleshooting_quotes():
             words = [re.escape(word) for word in part.strip("… ").split("…")]
             pattern = re.compile(".*".join(words), re.DOTALL)
             assert not part.strip("… ") or any(pattern.search(k) for k in known), part
+
+
+def test_the_flags_that_the_documents_name():
+    commands = (PlanCommand, TrainConfig, ExportCommand, UploadCommand, GenerateCommand)
+    commands += (InspectCommand, EvaluateCommand, ReportCommand)
+    known = {f"--{i.name.replace('_', '-')}" for command in commands for i in fields(command)}
+    # Of pip, pytest, mlx-lm, mlx.launch, vLLM, the Hub's client and EvalPlus; and of all commands.
+    known |= {"--adapter-path", "--hostfile", "--env", "--hosts", "--over", "--backend"}
+    known |= {"--auto-setup", "--enable-lora", "--lora-modules", "--max-lora-rank", "--local-dir"}
+    known |= {"--dataset", "--help"}
+    for document in DOCUMENTS:
+        if document.name != "BENCHMARKS.md":  # whose flags are the scripts'
+            flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", document.read_text()))
+            assert flags <= known, document
+
+
+@pytest.mark.parametrize("name", [name for name in tlora_mlx.__all__ if name != "__version__"])
+def test_public_names_are_described(name):
+    """Each argument or attribute by name, and what a function gives and raises."""
+    thing = getattr(tlora_mlx, name)
+    text = inspect.getdoc(thing)
+    if isinstance(thing, type) and (issubclass(thing, Exception) or name == "TrainConfig"):
+        assert len(text) > 40
+        return
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^ +{parameter}: ", text, re.MULTILINE), parameter
+    if inspect.isfunction(thing):
+        assert "Returns:" in text
+        assert "Raises:" in text
 
 
 if __name__ == "__main__":  # prints the tables, to paste them
