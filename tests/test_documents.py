@@ -104,6 +104,11 @@ def test_the_guide(desk, hub, monkeypatch, capfd):
             expected=lambda words: 130 if is_first(words) else 0,
         )  # fmt: skip
     assert json.loads(Path("plan-16.json").read_text())["rank"] == 16
+    assert Path("my-run/checkpoints/0000006").is_dir()
+    pushed = hub.repositories["ann/my-adapter"]
+    assert pushed.private
+    assert "adapter_model.safetensors" in pushed.files
+    assert json.loads(Path("mixed/adapter_config.json").read_text())["r"] == 32
 
 
 def test_the_readme_and_the_options(desk, hub, capfd):
