@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from families import COMMON, FAILS, FAMILIES, MULTIMODAL
+from hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,3 +163,51 @@ def quick_train(model, data, run, **options):
 def run_path(model_path, data_path, tmp_path_factory):
     """A trained run on the tiny Llama."""
     return quick_train(model_path, data_path, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def hub_running():
+    server = HubServer().start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(hub_running):
+    hub_running.reset()
+    return hub_running
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    """The server as this process's Hub, with a token, an empty cache and no waiting."""
+    from huggingface_hub import close_session, constants, hf_api
+
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    close_session()
+    yield server
+    close_session()
+
+
+def hub_environment(server, home, **others):
+    """The environment of a process whose Hub the server is."""
+    ours = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+    ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **others}
+    return {**os.environ, **ours, "HF_HUB_OFFLINE": "0"}
+
+
+def files_of(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import re
 import shlex
 import signal
@@ -12,8 +11,8 @@ from itertools import repeat
 
 import numpy as np
 import pytest
-from conftest import tlora
-from hub_server import READER, SIGNATURE, TOKEN, HubServer
+from conftest import files_of, hub_environment, tlora
+from hub_server import READER, SIGNATURE, TOKEN
 from mlx_lm import load
 from test_export import TOKENS, logits_of, mlx_logits
 
@@ -25,43 +24,6 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "rank_
 NAME = "ann/tuned"
 
 
-@pytest.fixture(scope="module")
-def running():
-    server = HubServer().start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running):
-    running.reset()
-    return running
-
-
-@pytest.fixture
-def hub(server, monkeypatch, tmp_path):
-    """The server as this process's Hub, with a token, an empty cache and no waiting."""
-    from huggingface_hub import close_session, constants, hf_api
-
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {
-        "ENDPOINT": server.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    close_session()
-    yield server
-    close_session()
-
-
 @pytest.fixture
 def client_log():
     """What the client logs, which goes to the terminal."""
@@ -70,13 +32,6 @@ def client_log():
     logger.addHandler(handler)
     yield text
     logger.removeHandler(handler)
-
-
-def environment(server, home, **others):
-    """The environment of a process whose Hub the server is."""
-    ours = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
-    ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **others}
-    return {**os.environ, **ours, "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +52,6 @@ def secretless(text, *directories):
     return True
 
 
-def files_of(directory):
-    return {p.name: p.read_bytes() for p in directory.iterdir()}
-
-
 def pushed(server, directory, commits=1, name=NAME):
     """Whether the repository holds the directory, after so many commits of ours."""
     repository = server.repositories[name]
@@ -119,7 +70,7 @@ def test_pushed_by_the_command_and_loaded_by_the_cards_code(
     result = tlora(
         *("export", run_path, "--output", output, "--push-to", NAME, "--private"),
         *("--base-model", "maker/base"),
-        env=environment(hub, tmp_path / "home"),
+        env=hub_environment(hub, tmp_path / "home"),
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert f"pushed: {hub.endpoint}/{NAME}/commit/{hub.repositories[NAME].sha}" in result.stdout
@@ -296,7 +247,7 @@ def test_ctrl_c_amid_an_upload(hub, run_path, tmp_path, without_xet):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET=without_xet),
+        env=hub_environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET=without_xet),
     )
     assert hub.hanging.wait(60)
     process.send_signal(signal.SIGINT)
@@ -319,7 +270,7 @@ def test_xet(hub, adapter, tmp_path, xet):
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="0"),
+        env=hub_environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="0"),
     )
     if result.returncode == 0 and hub.lfs:  # older clients ask for LFS, and get it
         assert pushed(hub, adapter)

@@ -1,21 +1,28 @@
-"""The README tells the truth about what can be checked: options, families, files, commands."""
+"""The documents tell the truth about what can be checked: options, files, links, messages."""
 
+import ast
+import inspect
 import re
 from dataclasses import MISSING, fields
 
+import pytest
 from conftest import ROOT
 
+import tlora_mlx
 from tlora_mlx.config import (
     EvaluateCommand,
     ExportCommand,
     GenerateCommand,
+    InspectCommand,
+    PlanCommand,
     PlanConfig,
     ReportCommand,
     TrainConfig,
     UploadCommand,
 )
 
-README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs/OPTIONS.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def flag_rows(config_class, without=()):
@@ -31,12 +38,12 @@ def flag_rows(config_class, without=()):
 def test_the_table_of_flags():
     shared = list(flag_rows(PlanConfig))
     own = list(flag_rows(TrainConfig, {item.name for item in fields(PlanConfig)}))
-    assert "\n".join(shared) in README
-    assert "\n".join(own) in README
+    assert "\n".join(shared) in OPTIONS
+    assert "\n".join(own) in OPTIONS
 
 
 def test_the_other_commands_flags():
-    last = README[README.index("`tlora export RUN` takes") :]
+    last = OPTIONS[OPTIONS.index("`tlora export RUN` takes") :]
     commands = (ExportCommand, UploadCommand, GenerateCommand, EvaluateCommand, ReportCommand)
     for config_class in commands:
         for item in fields(config_class):
@@ -44,9 +51,75 @@ def test_the_other_commands_flags():
                 assert f"--{item.name.replace('_', '-')}" in last
 
 
-def test_what_it_names_exists():
-    for path in re.findall(r"\b(?:scripts|examples|docs)/[\w./-]+\w", README):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_it_names_exists(document):
+    text = document.read_text()
+    folders = "scripts|examples|docs|tests|tlora_mlx"
+    for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w(?!\*|\w)", text):
         assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" not in link:
+            path, _, section = link.partition("#")
+            other = (document.parent / path) if path else document
+            assert other.exists(), link
+            titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE) if section else []
+            anchors = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+            assert not section or section in anchors, link
+
+
+def texts_of_the_code():
+    """All texts in the package, with … where a value goes."""
+    for path in (ROOT / "tlora_mlx").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+                )
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"\{\w*\}", "…", node.value)
+
+
+def test_the_messages_that_troubleshooting_quotes():
+    """Each part of one, between semicolons and colons, is in the code; … may be anything."""
+    text = (ROOT / "docs/TROUBLESHOOTING.md").read_text()
+    quotes = [" ".join(quote.split()) for quote in re.findall(r"\*\*`([^`]+)`\*\*", text)]
+    assert len(quotes) > 30
+    known = list(texts_of_the_code())
+    for quote in quotes:
+        for part in re.split("[;:] ", quote):
+            words = [re.escape(word) for word in part.strip("… ").split("…")]
+            pattern = re.compile(".*".join(words), re.DOTALL)
+            assert not part.strip("… ") or any(pattern.search(k) for k in known), part
+
+
+def test_the_flags_that_the_documents_name():
+    commands = (PlanCommand, TrainConfig, ExportCommand, UploadCommand, GenerateCommand)
+    commands += (InspectCommand, EvaluateCommand, ReportCommand)
+    known = {f"--{i.name.replace('_', '-')}" for command in commands for i in fields(command)}
+    # Of pip, pytest, mlx-lm, mlx.launch, vLLM, the Hub's client and EvalPlus; and of all commands.
+    known |= {"--adapter-path", "--hostfile", "--env", "--hosts", "--over", "--backend"}
+    known |= {"--auto-setup", "--enable-lora", "--lora-modules", "--max-lora-rank", "--local-dir"}
+    known |= {"--dataset", "--help"}
+    for document in DOCUMENTS:
+        if document.name != "BENCHMARKS.md":  # whose flags are the scripts'
+            flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", document.read_text()))
+            assert flags <= known, document
+
+
+@pytest.mark.parametrize("name", [name for name in tlora_mlx.__all__ if name != "__version__"])
+def test_public_names_are_described(name):
+    """Each argument or attribute by name, and what a function gives and raises."""
+    thing = getattr(tlora_mlx, name)
+    text = inspect.getdoc(thing)
+    if isinstance(thing, type) and (issubclass(thing, Exception) or name == "TrainConfig"):
+        assert len(text) > 40
+        return
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^ +{parameter}: ", text, re.MULTILINE), parameter
+    if inspect.isfunction(thing):
+        assert "Returns:" in text
+        assert "Raises:" in text
 
 
 if __name__ == "__main__":  # prints the tables, to paste them

@@ -179,7 +179,13 @@ SETS_THE_START |= {"plan", "calibration_samples", "covariance", "calibration_mem
 
 @dataclass(kw_only=True)
 class TrainConfig(PlanConfig):
-    """``python -m tlora_mlx.train``."""
+    """``python -m tlora_mlx.train``, and what ``tlora_mlx.train.train`` takes.
+
+    The fields are the options, with their help as ``metadata["help"]``.
+
+    Raises:
+        UserError: a value is outside of what its option allows.
+    """
 
     adapter_path: str = option("adapters", "run directory to make")
     resume: bool = option(

@@ -45,6 +45,12 @@ class Run:
 def read_run(path: str | Path) -> Run:
     """Read a run directory without its base model.
 
+    Args:
+        path: what ``train`` or ``export_run`` made.
+
+    Returns:
+        The run; its tensors are read from the file when they are asked for.
+
     Raises:
         UserError: it is no run directory, or a file is missing, damaged or does not fit the plan;
             all tensors at fault are named.
@@ -81,6 +87,14 @@ def load_run(path: str | Path, trust_remote_code: bool = False) -> BaseModel:
     """Load a run's base model with its adapter attached, ready to generate or evaluate.
 
     A PEFT LoRA adapter or an mlx-lm adapter is loaded just so, on the base model that it names.
+
+    Args:
+        path: the run, or the adapter.
+        trust_remote_code: let the model's repository run its own code.
+
+    Returns:
+        The base model in evaluation mode, whose adapted layers are ``TLoRALinear``, or the like of
+        it for experts.
 
     Raises:
         UserError: the run or its base model cannot be loaded, or they do not fit each other.

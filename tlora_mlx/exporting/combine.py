@@ -81,6 +81,9 @@ def combine(
         base_model: says that all of them are adapters of this model, whatever they name.
         advance: called at each module.
 
+    Returns:
+        A run whose A and B, float32, have weights and scales folded in: every scale is 1.
+
     Raises:
         UserError: they are of different base models (both are named), a module's shapes differ, or
             its ranks do where they must be equal (all such modules are named), or a sum overflows.

@@ -16,6 +16,14 @@ from tlora_mlx.version import __version__
 def export_run(run: Run, output: Path, dtype: str = "float32") -> Path:
     """Write a run directory that ``load_run`` and every command read.
 
+    Args:
+        run: what ``read_as_run`` or ``combine`` gave.
+        output: directory to make; must not exist, or be empty.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
+
+    Returns:
+        ``output``.
+
     Raises:
         UserError: a value overflows ``dtype``, or ``output`` is taken.
         RunError: it could not be written, or not as it should be; nothing is left of it.

@@ -29,6 +29,13 @@ from tlora_mlx.run_directory import CONFIG, Run, read_run
 def read_adapter(path: str | Path) -> Adapter:
     """Read a run, a PEFT LoRA adapter or an mlx-lm adapter, without its base model.
 
+    Args:
+        path: the adapter's directory.
+
+    Returns:
+        The adapter under its own tool's module names; A and B are oriented as MLX keeps them, in
+        the dtype of the file.
+
     Raises:
         UserError: it is none of them, or not whole, or more than LoRA on linear layers.
     """
@@ -59,6 +66,9 @@ def read_as_run(path: str | Path, base_model: str | None = None) -> Run:
         base_model: for another tool's adapter: the model that it is to be loaded on, as a
             directory or Hub repository, instead of the one that it names. Of it only
             ``config.json`` is read. A run keeps its own.
+
+    Returns:
+        The run, with A and B in the dtype of the file.
 
     Raises:
         UserError: it cannot be read, its base model is not found, or a module has no known name.

@@ -10,7 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One target module: its rank (0: no adapter), effective scale, and what they come from."""
+    """One target module: its rank, effective scale, and what they come from.
+
+    Attributes:
+        rank: of A and B; 0: no adapter.
+        scale: what B A is multiplied by, alpha of the module over the *base* rank.
+        sensitivity: at least 0; 0 too where it is not known, as of another tool's adapter.
+        out_features: W is (out, in).
+        in_features: the same.
+    """
 
     rank: int
     scale: float
@@ -21,7 +29,13 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks and scales of all target modules, those of rank 0 too, first layer first."""
+    """Ranks and scales of all target modules, those of rank 0 too, first layer first.
+
+    Attributes:
+        rank: the base rank; the budget was this times the number of modules.
+        alpha: the base alpha.
+        modules: by full name.
+    """
 
     rank: int
     alpha: float

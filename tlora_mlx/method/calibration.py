@@ -176,6 +176,9 @@ def calibrate(
             will do (``covariance.input_leaders``).
         on_batch: called with the number of samples of each batch that is done.
 
+    Returns:
+        The sensitivities of all targets, and the covariances (in, in), float32, evaluated.
+
     Raises:
         ValueError: there is no sample, or a loss is not finite (the message counts the samples).
         NotImplementedError: a target module does not see its inputs sample by sample.

@@ -128,6 +128,9 @@ def target_linears(
         suffixes: only modules with one of these last name components, such as ``q_proj``.
         experts: each expert of a mixture too, by its projection's name and its number.
 
+    Returns:
+        The model's own modules, quantized or not, and an ``Expert`` for each expert.
+
     Raises:
         ValueError: a suffix matches nothing (the message names those that exist), or there is no
             linear layer, or no expert where they are asked for.
