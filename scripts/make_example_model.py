@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -201,6 +202,60 @@ def pretrain(
     return before, held_out_loss()
 
 
+def new_model(config: dict[str, Any], seed: int) -> Model:
+    """A random Llama as transformers initialises one: N(0, 0.02²), so that tied logits start small.
+
+    Args:
+        config: the contents of ``config.json``.
+        seed: of the weights.
+    """
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict(config))
+    small = [
+        (name, 0.02 * mx.random.normal(value.shape))
+        for name, value in tree_flatten(model.parameters())
+        if value.ndim == 2
+    ]
+    model.load_weights(small, strict=False)
+    return model
+
+
+def save_model(path: Path, model: Model, config: dict[str, Any]) -> None:
+    """Write weights and configuration as transformers reads them."""
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    (path / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def write_split(
+    path: Path,
+    rows: list[dict[str, str]],
+    number: int,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+) -> None:
+    """Write so many rows, drawn at random from those that are short enough, none twice."""
+    unique = {row["completion"]: row for row in rows}.values()
+    fitting = [r for r in unique if len(tokenizer.encode("".join(r.values()))) < MAX_TOKENS]
+    random.Random(seed).shuffle(fitting)
+    write_jsonl(path, fitting[:number])
+    print(f"{path.stem}: {min(len(fitting), number)} of {len(fitting)} rows")
+
+
+def token_windows(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """All texts' tokens, shuffled, each text ended: to train on, and a fiftieth held out."""
+    random.Random(seed).shuffle(texts)
+    encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    cut = len(encoded) // 50
+    held_out, tokens = (np.array([*chain(*part)]) for part in (encoded[:cut], encoded[cut:]))
+    print(f"{len(tokens):,} tokens to train on, {len(held_out):,} held out")
+    return tokens, held_out
+
+
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -224,35 +279,13 @@ def main() -> None:
         path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(model_path)
     for split, rows in splits.items():
-        unique = {row["completion"]: row for row in rows}.values()
-        fitting = [r for r in unique if len(tokenizer.encode("".join(r.values()))) < MAX_TOKENS]
-        random.Random(args.seed).shuffle(fitting)
-        write_jsonl(data_path / f"{split}.jsonl", fitting[: ROWS[split]])
-        print(f"{split}: {min(len(fitting), ROWS[split])} of {len(fitting)} rows")
-
-    random.Random(args.seed).shuffle(texts)
-    encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
-    cut = len(encoded) // 50
-    held_out, tokens = (np.array([*chain(*part)]) for part in (encoded[:cut], encoded[cut:]))
-    print(f"{len(tokens):,} tokens to train on, {len(held_out):,} held out")
-    mx.random.seed(args.seed)
-    model = Model(ModelArgs.from_dict(CONFIG))
-    # As transformers initialises a Llama: N(0, 0.02²), so that tied logits start near zero.
-    small = [
-        (name, 0.02 * mx.random.normal(value.shape))
-        for name, value in tree_flatten(model.parameters())
-        if value.ndim == 2
-    ]
-    model.load_weights(small, strict=False)
+        write_split(data_path / f"{split}.jsonl", rows, ROWS[split], tokenizer, args.seed)
+    tokens, held_out = token_windows(texts, tokenizer, args.seed)
+    model = new_model(CONFIG, args.seed)
     before, after = pretrain(model, tokens, held_out, args.steps, args.seed)
     print(f"held-out loss {before:.3f} -> {after:.3f} (ln {len(tokenizer)} = "
           f"{math.log(len(tokenizer)):.3f})")  # fmt: skip
-
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(model_path / "model.safetensors"), weights, {"format": "pt"})
-    (model_path / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    (model_path / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    save_model(model_path, model, CONFIG)
 
 
 if __name__ == "__main__":
