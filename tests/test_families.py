@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, path_for_mlx, quick_train, save_model
 from families import FAILS, FAMILIES, VARIANTS
+from mlx_lm.tuner.utils import load_adapters
 from safetensors.torch import load_file
 from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
 
-from tlora_mlx import UserError, export_peft, load_run, read_run
+from tlora_mlx import UserError, export_merged, export_mlx_lm, export_peft, load_run, read_run
 from tlora_mlx.base_model import load_base_model
 from tlora_mlx.exporting import names
 from tlora_mlx.method.layers import attach, target_linears
@@ -31,10 +32,22 @@ def exported_to_peft(layout):
     return logits
 
 
+def merged(run, model_path, output):
+    return logits_of(base_model(export_merged(read_run(run), output, str(model_path))))
+
+
+def exported_to_mlx_lm(run, model_path, output):
+    run = read_run(run)
+    base = load_base_model(run.config["model"]).model
+    return mlx_logits(load_adapters(base, str(export_mlx_lm(run, output))))
+
+
 # What a run is exported to, and how the other side computes logits with it.
 EXPORTS = {
     "PEFT portable": exported_to_peft("portable"),
     "PEFT compact": exported_to_peft("compact"),
+    "merged": merged,
+    "mlx-lm": exported_to_mlx_lm,
 }
 
 
