@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 from tlora_mlx import UserError, export_merged, load_run, read_run
 from tlora_mlx.exporting import merge
 from tlora_mlx.exporting.checkpoint import Scratch, decode, encode
+from tlora_mlx.exporting.names import HFWeight
 from tlora_mlx.files import write_json, write_tensors
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 
@@ -132,7 +132,7 @@ def test_a_weight_that_is_kept_transposed(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(
         merge,
         "hf_weight",
-        lambda family, name: SimpleNamespace(tensor=f"{name}.weight", transposed=name in kept),
+        lambda family, name: HFWeight(name, f"{name}.weight", name in kept),
     )
     run = make_run(tmp_path / "run", model_path, lambda i, shape: 3)
     out = all_tensors(export_merged(read_run(run), tmp_path / "merged", str(base)))

@@ -12,6 +12,7 @@ import numpy as np
 from tlora_mlx.errors import UserError
 from tlora_mlx.exporting.checkpoint import FLOATS, Checkpoint
 from tlora_mlx.exporting.delta import adapted, float32
+from tlora_mlx.exporting.experts import stack_and_number
 from tlora_mlx.exporting.proof import DTYPES
 from tlora_mlx.run_directory import Run
 from tlora_mlx.tensor_file import TensorFile
@@ -88,7 +89,8 @@ def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, Stored
     """The quantized model that a run was trained on, and its adapted weights by module name.
 
     Raises:
-        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run.
+        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run, or experts
+            have adapters.
     """
     base = Checkpoint(run.config["model"])
     table = base.config.get("quantization")
@@ -101,6 +103,11 @@ def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, Stored
     odd = [tensor for tensor in base.home if tensor.endswith(".global_scale")]
     if odd:
         raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
+    if any(stack_and_number(name)[1] is not None for name in run.plan.adapted()):
+        raise UserError(
+            f"{option} does not know adapters of experts yet, and run {run.path} has some; merge "
+            "them into the full-precision original (--base-model), or export for mlx-lm"
+        )
     weights, faults = {}, []
     for name, module in adapted(run).items():
         shape = (module.out_features, module.in_features)

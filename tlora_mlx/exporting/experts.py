@@ -60,6 +60,15 @@ class Stack:
         return a.reshape(-1, in_features), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
 
+def stack_and_number(name: str) -> tuple[str, int | None]:
+    """A module's stacked layer and its number there; its own name and None where it is no expert.
+
+    An expert's name is the stacked layer's and a number (``method/experts.py``).
+    """
+    stack, _, number = name.rpartition(".")
+    return (stack, int(number)) if number.isdigit() else (name, None)
+
+
 def expert_stacks(run: Run) -> dict[str, Stack]:
     """The run's experts by the full name of their parameter; empty where none is a target."""
     stacks: dict[str, Stack] = {}

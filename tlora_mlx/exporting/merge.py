@@ -25,7 +25,7 @@ from tlora_mlx.exporting.checkpoint import (
     segments,
 )
 from tlora_mlx.exporting.delta import Delta, adapted, run_delta
-from tlora_mlx.exporting.names import hf_weight, unexportable
+from tlora_mlx.exporting.names import HFWeight, hf_weight, unexportable
 from tlora_mlx.exporting.proof import Errors, Proof, blocks, compare_merged, wrong
 from tlora_mlx.files import new_directory
 from tlora_mlx.run_directory import Run
@@ -70,51 +70,65 @@ def export_merged(run: Run, output: Path, base_model: str | None = None) -> Path
             f"model {base.name} is quantized; name the full-precision one with --base-model, or, "
             "if the run was trained on it, pass --dequantize"
         )
-    targets = _targets(run, base)
+    count, targets = len(adapted(run)), _targets(run, base)
     proof = Proof()
     with new_directory(output) as beside:
         base.copy_other_files(beside)
         if (base.path / INDEX).exists():
             copy_file(base.path / INDEX, beside / INDEX)
-        with bar("merging", len(targets)) as advance:
+        with bar("merging", count) as advance:
             for name, file in base.files.items():
                 _write(file, beside / name, run, targets, advance)
-        with bar("reading back", len(targets)) as advance:
+        with bar("reading back", count) as advance:
             for name, file in base.files.items():
                 _prove(file, beside / name, run, targets, proof, advance)
         say(proof.summary())
     return output
 
 
-class _Target(NamedTuple):
-    """A module that is merged, and whether the checkpoint keeps its weight as (in, out)."""
+class _Change(NamedTuple):
+    """What is added to some rows of a weight.
+
+    Attributes:
+        module: whose Δ it is.
+        columns: to which columns of the rows.
+        delta: Δ as the checkpoint keeps the weight.
+    """
 
     module: str
-    transposed: bool
+    columns: slice
+    delta: Delta
 
-    def delta(self, run: Run) -> Delta:
-        """Δ as the checkpoint keeps the weight."""
-        delta = run_delta(run, self.module)
-        return delta.transposed() if self.transposed else delta
+    def rows(self, start: int, stop: int) -> _Change:
+        """The change of some of the rows."""
+        return self._replace(delta=self.delta.rows(start, stop))
 
 
-def _targets(run: Run, base: Checkpoint) -> dict[str, _Target]:
+# Of each tensor in the checkpoint, the modules that are merged into it, by where they are there.
+_Targets = Mapping[str, Mapping[str, HFWeight]]
+
+
+def _targets(run: Run, base: Checkpoint) -> _Targets:
     """What is merged by the name of its tensor in the checkpoint; all faults in one message."""
-    targets, faults = {}, []
-    for name, module in adapted(run).items():
+    targets: dict[str, dict[str, HFWeight]] = {}
+    experts: dict[str, int] = {}
+    for name, module in run.plan.modules.items():
         weight = hf_weight(run.config["model_type"], name)
-        tensor = weight.tensor
-        if tensor is None:
-            faults.append(
-                f"{name} is a part of a tensor of all experts, which cannot be merged yet"
-            )
-            continue
-        targets[tensor] = target = _Target(name, weight.transposed)
+        if weight.stacked:
+            experts[weight.tensor] = max(experts.get(weight.tensor, 0), weight.number + 1)
+        if module.rank:
+            targets.setdefault(weight.tensor, {})[name] = weight
+    faults = []
+    for tensor, modules in targets.items():
         if tensor not in base.home:
             faults.append(f"it has no {tensor}")
             continue
-        entry, shape = base.home[tensor].entries[tensor], (module.out_features, module.in_features)
-        shape = shape[::-1] if target.transposed else shape
+        name, weight = next(iter(modules.items()))
+        module, entry = run.plan.modules[name], base.home[tensor].entries[tensor]
+        parts = 2 if weight.stacked and weight.rows else 1
+        shape = (parts * module.out_features, module.in_features)
+        shape = shape[::-1] if weight.transposed else shape
+        shape = (experts[tensor], *shape) if weight.stacked else shape
         if entry.shape != shape:
             faults.append(f"{tensor} has shape {entry.shape}, the run was trained on {shape}")
         elif entry.dtype not in FLOATS:
@@ -126,51 +140,91 @@ def _targets(run: Run, base: Checkpoint) -> dict[str, _Target]:
     return targets
 
 
+def _pieces(
+    run: Run, modules: Mapping[str, HFWeight], shape: tuple[int, ...]
+) -> Iterator[tuple[int, int, list[_Change]]]:
+    """Ranges of a tensor's rows, in order, and what is added to each: the modules' Δ.
+
+    A stack of experts, (experts, rows, columns), is a matrix of all their rows. Where it is
+    transposed, gate and up are columns of the same rows.
+    """
+    places: dict[tuple[int, int], list[tuple[str, slice]]] = {}
+    for name, weight in modules.items():
+        rows, columns = slice(0, shape[-2]), slice(None)
+        if weight.stacked and weight.rows:
+            if weight.transposed:
+                columns = weight.rows.slice(shape[-1])
+            else:
+                rows = weight.rows.slice(shape[-2])
+        first = weight.number * shape[-2] if weight.stacked else 0
+        place = first + rows.start, first + rows.stop
+        places.setdefault(place, []).append((name, columns))
+    for (start, stop), parts in sorted(places.items()):
+        changes = []
+        for name, columns in parts:
+            delta = run_delta(run, name)
+            delta = delta.transposed() if modules[name].transposed else delta
+            changes.append(_Change(name, columns, delta))
+        yield start, stop, changes
+
+
 class _Block(NamedTuple):
     """Some rows of a weight and what is added to them, or some bytes that stay as they are.
 
     Attributes:
         tensor: the weight's name; None for bytes.
         offset: of the first byte in the file.
-        shape: (rows, in), or (bytes,).
+        shape: (rows, columns), or (bytes,).
         dtype: the weight's, as the format calls it; U8 for bytes.
-        delta: Δ of these rows.
+        changes: of these rows.
     """
 
     tensor: str | None
     offset: int
     shape: tuple[int, ...]
     dtype: str
-    delta: Delta | None
+    changes: list[_Change]
 
 
-def _segments(file: TensorFile, run: Run, targets: Mapping[str, _Target]) -> Iterator[list[_Block]]:
-    """The blocks of a whole file in its order: those of one weight, or of what is between two."""
+def _segments(file: TensorFile, run: Run, targets: _Targets) -> Iterator[list[_Block]]:
+    """The blocks of a whole file in its order: those of some rows, or of what is between two."""
     for tensor, start, stop in segments(file, targets.keys()):
-        if tensor is None:
-            yield [
-                _Block(None, start + i, (j - i,), "U8", None) for i, j in blocks(stop - start, 1)
-            ]
-            continue
-        entry, delta = file.entries[tensor], targets[tensor].delta(run)
-        row = np.dtype(STORED[entry.dtype]).itemsize * entry.shape[1]
-        yield [
-            _Block(
-                tensor,
-                start + i * row,
-                (j - i, entry.shape[1]),
-                entry.dtype,
-                delta.rows(i, j),
-            )
-            for i, j in blocks(*entry.shape)
-        ]
+        if tensor is not None:
+            entry = file.entries[tensor]
+            width = entry.shape[-1]
+            row = np.dtype(STORED[entry.dtype]).itemsize * width
+            first = start
+            for begin, end, changes in _pieces(run, targets[tensor], entry.shape):
+                yield _bytes(start, first + begin * row)
+                yield [
+                    _Block(
+                        tensor,
+                        first + (begin + i) * row,
+                        (j - i, width),
+                        entry.dtype,
+                        [change.rows(i, j) for change in changes],
+                    )
+                    for i, j in blocks(end - begin, width)
+                ]
+                start = first + end * row
+        yield _bytes(start, stop)
+
+
+def _bytes(start: int, stop: int) -> list[_Block]:
+    """The blocks of bytes from ``start`` to ``stop``; empty where there is none."""
+    return [_Block(None, start + i, (j - i,), "U8", []) for i, j in blocks(stop - start, 1)]
+
+
+def _merged(segment: list[_Block]) -> int:
+    """How many modules are merged in a segment."""
+    return len(segment[0].changes) if segment else 0
 
 
 def _write(
     file: TensorFile,
     target: Path,
     run: Run,
-    targets: Mapping[str, _Target],
+    targets: _Targets,
     advance: Callable[[int], None],
 ) -> None:
     """Write one weight file of the merged model."""
@@ -180,7 +234,7 @@ def _write(
         for segment in _segments(file, run, targets):
             for _ in pool.map(work, segment):
                 pass
-            advance(int(segment[0].tensor is not None))
+            advance(_merged(segment))
         out.sync()
 
 
@@ -188,7 +242,7 @@ def _prove(
     file: TensorFile,
     target: Path,
     run: Run,
-    targets: Mapping[str, _Target],
+    targets: _Targets,
     proof: Proof,
     advance: Callable[[int], None],
 ) -> None:
@@ -199,10 +253,10 @@ def _prove(
     with OpenFile(file.path) as source, OpenFile(target) as out, _pool() as pool:
         work = partial(_prove_block, source, out, Scratch())
         for segment in _segments(file, run, targets):
-            for errors in pool.map(work, segment):
-                if tensor := segment[0].tensor:
-                    proof.add(targets[tensor].module, errors)
-            advance(int(segment[0].tensor is not None))
+            for found in pool.map(work, segment):
+                for change, errors in zip(segment[0].changes, found, strict=True):
+                    proof.add(change.module, errors)
+            advance(_merged(segment))
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -211,28 +265,34 @@ def _pool() -> ThreadPoolExecutor:
 
 def _write_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Block) -> None:
     stored = source.read(block.offset, scratch.array("source", block.shape, STORED[block.dtype]))
-    if block.delta:
+    if block.changes:
         weight = decode(stored, scratch.array("weight", block.shape, np.float32))
-        weight += block.delta.product(scratch.array("delta", block.shape, np.float32))
+        for change in block.changes:
+            part = weight[:, change.columns]
+            part += change.delta.product(scratch.array("delta", part.shape, np.float32))
         with np.errstate(over="ignore"):  # float16; reading back finds it
             encode(weight, stored, scratch)
     out.write(block.offset, stored)
 
 
-def _prove_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Block) -> Errors:
-    """Hold a block of the written file against W + Δ, formed anew.
+def _prove_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Block) -> list[Errors]:
+    """Hold a block of the written file against W + Δ, formed anew; the errors of each change.
 
     Raises:
-        RunError: it is off by more than rounding, or not finite; or bytes are not the same.
+        RunError: it is off by more than rounding, or not finite; or what stays is not the same.
     """
     dtype = STORED[block.dtype]
     before = source.read(block.offset, scratch.array("source", block.shape, dtype))
     after = out.read(block.offset, scratch.array("written", block.shape, dtype))
-    if not block.delta:
-        if not np.array_equal(before, after):
-            raise wrong("what is not adapted")
-        return Errors()
-    weight = decode(before, scratch.array("weight", block.shape, np.float32))
-    merged = decode(after, scratch.array("merged", block.shape, np.float32))
-    delta = block.delta.product(scratch.array("delta", block.shape, np.float32))
-    return compare_merged(block.tensor, weight, merged, delta, FLOATS[block.dtype])
+    errors = []
+    if block.changes:
+        weight = decode(before, scratch.array("weight", block.shape, np.float32))
+        merged = decode(after, scratch.array("merged", block.shape, np.float32))
+    for change in block.changes:
+        parts = weight[:, change.columns], merged[:, change.columns]
+        delta = change.delta.product(scratch.array("delta", parts[0].shape, np.float32))
+        errors.append(compare_merged(block.tensor, *parts, delta, FLOATS[block.dtype]))
+        before[:, change.columns] = after[:, change.columns]
+    if not np.array_equal(before.view(np.uint8), after.view(np.uint8)):
+        raise wrong("what is not adapted")
+    return errors

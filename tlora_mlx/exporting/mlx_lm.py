@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from tlora_mlx.exporting.delta import Delta, adapted, float32
+from tlora_mlx.exporting.experts import stack_and_number
 from tlora_mlx.exporting.proof import DTYPES, Proof, finite_in, prove_adapter
 from tlora_mlx.files import new_directory, read_json, write_json, write_tensors
 from tlora_mlx.run_directory import Run
@@ -26,7 +28,9 @@ def export_mlx_lm(
     ``mlx_lm/tuner/utils.py``: ``load_adapters``, ``linear_to_lora_layers``). So every module is
     padded with zeros to the largest rank, and its scale is folded into B in float32: mlx-lm's is 1.
     ``keys`` are names inside a block, looked for in the last ``num_layers`` blocks, which is the
-    run's own option. Modules of rank 0 are zeros.
+    run's own option. Modules of rank 0 are zeros. Experts are stacked as mlx-lm has them, lora_a
+    (experts, rank, in) and lora_b (experts, out, rank) (``mlx_lm/tuner/lora.py``,
+    ``LoRASwitchLinear``).
 
     Args:
         run: what ``read_run`` read.
@@ -43,14 +47,22 @@ def export_mlx_lm(
     """
     modules = run.plan.modules
     rank = max(module.rank for module in adapted(run).values())
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
+    stacks: dict[str, dict[int, tuple[mx.array, mx.array]]] = {}
     for name, module in modules.items():
         a, b = mx.zeros((module.in_features, rank)), mx.zeros((rank, module.out_features))
         if module.rank:
             a[:, : module.rank] = run.tensors[f"{name}.lora_a"].astype(mx.float32)
             b[: module.rank] = module.scale * run.tensors[f"{name}.lora_b"].astype(mx.float32)
-        tensors[f"{name}.lora_a"] = a.astype(DTYPES[dtype])
-        tensors[f"{name}.lora_b"] = b.astype(DTYPES[dtype])
+        a, b = a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype])
+        stack, number = stack_and_number(name)
+        if number is None:
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
+        else:
+            stacks.setdefault(stack, {})[number] = a.T, b.T
+    for name, experts in stacks.items():
+        a, b = zip(*(experts[number] for number in sorted(experts)), strict=True)
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = mx.stack(a), mx.stack(b)
     finite_in(tensors, dtype)
     config = {
         "fine_tune_type": "lora",
@@ -60,7 +72,7 @@ def export_mlx_lm(
             "rank": rank,
             "scale": 1.0,
             "dropout": 0.0,
-            "keys": sorted({_inside_block(name) for name in modules}),
+            "keys": sorted({_inside_block(stack_and_number(name)[0]) for name in modules}),
         },
     }
     with new_directory(output) as beside:
@@ -77,18 +89,27 @@ def _inside_block(name: str) -> str:
     return ".".join(parts[number + 1 :])
 
 
+def _expert(tensors: TensorFile, key: str, number: int) -> np.ndarray:
+    """One expert's matrix of a stack, (experts, rows, columns)."""
+    rows = tensors.entries[key].shape[1]
+    return float32(tensors.rows(key, number * rows, (number + 1) * rows))
+
+
 def _prove(run: Run, path: Path, dtype: str) -> Proof:
     """Read the adapter back by mlx-lm's rule: scale · B A with one scale and rank."""
     parameters = read_json(path / CONFIG, "the adapter's configuration")["lora_parameters"]
+    rank, scale = parameters["rank"], parameters["scale"]
     tensors = TensorFile(path / ADAPTERS, "the adapter")
 
     def delta(name: str) -> Delta | None:
+        name, number = stack_and_number(name)
         keys = f"{name}.lora_a", f"{name}.lora_b"
         if not set(keys) <= tensors.keys():
             return None
-        a, b = (float32(tensors[key]) for key in keys)
-        if a.shape[1] != parameters["rank"]:
-            return None
-        return Delta(parameters["scale"] * b.T, a.T)
+        if number is None:
+            a, b = (float32(tensors[key]).T for key in keys)
+        else:
+            a, b = (_expert(tensors, key, number) for key in keys)
+        return Delta(scale * b, a) if len(a) == rank else None
 
     return prove_adapter(run, delta, dtype)

@@ -28,21 +28,22 @@ class HFWeight(NamedTuple):
     Attributes:
         module: its path in the model of transformers, which is what PEFT adapts.
         tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
-            ``save_pretrained`` writes, which are not always the model's own names. None of an
-            expert that is a part of a tensor.
+            ``save_pretrained`` writes, which are not always the model's own names.
         transposed: the tensor is (in, out), not (out, in).
         parameter: of an expert, the module's parameter that holds all experts' weights.
         rows: of an expert, which of the parameter's rows (of out) are its: those of the gate or of
             up where they are fused.
         number: of an expert, which it is.
+        stacked: the tensor is all experts', (experts, …), with the parameter's rows.
     """
 
     module: str
-    tensor: str | None
+    tensor: str
     transposed: bool = False
     parameter: str | None = None
     rows: Rows | None = None
     number: int | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,19 @@ class Experts:
     Attributes:
         switch: the stacked layers of mlx-lm.
         module: the module of transformers whose parameters hold all of them.
-        file: the experts in the checkpoint; None where they are stacked there too.
+        file: the module that holds them in the checkpoint.
         files: the names of an expert's matrices there, in the order of ``projections``.
+        stacks: where experts are stacked in the checkpoint too, their tensors inside of ``file`` by
+            the parameter of transformers.
         projections: of mlx-lm's names, the parameter of transformers, such as ``gate_up_proj``
             (experts, 2·F, in), and which part of its rows.
         interleaved: gate and up alternate in ``gate_up_proj``, instead of one after the other.
+        transposed: the checkpoint's stacks are (experts, in, out).
     """
 
     switch: str = "mlp.switch_mlp"
     module: str = "mlp.experts"
-    file: str | None = "mlp.experts"
+    file: str = "mlp.experts"
     files: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     projections: Mapping[str, tuple[str, int | None]] = field(
         default_factory=lambda: {
@@ -71,6 +75,8 @@ class Experts:
         }
     )
     interleaved: bool = False
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,12 @@ _KV_B = _same("self_attn: kv_b_proj")
 _SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
 _SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
 _MAMBA = _same("mamba: in_proj out_proj")
-_GRANITE_EXPERTS = Experts("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", None)
+_GRANITE_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp",
+    "block_sparse_moe.experts",
+    "block_sparse_moe",
+    stacks={"gate_up_proj": "input_linear.weight", "down_proj": "output_linear.weight"},
+)
 _MIXTRAL_EXPERTS = Experts(
     "block_sparse_moe.switch_mlp", file="block_sparse_moe.experts", files=("w1", "w3", "w2")
 )
@@ -239,7 +250,15 @@ FAMILIES: dict[str, Family] = {
     ),
     # Mixtures of experts: attention and what every token passes; experts where it is said.
     "granitemoe": Family(_ATTENTION, experts=_GRANITE_EXPERTS),
-    "gpt_oss": Family(_ATTENTION, experts=Experts("mlp.experts", file=None, interleaved=True)),
+    "gpt_oss": Family(
+        _ATTENTION,
+        experts=Experts(
+            "mlp.experts",
+            interleaved=True,
+            stacks={"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"},
+            transposed=True,
+        ),
+    ),
     **dict.fromkeys(("mixtral", "phimoe"), Family(_ATTENTION, experts=_MIXTRAL_EXPERTS)),
     **dict.fromkeys(("olmoe", "mellum"), Family(_ATTENTION, experts=Experts())),
     "qwen3_moe": Family(_LLAMA, experts=Experts(), as_parameters=_TAKEN),
@@ -353,17 +372,19 @@ def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
     if projection not in experts.projections or not number.isdigit():
         return None
     parameter, part = experts.projections[projection]
-    tensor = None
-    if experts.file:
+    if experts.stacks:
+        tensor = experts.stacks[parameter]
+    else:
         file = experts.files[list(experts.projections).index(projection)]
-        blocks = family.file_blocks or family.hf_blocks
-        tensor = f"{blocks}.{block}.{experts.file}.{number}.{file}.weight"
+        tensor = f"{number}.{file}.weight"
     return HFWeight(
         f"{family.hf_blocks}.{block}.{experts.module}",
-        tensor,
+        f"{family.file_blocks or family.hf_blocks}.{block}.{experts.file}.{tensor}",
+        experts.transposed,
         parameter=parameter,
         rows=None if part is None else Rows(part, experts.interleaved),
         number=int(number),
+        stacked=bool(experts.stacks),
     )
 
 
