@@ -21,12 +21,13 @@ from tlora_mlx.method.layers import linear_shape, target_linears
 TOKENS = [[5, 6, 7, 8, 9, 10, 250, 3], [11, 200, 4, 4, 30, 299, 1, 2]]
 
 
-def make_run(path, model_path, rank_of, num_layers=-1, **config):
+def make_run(path, model_path, rank_of, num_layers=-1, experts=False, **config):
     """A run directory with the given ranks (by module number and shape) and a random A and B."""
     base = load_base_model(str(model_path))
     mx.random.seed(2)
     modules, tensors = {}, {}
-    for i, (name, linear) in enumerate(target_linears(base.model, num_layers).items()):
+    targets = target_linears(base.model, num_layers, experts=experts)
+    for i, (name, linear) in enumerate(targets.items()):
         out_features, in_features = shape = linear_shape(linear)
         rank = rank_of(i, shape)
         modules[name] = ModulePlan(rank, 0.5 + i / 8, 1.0, out_features, in_features)

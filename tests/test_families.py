@@ -17,7 +17,16 @@ from mlx_lm.tuner.utils import load_adapters
 from safetensors.torch import load_file
 from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
 
-from tlora_mlx import UserError, export_merged, export_mlx_lm, export_peft, load_run, read_run
+from tlora_mlx import (
+    UserError,
+    export_dequantized,
+    export_merged,
+    export_mlx_lm,
+    export_peft,
+    export_requantized,
+    load_run,
+    read_run,
+)
 from tlora_mlx.base_model import load_base_model
 from tlora_mlx.exporting import names
 from tlora_mlx.method.layers import attach, target_linears
@@ -169,6 +178,14 @@ def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
     expected = mlx_logits(attach(original, run.plan, run.tensors))
     adapter = export_peft(run, tmp_path / "peft")
     assert difference(peft_logits(model_path, adapter), expected) < TOLERANCE
+    assert difference(merged(run_path, model_path, tmp_path / "merged"), expected) < TOLERANCE
+    conversions = mlx_logits(load_run(run_path).model)
+    theirs = exported_to_mlx_lm(run_path, conversion, tmp_path / "mlx-lm")
+    assert difference(theirs, conversions) < TOLERANCE
+    for export, option in ((export_dequantized, "dequantize"), (export_requantized, "quantize")):
+        with pytest.raises(UserError, match=f"^--{option} does not know adapters of experts yet"):
+            export(run, tmp_path / option)
+        assert not (tmp_path / option).exists()
 
 
 def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path, tmp_path):
@@ -230,7 +247,8 @@ def test_a_4_bit_conversion_for_its_original(family, data_path, tmp_path):
     convert(str(model_path), str(conversion), quantize=True, q_bits=4, q_group_size=32)
     card = f"---\nbase_model: {model_path}\n---\n"
     (conversion / "README.md").write_text(card)
-    run = read_run(quick_train(conversion, data_path, tmp_path / "run", calibration_samples=4))
+    run_path = quick_train(conversion, data_path, tmp_path / "run", calibration_samples=4)
+    run = read_run(run_path)
     original = load_base_model(str(model_path)).model
     base = mlx_logits(original)
     expected = mlx_logits(attach(original, run.plan, run.tensors))
@@ -240,6 +258,7 @@ def test_a_4_bit_conversion_for_its_original(family, data_path, tmp_path):
         config = json.loads((adapter / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(model_path)
         assert difference(peft_logits(model_path, adapter), expected) < TOLERANCE
+    assert difference(merged(run_path, model_path, tmp_path / "merged"), expected) < TOLERANCE
 
 
 def test_refused_before_any_training(model_path, data_path, tmp_path, tlora_here, monkeypatch):

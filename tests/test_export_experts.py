@@ -1,0 +1,168 @@
+"""Experts' adapters in merged models and mlx-lm's stacks: each in its place, and nothing else."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import path_for_mlx, save_model
+from mlx_lm.tuner.lora import LoRASwitchLinear
+from mlx_lm.tuner.utils import load_adapters
+from safetensors.torch import load_file
+from test_export import TOKENS, make_run, mlx_logits, zero_one_cap
+
+from tlora_mlx import RunError, UserError, export_merged, export_mlx_lm, read_run
+from tlora_mlx.base_model import load_base_model
+from tlora_mlx.exporting import checkpoint
+from tlora_mlx.exporting import mlx_lm as our_mlx_lm
+from tlora_mlx.files import write_tensors
+
+# One tensor an expert; stacks with gate and up in halves of the rows; in columns that alternate.
+CHECKPOINTS = ["mixtral", "granitemoe", "gpt_oss"]
+
+
+def make(place, family, dtype="float32"):
+    """A checkpoint and a run on it by hand; ranks 0, 1 and the cap among those of its experts."""
+    model_path = save_model(place / "model", family, dtype)
+    mlx_path = path_for_mlx(model_path, family)
+    options = {"experts": True, "base_model": str(model_path)}
+    return model_path, make_run(place / "run", mlx_path, zero_one_cap, **options)
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def made(request, tmp_path_factory):
+    return request.param, *make(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def places(family, tensors):
+    """A view of what each expert's module is in the checkpoint, (out, in), by the module's name."""
+    found = {}
+    for block in (0, 1):
+        head = f"model.layers.{block}."
+        for e in range(4):
+            if family == "mixtral":
+                moe = f"{head}block_sparse_moe."
+                names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+                parts = {p: tensors[f"{moe}experts.{e}.{file}.weight"] for p, file in names.items()}
+            elif family == "granitemoe":
+                moe = f"{head}block_sparse_moe."
+                fused = tensors[f"{moe}input_linear.weight"][e]
+                parts = {"gate_proj": fused[:80], "up_proj": fused[80:]}
+                parts["down_proj"] = tensors[f"{moe}output_linear.weight"][e]
+            else:
+                moe = f"{head}mlp."
+                fused = tensors[f"{moe}experts.gate_up_proj"][e]
+                parts = {"gate_proj": fused[:, 0::2].T, "up_proj": fused[:, 1::2].T}
+                parts["down_proj"] = tensors[f"{moe}experts.down_proj"][e].T
+            switch = f"{moe}experts." if family == "gpt_oss" else f"{moe}switch_mlp."
+            found |= {f"{switch}{part}.{e}": weight for part, weight in parts.items()}
+    return found
+
+
+def test_each_expert_has_its_delta_and_all_else_its_bits(made, tmp_path, capsys):
+    family, model_path, run_path = made
+    run = read_run(run_path)
+    out = export_merged(run, tmp_path / "merged")
+    adapted = run.plan.adapted()
+    assert f"the deltas of {len(adapted)} modules are there" in capsys.readouterr().out
+    before = load_file(model_path / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    experts = places(family, before)
+    assert experts.keys() == {name for name in run.plan.modules if "proj." in name}
+    assert len(experts) > len(experts.keys() & adapted.keys()) > 10
+    merged = places(family, after)
+    for name, weight in experts.items():
+        if name in adapted:
+            a, b = (np.array(run.tensors[f"{name}.lora_{k}"]) for k in "ab")
+            delta = adapted[name].scale * (a @ b).T
+            assert np.abs(delta).max() > 0.01
+            np.testing.assert_allclose(merged[name] - weight, delta, rtol=1e-5, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(merged[name], weight)
+    touched = [n for n in before if not np.array_equal(before[n], after[n])]
+    assert not any("router" in name or "gate.weight" in name or "bias" in name for name in touched)
+
+
+def test_a_merged_stack_that_was_written_wrongly(made, tmp_path, monkeypatch):
+    """Each of many blocks is corrupted in turn, adapted or not."""
+    _, _, run_path = made
+    run, write, calls = read_run(run_path), checkpoint.OpenFile.write, []
+    monkeypatch.setattr(
+        checkpoint.OpenFile,
+        "write",
+        lambda file, at, data: (calls.append(at), write(file, at, data)),
+    )
+    export_merged(run, tmp_path / "counted")
+    assert len(calls) > 20
+    for number in range(0, len(calls), len(calls) // 7):
+        count = iter(range(len(calls)))
+
+        def corrupted(file, at, data, count=count, number=number):
+            if next(count) == number:
+                data = data.reshape(-1).view(np.uint8).copy()
+                data[-1] ^= 0x41
+            write(file, at, data)
+
+        monkeypatch.setattr(checkpoint.OpenFile, "write", corrupted)
+        with pytest.raises((RunError, UserError), match=r"what was written|damaged|not finite"):
+            export_merged(run, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["counted"]
+
+
+def test_a_model_of_other_experts(made, tmp_path):
+    family, _, run_path = made
+    other = save_model(tmp_path / "other", family, num_local_experts=3)
+    message = r"has no .*\.3\." if family == "mixtral" else r"has shape \(3, .* trained on \(4, "
+    with pytest.raises(UserError, match=message):
+        export_merged(read_run(run_path), tmp_path / "out", str(other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stacks_in_half_precision(tmp_path):
+    """Rounded once, in place."""
+    model_path, run_path = make(tmp_path, "gpt_oss", "bfloat16")
+    run = read_run(run_path)
+    after = load_file(export_merged(run, tmp_path / "merged") / "model.safetensors")
+    merged = places("gpt_oss", after)
+    for name, weight in places("gpt_oss", load_file(model_path / "model.safetensors")).items():
+        expected = weight.float().numpy()
+        if module := run.plan.adapted().get(name):
+            a, b = (np.array(run.tensors[f"{name}.lora_{k}"]) for k in "ab")
+            expected = expected + module.scale * (a @ b).T
+        off = np.abs(merged[name].float().numpy() - expected)
+        assert (off <= 2**-8 * np.abs(expected) + 1e-6).all(), name
+
+
+def test_mlx_lms_stacks(made, tmp_path, monkeypatch):
+    """Tensors and keys as mlx-lm has them; its own fuse; and a wrong expert is found."""
+    family, _, run_path = made
+    run = read_run(run_path)
+    adapter = export_mlx_lm(run, tmp_path / "mlx-lm")
+    parameters = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]
+    switch = "mlp.experts" if family == "gpt_oss" else "block_sparse_moe.switch_mlp"
+    projections = ("down_proj", "gate_proj", "up_proj")
+    assert set(parameters["keys"]) == {
+        *(f"self_attn.{k}_proj" for k in "qkvo"),
+        *(f"{switch}.{projection}" for projection in projections),
+    }
+    model = load_adapters(load_base_model(run.config["model"]).model, str(adapter))
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, LoRASwitchLinear)}
+    assert len(stacks) == 6
+    expected = mlx_logits(run_path)
+    for name, stack in stacks.items():
+        rank = parameters["rank"]
+        assert stack.lora_a.shape == (4, rank, stack.linear.input_dims)
+        assert stack.lora_b.shape == (4, stack.linear.output_dims, rank)
+        owner, _, projection = name.rpartition(".")
+        dict(model.named_modules())[owner][projection] = stack.fuse()
+    assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < 1e-4
+
+    def swapped(path, tensors, metadata):
+        key = next(key for key in tensors if key.endswith("down_proj.lora_b"))
+        write_tensors(path, tensors | {key: tensors[key][::-1]}, metadata)
+
+    monkeypatch.setattr(our_mlx_lm, "write_tensors", swapped)
+    with pytest.raises(RunError, match=r"what was written for model\.layers\.0\..*down_proj\.\d"):
+        export_mlx_lm(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["mlx-lm"]
