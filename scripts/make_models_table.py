@@ -24,10 +24,12 @@ PEFT {peft}.
 
 Each family's `model_type` (in `config.json`) stands for a tiny random checkpoint that transformers
 makes, with layers of every kind that the family has. It is loaded through mlx-lm, calibrated,
-trained a few steps, exported, and loaded by transformers and PEFT. The numbers are the largest
-differences between logits: of the untrained models in mlx-lm and transformers, and of the trained
-model in mlx-lm and each export on the other side; the tests ask for less than 1e-4. Training itself
-moved logits by {least_trained:.2f} or more. Where released checkpoints have a setting that keeps
+trained a few steps and exported; PEFT and transformers load the layouts of `--format peft`,
+transformers loads the merged model, mlx-lm its own adapter. The numbers are the largest differences
+between logits: of the untrained models in mlx-lm and transformers, and of the trained model in
+mlx-lm and each export on the other side; "with experts" is the largest of all of them in a second
+run, with `--target-experts`. The tests ask for less than 1e-4. Training itself moved logits by
+{least_trained:.2f} or more. Where released checkpoints have a setting that keeps
 mlx-lm and transformers apart, it is a remark, with its difference in brackets, and the numbers are
 those without it. A family that is not here is refused when training starts;
 `--allow-unexportable` trains it all the same.
@@ -51,7 +53,11 @@ those without it. A family that is not here is refused when training starts;
   so many experts make calibration long: fewer `--calibration-samples` shorten it. In training an
   expert's A and B are padded to the largest rank in its layer, which `--max-rank` bounds. PEFT has
   one adapter for all experts of a block (`target_parameters`), gate and up fused, whose rank is
-  the largest sum of an expert's two.
+  the largest sum of an expert's two. mlx-lm stacks the experts of a layer, all of the adapter's one
+  rank. A merged model has each expert's delta in its tensor, or in its part of the tensor of all
+  experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss). gpt_oss is
+  released in MXFP4, which is not merged into: merge into a checkpoint in bfloat16. Experts are not
+  merged into quantized MLX models (`--dequantize`, `--quantize`) yet.
 - **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
   `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
   dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
