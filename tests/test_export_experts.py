@@ -26,6 +26,7 @@ from tlora_mlx.base_model import load_base_model
 from tlora_mlx.exporting import checkpoint, requantize
 from tlora_mlx.exporting import mlx_lm as our_mlx_lm
 from tlora_mlx.files import write_tensors
+from tlora_mlx.importing.read import read_as_run
 from tlora_mlx.method.layers import dense_weight, target_linears
 from tlora_mlx.tensor_file import TensorFile
 
@@ -169,6 +170,9 @@ def test_mlx_lms_stacks(made, tmp_path, monkeypatch):
         owner, _, projection = name.rpartition(".")
         dict(model.named_modules())[owner][projection] = stack.fuse()
     assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < 1e-4
+
+    with pytest.raises(UserError, match=r"adapts stacks of experts, .*: model\.layers\.0\."):
+        read_as_run(str(adapter), run.config["model"])
 
     def swapped(path, tensors, metadata):
         key = next(key for key in tensors if key.endswith("down_proj.lora_b"))
