@@ -56,8 +56,8 @@ those without it. A family that is not here is refused when training starts;
   the largest sum of an expert's two. mlx-lm stacks the experts of a layer, all of the adapter's one
   rank. A merged model has each expert's delta in its tensor, or in its part of the tensor of all
   experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss). gpt_oss is
-  released in MXFP4, which is not merged into: merge into a checkpoint in bfloat16. Experts are not
-  merged into quantized MLX models (`--dequantize`, `--quantize`) yet.
+  released in MXFP4, which is not merged into: merge into a checkpoint in bfloat16, or into the MLX
+  model that the run was trained on (`--dequantize`, `--quantize`).
 - **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
   `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
   dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -20,6 +21,9 @@ ROWS = [
     for i in range(6)
     for j in range(3)
 ]
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing in the tests may wait for a network that is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,8 +1,10 @@
 """Experts' adapters in merged models and mlx-lm's stacks: each in its place, and nothing else."""
 
 import json
+import re
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from conftest import path_for_mlx, save_model
@@ -11,11 +13,22 @@ from mlx_lm.tuner.utils import load_adapters
 from safetensors.torch import load_file
 from test_export import TOKENS, make_run, mlx_logits, zero_one_cap
 
-from tlora_mlx import RunError, UserError, export_merged, export_mlx_lm, read_run
+from tlora_mlx import (
+    RunError,
+    UserError,
+    export_dequantized,
+    export_merged,
+    export_mlx_lm,
+    export_requantized,
+    read_run,
+)
 from tlora_mlx.base_model import load_base_model
-from tlora_mlx.exporting import checkpoint
+from tlora_mlx.exporting import checkpoint, requantize
 from tlora_mlx.exporting import mlx_lm as our_mlx_lm
 from tlora_mlx.files import write_tensors
+from tlora_mlx.importing.read import read_as_run
+from tlora_mlx.method.layers import dense_weight, target_linears
+from tlora_mlx.tensor_file import TensorFile
 
 # One tensor an expert; stacks with gate and up in halves of the rows; in columns that alternate.
 CHECKPOINTS = ["mixtral", "granitemoe", "gpt_oss"]
@@ -158,6 +171,9 @@ def test_mlx_lms_stacks(made, tmp_path, monkeypatch):
         dict(model.named_modules())[owner][projection] = stack.fuse()
     assert np.abs(np.array(model(mx.array(TOKENS))) - expected).max() < 1e-4
 
+    with pytest.raises(UserError, match=r"adapts stacks of experts, .*: model\.layers\.0\."):
+        read_as_run(str(adapter), run.config["model"])
+
     def swapped(path, tensors, metadata):
         key = next(key for key in tensors if key.endswith("down_proj.lora_b"))
         write_tensors(path, tensors | {key: tensors[key][::-1]}, metadata)
@@ -166,3 +182,86 @@ def test_mlx_lms_stacks(made, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"what was written for model\.layers\.0\..*down_proj\.\d"):
         export_mlx_lm(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["mlx-lm"]
+
+
+@pytest.fixture(scope="module")
+def quantized_run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("quantized")
+    model_path = save_model(place / "model", "mixtral", hidden_size=64, intermediate_size=64)
+    conversion = place / "4bit"
+    mlx_lm.convert(str(model_path), str(conversion), quantize=True, q_bits=4, q_group_size=32)
+    return make_run(place / "run", conversion, zero_one_cap, experts=True, base_model=None)
+
+
+def dense_weights(path):
+    model = load_base_model(str(path)).model
+    return {n: np.array(dense_weight(m)) for n, m in target_linears(model, experts=True).items()}
+
+
+@pytest.mark.parametrize("export", [export_dequantized, export_requantized])
+def test_into_the_conversion_itself(export, quantized_run, tmp_path, capsys):
+    run = read_run(quantized_run)
+    out = export(run, tmp_path / "out")
+    adapted = run.plan.adapted()
+    assert re.search(rf"read back:? (the deltas of )?{len(adapted)} mod", capsys.readouterr().out)
+    before, after = dense_weights(run.config["model"]), dense_weights(out)
+    kept = lost = 0.0
+    for name, weight in before.items():
+        if name not in adapted:
+            np.testing.assert_array_equal(after[name], weight, name)
+            continue
+        a, b = (np.array(run.tensors[f"{name}.lora_{k}"]) for k in "ab")
+        delta = adapted[name].scale * (a @ b).T
+        off = after[name] - weight - delta
+        if export is export_dequantized:
+            assert np.abs(off).max() < 1e-5 * max(1, np.abs(delta).max()), name
+        kept, lost = kept + (delta**2).sum(), lost + (off**2).sum()
+    assert lost < 0.02 * kept
+
+
+@pytest.mark.parametrize("export", [export_dequantized, export_requantized])
+def test_a_conversion_that_was_written_wrongly(export, quantized_run, tmp_path, monkeypatch):
+    """Rows of experts with an adapter, and of those without."""
+    run, write, calls = read_run(quantized_run), checkpoint.OpenFile.write, []
+    monkeypatch.setattr(
+        checkpoint.OpenFile,
+        "write",
+        lambda file, at, data: (calls.append(at), write(file, at, data)),
+    )
+    export(run, tmp_path / "counted")
+    assert len(calls) > 40
+    for number in range(1, len(calls), len(calls) // 7):
+        count = iter(range(len(calls)))
+
+        def corrupted(file, at, data, count=count, number=number):
+            if next(count) == number:
+                data = data.reshape(-1).view(np.uint8).copy()
+                data[-1] ^= 0x41
+            write(file, at, data)
+
+        monkeypatch.setattr(checkpoint.OpenFile, "write", corrupted)
+        with pytest.raises((RunError, UserError), match=r"what was written|not finite"):
+            export(run, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["counted"]
+
+
+def test_an_untouched_expert_of_a_copy_that_changed(quantized_run, tmp_path, monkeypatch):
+    """The copy that is quantized again is held against the base model's bits, stacks included."""
+    run = read_run(quantized_run)
+    stacks = {name.rpartition(".")[0] for name in run.plan.adapted()}
+    without = (name.rpartition(".") for name, m in run.plan.modules.items() if not m.rank)
+    stack, number = next((s, int(e)) for s, _, e in without if s in stacks and e.isdigit())
+    copy = requantize.copy_file
+
+    def damaged(source, target):
+        copy(source, target)
+        if target.suffix == ".safetensors":
+            entry = TensorFile(target, "the copy").entries[f"{stack}.weight"]
+            data = bytearray(target.read_bytes())
+            data[entry.start + number * (entry.stop - entry.start) // 4] ^= 1
+            target.write_bytes(data)
+
+    monkeypatch.setattr(requantize, "copy_file", damaged)
+    with pytest.raises(RunError, match="what was written for what is not adapted"):
+        export_requantized(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

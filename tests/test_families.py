@@ -19,11 +19,9 @@ from test_export import TOKENS, base_model, logits_of, make_run, peft_logits
 
 from tlora_mlx import (
     UserError,
-    export_dequantized,
     export_merged,
     export_mlx_lm,
     export_peft,
-    export_requantized,
     load_run,
     read_run,
 )
@@ -182,10 +180,6 @@ def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
     conversions = mlx_logits(load_run(run_path).model)
     theirs = exported_to_mlx_lm(run_path, conversion, tmp_path / "mlx-lm")
     assert difference(theirs, conversions) < TOLERANCE
-    for export, option in ((export_dequantized, "dequantize"), (export_requantized, "quantize")):
-        with pytest.raises(UserError, match=f"^--{option} does not know adapters of experts yet"):
-            export(run, tmp_path / option)
-        assert not (tmp_path / option).exists()
 
 
 def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +27,8 @@ class StoredWeight:
         dtype: the format's code of the dense weight: that of the scales, which is what the model
             computes in; bfloat16 where they are no floats (mxfp4, mxfp8, nvfp4).
         parts: its tensors' names.
+        modules: the adapted modules that it holds, with their first row and the one after the last:
+            itself, or some of its experts.
 
     Args:
         base: the conversion.
@@ -39,6 +41,7 @@ class StoredWeight:
     def __init__(self, base: Checkpoint, name: str):
         self._base = base
         self.name = name
+        self.modules: dict[str, tuple[int, int]] = {}
         parts = [f"{name}.{part}" for part in ("weight", "scales", "biases")]
         self.parts = [part for part in parts if part in base.home]
         weight = base.home[parts[0]].entries[parts[0]]
@@ -61,6 +64,17 @@ class StoredWeight:
             self.shape = (*weight.shape[:-1], width)
             self.dtype = scales.dtype if scales.dtype in FLOATS else "BF16"
         self.rows = math.prod(self.shape[:-1])
+
+    def pieces(self) -> Iterator[tuple[int, int, str | None]]:
+        """All rows in order, as (start, stop, the adapted module whose they are)."""
+        position = 0
+        for name, (start, stop) in sorted(self.modules.items(), key=lambda item: item[1]):
+            if position < start:
+                yield position, start, None
+            yield start, stop, name
+            position = stop
+        if position < self.rows:
+            yield position, self.rows, None
 
     def dense(self, files: Mapping[str, TensorFile], start: int, stop: int) -> np.ndarray:
         """Some rows, (stop - start, in) float32, as stored in these files by tensor name."""
@@ -88,9 +102,10 @@ def _settings(base: Checkpoint, name: str) -> dict[str, Any]:
 def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, StoredWeight]]:
     """The quantized model that a run was trained on, and its adapted weights by module name.
 
+    That of experts is their stacked layer's.
+
     Raises:
-        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run, or experts
-            have adapters.
+        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run.
     """
     base = Checkpoint(run.config["model"])
     table = base.config.get("quantization")
@@ -103,22 +118,25 @@ def read_conversion(run: Run, option: str) -> tuple[Checkpoint, dict[str, Stored
     odd = [tensor for tensor in base.home if tensor.endswith(".global_scale")]
     if odd:
         raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
-    if any(stack_and_number(name)[1] is not None for name in run.plan.adapted()):
-        raise UserError(
-            f"{option} does not know adapters of experts yet, and run {run.path} has some; merge "
-            "them into the full-precision original (--base-model), or export for mlx-lm"
-        )
-    weights, faults = {}, []
+    weights: dict[str, StoredWeight] = {}
+    faults: dict[str, None] = {}  # each once, in order
     for name, module in adapted(run).items():
-        shape = (module.out_features, module.in_features)
-        if f"{name}.weight" not in base.home:
-            faults.append(f"it has no {name}.weight")
+        layer, number = stack_and_number(name)
+        if f"{layer}.weight" not in base.home:
+            faults[f"it has no {layer}.weight"] = None
             continue
-        weights[name] = weight = StoredWeight(base, name)
-        if weight.shape != shape:
-            faults.append(f"{name} has shape {weight.shape}, the run was trained on {shape}")
+        if layer not in weights:
+            weights[layer] = StoredWeight(base, layer)
+        weight, shape = weights[layer], (module.out_features, module.in_features)
+        found, experts = weight.shape, 1
+        if number is not None:
+            experts, *found = weight.shape
+        if tuple(found) != shape or (number or 0) >= experts:
+            faults[f"{layer} has shape {weight.shape}, {name} was trained on {shape}"] = None
         elif weight.dtype not in FLOATS:
-            faults.append(f"{name} has dtype {weight.dtype}, not {', '.join(FLOATS)}")
+            faults[f"{layer} has dtype {weight.dtype}, not {', '.join(FLOATS)}"] = None
+        first = (number or 0) * module.out_features
+        weight.modules[name] = first, first + module.out_features
     if faults:
         raise UserError(
             f"run {run.path} cannot be merged into model {base.name}: {'; '.join(faults)}"

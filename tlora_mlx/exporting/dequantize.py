@@ -20,7 +20,7 @@ from tlora_mlx.exporting.checkpoint import (
     encode,
 )
 from tlora_mlx.exporting.conversion import StoredWeight, read_conversion
-from tlora_mlx.exporting.delta import float32, run_delta
+from tlora_mlx.exporting.delta import Delta, float32, run_delta
 from tlora_mlx.exporting.proof import Proof, blocks, compare_merged, wrong
 from tlora_mlx.files import ITEM_SIZES, new_directory, tensors_header, write_json, write_text
 from tlora_mlx.run_directory import Run
@@ -155,11 +155,10 @@ def _write(
         out.write(0, np.frombuffer(header, np.uint8))
         for name, place in starts.items():
             if weight := tensors[name].weight:
-                delta = run_delta(run, weight.name) if weight.name in run.plan.adapted() else None
-                for start, stop in blocks(weight.rows, weight.shape[-1]):
+                for start, stop, _, delta in _changes(run, weight):
                     values = weight.dense(base.home, start, stop)
                     if delta:
-                        values += delta.rows(start, stop).product()
+                        values += delta.product()
                     stored = np.empty(values.shape, STORED[weight.dtype])
                     with np.errstate(over="ignore"):  # float16; reading back finds it
                         encode(values, stored, scratch)
@@ -169,6 +168,14 @@ def _write(
                     out.write(place + start, data)
             advance()
         out.sync()
+
+
+def _changes(run: Run, weight: StoredWeight) -> Iterator[tuple[int, int, str | None, Delta | None]]:
+    """All rows of a weight in blocks: (start, stop, the module whose they are, its Δ there)."""
+    for first, last, module in weight.pieces():
+        delta = run_delta(run, module) if module else None
+        for start, stop in blocks(last - first, weight.shape[-1]):
+            yield first + start, first + stop, module, delta and delta.rows(start, stop)
 
 
 def _bytes_of(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -193,15 +200,14 @@ def _prove(
         raise wrong(f"the header of {path.name}")
     for name, tensor in tensors.items():
         if weight := tensor.weight:
-            delta = run_delta(run, weight.name) if weight.name in run.plan.adapted() else None
-            for start, stop in blocks(weight.rows, weight.shape[-1]):
+            for start, stop, module, delta in _changes(run, weight):
                 before = weight.dense(base.home, start, stop)
                 after = float32(written.rows(name, start, stop))
-                added = delta.rows(start, stop).product() if delta else np.zeros_like(before)
+                added = delta.product() if delta else np.zeros_like(before)
                 dtype = FLOATS[weight.dtype]
                 errors = compare_merged(weight.name, before, after, added, dtype)
                 if delta:
-                    proof.add(weight.name, errors)
+                    proof.add(module, errors)
         else:
             pairs = zip(_bytes_of(base.home[name], name), _bytes_of(written, name), strict=True)
             if not all(np.array_equal(one[1], other[1]) for one, other in pairs):

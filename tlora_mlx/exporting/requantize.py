@@ -58,16 +58,17 @@ def export_requantized(run: Run, output: Path) -> Path:
         with bar("reading back", len(weights)) as advance:
             for weight in weights.values():
                 home = {part: written[base.home[part].path.name] for part in weight.parts}
-                proof.add(weight.name, _prove_requantized(run, base, weight, home))
+                _prove_requantized(run, base, weight, home, proof)
                 advance()
         touched = {part for weight in weights.values() for part in weight.parts}
         for name, file in base.files.items():
             _prove_copies(file, written[name], touched)
         least = proof.worst(lambda errors: -errors.surviving)
         say(
-            f"read back {len(weights)} modules, quantized again: {proof.total.surviving:.1%} of "
-            f"the delta survives overall, {proof.modules[least].surviving:.1%} in {least}; the "
-            f"error is {proof.total.relative:.2g} of the delta (--dequantize keeps all of it)"
+            f"read back {len(proof.modules)} modules, quantized again: "
+            f"{proof.total.surviving:.1%} of the delta survives overall, "
+            f"{proof.modules[least].surviving:.1%} in {least}; the error is "
+            f"{proof.total.relative:.2g} of the delta (--dequantize keeps all of it)"
         )
     return output
 
@@ -76,32 +77,50 @@ def _requantize(
     run: Run, base: Checkpoint, weight: StoredWeight, out: Mapping[str, OpenFile]
 ) -> None:
     """Write one weight's parts over those of the copy."""
-    delta = run_delta(run, weight.name)
-    for start, stop in blocks(weight.rows, weight.shape[-1]):
-        values = weight.dense(base.home, start, stop) + delta.rows(start, stop).product()
-        for part, data in zip(weight.parts, weight.stored(values), strict=True):
-            file = base.home[part]
-            place = file.entries[part].start + start * data.shape[1]
-            out[file.path.name].write(place, data)
+    for name, (first, last) in weight.modules.items():
+        delta = run_delta(run, name)
+        for i, j in blocks(last - first, weight.shape[-1]):
+            start, stop = first + i, first + j
+            values = weight.dense(base.home, start, stop) + delta.rows(i, j).product()
+            for part, data in zip(weight.parts, weight.stored(values), strict=True):
+                file = base.home[part]
+                place = file.entries[part].start + start * data.shape[1]
+                out[file.path.name].write(place, data)
 
 
 def _prove_requantized(
-    run: Run, base: Checkpoint, weight: StoredWeight, written: Mapping[str, TensorFile]
-) -> Errors:
-    """Hold one weight's parts against W + Δ quantized anew, and what they are worth against Δ."""
-    errors, factors = Errors(), run_delta(run, weight.name)
-    for start, stop in blocks(weight.rows, weight.shape[-1]):
-        before = weight.dense(base.home, start, stop)
-        delta = factors.rows(start, stop).product()
-        for part, data in zip(weight.parts, weight.stored(before + delta), strict=True):
-            found = np.array(written[part].rows(part, start, stop).view(mx.uint8))
-            if not np.array_equal(found, data):
-                raise wrong(weight.name)
-        after = weight.dense(written, start, stop)
-        if not np.isfinite(after).all():
-            raise UserError(f"{weight.name} with its delta is not finite when it is quantized")
-        errors += Errors.of(after - before - delta, delta)
-    return errors
+    run: Run,
+    base: Checkpoint,
+    weight: StoredWeight,
+    written: Mapping[str, TensorFile],
+    proof: Proof,
+) -> None:
+    """Hold one weight's parts against W + Δ quantized anew, and what they are worth against Δ.
+
+    Experts without an adapter are held against the base model's bits.
+    """
+
+    def stored(files: Mapping[str, TensorFile], start: int, stop: int) -> list[np.ndarray]:
+        parts = (files[part].rows(part, start, stop) for part in weight.parts)
+        return [np.array(part.view(mx.uint8)) for part in parts]
+
+    for first, last, name in weight.pieces():
+        factors = run_delta(run, name) if name else None
+        for i, j in blocks(last - first, weight.shape[-1]):
+            start, stop = first + i, first + j
+            found = stored(written, start, stop)
+            if factors:
+                before, delta = weight.dense(base.home, start, stop), factors.rows(i, j).product()
+                expected = weight.stored(before + delta)
+            else:
+                expected = stored(base.home, start, stop)
+            if not all(map(np.array_equal, found, expected)):
+                raise wrong(name or "what is not adapted")
+            if factors:
+                after = weight.dense(written, start, stop)
+                if not np.isfinite(after).all():
+                    raise UserError(f"{name} with its delta is not finite when it is quantized")
+                proof.add(name, Errors.of(after - before - delta, delta))
 
 
 def _prove_copies(file: TensorFile, written: TensorFile, touched: set[str]) -> None:

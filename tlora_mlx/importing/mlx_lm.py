@@ -18,8 +18,8 @@ def read_mlx_lm(path: Path, config: dict[str, Any]) -> Adapter:
     Source of the format: ml-explore/mlx-lm, ``mlx_lm/tuner/utils.py::load_adapters``.
 
     Raises:
-        UserError: it is DoRA or a full fine-tune, has no rank and scale, its file is missing or
-            damaged, or its tensors are not those that mlx-lm would expect.
+        UserError: it is DoRA or a full fine-tune, adapts stacks of experts, has no rank and scale,
+            its file is missing or damaged, or its tensors are not those that mlx-lm would expect.
     """
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
@@ -37,6 +37,12 @@ def read_mlx_lm(path: Path, config: dict[str, Any]) -> Adapter:
         raise UserError(
             f"the mlx-lm adapter {path / TENSORS} has tensors that are no LoRA of a linear layer: "
             f"{', '.join(sorted(unknown))}"
+        )
+    stacks = sorted({key.rpartition(".")[0] for key, tensor in tensors.items() if tensor.ndim == 3})
+    if stacks:
+        raise UserError(
+            f"the mlx-lm adapter {path} adapts stacks of experts, which cannot be taken over: "
+            f"{', '.join(stacks)}"
         )
     plan = plan_of(path / TENSORS, tensors, rank, rank * scale, lambda name, of_tensor: scale)
     differing = [f"{name} has {m.rank}" for name, m in plan.modules.items() if m.rank != rank]
