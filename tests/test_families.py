@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -107,11 +108,17 @@ def round_trip(family, data_path, path, experts=False):
     return found
 
 
+# Proven with older libraries too, which are all that Python 3.10 can have.
+EARLY = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3"}
+
+
 def installed(family):
-    """Whether both libraries have the family: the lowest versions that are allowed lack some."""
+    """Whether both libraries have the family, and are as new as those of docs/MODELS.md."""
     from mlx_lm.utils import MODEL_REMAPPING
     from transformers import CONFIG_MAPPING
 
+    if sys.version_info < (3, 11) and family not in EARLY:
+        return False
     ours = importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
     return ours is not None and family in CONFIG_MAPPING
 
