@@ -17,16 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from make_example_model import (
-    CONFIG,
-    new_model,
-    pretrain,
-    save_model,
-    sources,
-    token_windows,
-    train_tokenizer,
-    write_split,
-)
+from make_example_model import CONFIG, make, sources, train_tokenizer
 
 CONFIG = {
     **CONFIG,
@@ -86,17 +77,7 @@ def main() -> None:
     texts = [source for _, source, _ in sources()]
     print(f"{len(texts)} files of source, {sum(map(len, texts)):,} characters")
     tokenizer = train_tokenizer(texts)
-    model_path, data_path = args.output / "model", args.output / "data"
-    for path in (model_path, data_path):
-        path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(model_path)
-    for split, rows in splits.items():
-        write_split(data_path / f"{split}.jsonl", rows, ROWS[split], tokenizer, args.seed)
-    tokens, held_out = token_windows(texts, tokenizer, args.seed)
-    model = new_model(CONFIG, args.seed)
-    before, after = pretrain(model, tokens, held_out, args.steps, args.seed)
-    print(f"held-out loss {before:.3f} -> {after:.3f}")
-    save_model(model_path, model, CONFIG)
+    make(args.output, CONFIG, tokenizer, texts, splits, ROWS, args.steps, args.seed)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,42 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def make(
+    output: Path,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    splits: dict[str, list[dict[str, str]]],
+    numbers: dict[str, int],
+    steps: int,
+    seed: int,
+) -> None:
+    """Write the task's splits, train a model on the texts, and write it beside them.
+
+    Args:
+        output: gets ``model/`` and ``data/``.
+        config: the model's ``config.json``.
+        tokenizer: the model's.
+        texts: to train on; they are shuffled in place.
+        splits: candidate rows by split.
+        numbers: how many rows each split gets.
+        steps: of training.
+        seed: of rows, order and weights.
+    """
+    model_path, data_path = output / "model", output / "data"
+    for path in (model_path, data_path):
+        path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(model_path)
+    for split, rows in splits.items():
+        write_split(data_path / f"{split}.jsonl", rows, numbers[split], tokenizer, seed)
+    tokens, held_out = token_windows(texts, tokenizer, seed)
+    model = new_model(config, seed)
+    before, after = pretrain(model, tokens, held_out, steps, seed)
+    print(f"held-out loss {before:.3f} -> {after:.3f} (ln {len(tokenizer)} = "
+          f"{math.log(len(tokenizer)):.3f})")  # fmt: skip
+    save_model(model_path, model, config)
+
+
 def main() -> None:
     """Collect, train, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -274,18 +310,7 @@ def main() -> None:
     # The tokenizer also sees code, so that the task's sequences stay short; the model does not.
     code = [row["completion"] for row in splits["train"]]
     tokenizer = train_tokenizer(texts + code)
-    model_path, data_path = args.output / "model", args.output / "data"
-    for path in (model_path, data_path):
-        path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(model_path)
-    for split, rows in splits.items():
-        write_split(data_path / f"{split}.jsonl", rows, ROWS[split], tokenizer, args.seed)
-    tokens, held_out = token_windows(texts, tokenizer, args.seed)
-    model = new_model(CONFIG, args.seed)
-    before, after = pretrain(model, tokens, held_out, args.steps, args.seed)
-    print(f"held-out loss {before:.3f} -> {after:.3f} (ln {len(tokenizer)} = "
-          f"{math.log(len(tokenizer)):.3f})")  # fmt: skip
-    save_model(model_path, model, CONFIG)
+    make(args.output, CONFIG, tokenizer, texts, splits, ROWS, args.steps, args.seed)
 
 
 if __name__ == "__main__":
