@@ -1,8 +1,9 @@
 """Compare TLoRA, its ablations and LoRA, each with its own tuned learning rate.
 
 Every method trains the same base on the same data for the same updates. Its learning rate is the
-one of the grid with the lowest validation loss under the first seed; what is reported is the test
-loss under all seeds. A seed decides on calibration samples, data order and whatever is random in A.
+one after which the validation loss rises under the first seed, going up the grid; what is reported
+is the test loss under all seeds. A seed decides on calibration samples, data order and whatever is
+random in A, so methods are compared seed by seed.
 
     python scripts/compare_methods.py run --model examples/model --data examples/data \
         --task docstring-to-code --results docs/compare_methods.jsonl
@@ -20,12 +21,16 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 RANK = 8
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+# What the others are compared with, seed by seed.
+REFERENCE = "LoRA (equal parameters)"
+DRAWN_BY_RATE = ["LoRA", REFERENCE, "TLoRA", "task A, uniform", "random A, uniform"]
+RATES = [3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 
 
 @dataclass(frozen=True)
@@ -33,49 +38,51 @@ class Method:
     """How A, ranks and scales come about.
 
     Attributes:
-        a: ``task`` (W·C), ``covariance`` (C alone, as EVA), ``weight`` (W alone) or ``random``
-            (orthonormal); ``lora``: LoRA's own, random and not orthonormal.
+        a: ``task`` (W·C), ``covariance`` (C alone, as EVA), ``weight`` (W alone), ``gradient`` (the
+            mean gradient of W, as LoRA-GA) or ``random`` (orthonormal); ``lora``: LoRA's own,
+            random and not orthonormal.
         allocated: ranks by sensitivity; else the same for all.
         scaled: scales by sensitivity; else 1.
         train_a: A is trained too.
-        power: of the sensitivities before they are shared out; below 1 evens them out.
+        floor: so large a share of the ranks is the same for all, the rest is by sensitivity.
         whitened: A's rows are scaled so that each gives A x the same variance on the samples.
-        equal_parameters: the base rank is chosen for as many trained parameters as B has at
-            uniform ranks of ``RANK``; else it is ``RANK``.
+        rank: the base rank.
+        equal_parameters: the base rank is chosen instead, for as many trained parameters as B has
+            at uniform ranks of ``RANK``.
     """
 
     a: str = "task"
     allocated: bool = True
     scaled: bool = True
     train_a: bool = False
-    power: float = 1.0
+    floor: float = 0.0
     whitened: bool = False
+    rank: int = RANK
     equal_parameters: bool = False
 
 
 UNIFORM = Method(allocated=False, scaled=False)
 AT_EQUAL_RANK = {
     "LoRA": Method("lora", allocated=False, scaled=False, train_a=True),
-    "random A": replace(UNIFORM, a="random"),
+    "random A, uniform": replace(UNIFORM, a="random"),
     "TLoRA": Method(),
-    "task A, uniform ranks": UNIFORM,
-    "random A, allocated": Method("random"),
+    "task A, uniform": UNIFORM,
+    "task A, uniform, rank 16": replace(UNIFORM, rank=16),
     "TLoRA without scaling": Method(scaled=False),
-    "A of covariance, uniform": replace(UNIFORM, a="covariance"),
-    "A of weight, uniform": replace(UNIFORM, a="weight"),
+    "gradient A, uniform": replace(UNIFORM, a="gradient"),
+    "covariance A, uniform": replace(UNIFORM, a="covariance"),
+    "TLoRA without scaling, floor": Method(scaled=False, floor=0.5),
+    "task A trained, uniform": replace(UNIFORM, train_a=True),
+    "weight A, uniform": replace(UNIFORM, a="weight"),
+    "random A, allocated": Method("random"),
     "task A whitened, uniform": replace(UNIFORM, whitened=True),
-    "TLoRA without scaling, whitened": Method(scaled=False, whitened=True),
-    "TLoRA without scaling, square-root shares": Method(scaled=False, power=0.5),
-    "TLoRA without scaling, square-root shares, whitened": Method(
-        scaled=False, power=0.5, whitened=True
-    ),
 }
 # Uniform ranks with A frozen have the reference number of trained parameters at equal rank already.
-METHODS = AT_EQUAL_RANK | {
-    f"{name} (equal parameters)": replace(method, equal_parameters=True)
-    for name, method in AT_EQUAL_RANK.items()
-    if method.allocated or method.train_a
-}
+METHODS = {}
+for name, method in AT_EQUAL_RANK.items():
+    METHODS[name] = method
+    if (method.allocated and method.a != "random" and not method.floor) or method.train_a:
+        METHODS[f"{name} (equal parameters)"] = replace(method, equal_parameters=True)
 
 
 class Bench:
@@ -100,6 +107,7 @@ class Bench:
         self.base, self.data, self.targets = pipeline.load(self.config)
         self.leaders = input_leaders(self.base.model, self.targets)
         self._calibrations: dict[int, Any] = {}
+        self._gradients: dict[int, dict[str, Any]] = {}
 
     def calibration(self, seed: int) -> Any:
         """Sensitivities and covariances, and the mean number of tokens of the samples."""
@@ -115,10 +123,37 @@ class Bench:
             self._calibrations[seed] = (result, tokens / result.samples)
         return self._calibrations[seed]
 
+    def gradient(self, seed: int) -> dict[str, Any]:
+        """Of the mean loss of the calibration samples, with respect to every target's W."""
+        import mlx.core as mx
+        import mlx.nn as nn
+        from mlx.utils import tree_flatten, tree_map
+
+        from tlora_mlx import pipeline
+        from tlora_mlx.method.loss import masked_cross_entropy
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            losses, counts = masked_cross_entropy(model(batch.tokens), *batch)
+            return (losses.sum(axis=1) / counts).sum()
+
+        if seed not in self._gradients:
+            for module in self.targets.values():
+                module.unfreeze(keys="weight")
+            config, total = replace(self.config, seed=seed), None
+            for batch in pipeline.calibration_batches(config, self.data["train"]):
+                _, found = nn.value_and_grad(self.base.model, loss)(self.base.model, batch)
+                total = found if total is None else tree_map(mx.add, total, found)
+                mx.eval(total)
+            self.base.model.freeze()
+            self._gradients[seed] = {
+                name.removesuffix(".weight"): g for name, g in tree_flatten(total)
+            }
+        return self._gradients[seed]
+
     def plan(self, method: Method, seed: int) -> Any:
-        """The method's rank plan; with ``equal_parameters``, of the nearest base rank."""
+        """The method's rank plan."""
         if not method.equal_parameters:
-            return self._plan_of_rank(method, seed, RANK)
+            return self._plan_of_rank(method, seed, method.rank)
         wanted = RANK * sum(self._shape(name)[0] for name in self.targets)
         plans = [self._plan_of_rank(method, seed, rank) for rank in range(1, 4 * RANK)]
         return min(plans, key=lambda plan: abs(_trained(method, plan) - wanted))
@@ -135,7 +170,10 @@ class Bench:
         sensitivities = dict.fromkeys(shapes, 1.0)
         if method.allocated:
             measured = self.calibration(seed)[0].sensitivities
-            sensitivities = {name: s**method.power for name, s in measured.items()}
+            mean = statistics.mean(measured.values())
+            sensitivities = {
+                name: method.floor + (1 - method.floor) * s / mean for name, s in measured.items()
+            }
         plan = plan_ranks(sensitivities, shapes, rank, float(rank))
         if method.scaled:
             return plan
@@ -147,7 +185,7 @@ class Bench:
 
         from tlora_mlx.method import linalg
         from tlora_mlx.method.layers import dense_weight
-        from tlora_mlx.method.subspace import task_subspace
+        from tlora_mlx.method.subspace import task_subspace, top_right_vectors
 
         calibration, tokens = self.calibration(seed)
         tensors = {}
@@ -164,9 +202,10 @@ class Bench:
                 a = task_subspace(dense_weight(self.targets[name]), covariance, module.rank).T
             elif method.a == "covariance":
                 a = task_subspace(mx.eye(module.in_features), covariance, module.rank).T
+            elif method.a == "gradient":
+                a = top_right_vectors(self.gradient(seed)[name], module.rank).T
             else:
-                weight = dense_weight(self.targets[name])
-                a = task_subspace(weight, mx.eye(module.in_features), module.rank).T
+                a = top_right_vectors(dense_weight(self.targets[name]), module.rank).T
             if method.whitened:
                 variance = (a * (covariance @ a)).sum(axis=0) / tokens
                 a = a / mx.sqrt(variance + 1e-6 * variance.max())
@@ -176,12 +215,7 @@ class Bench:
     def train(self, method: Method, rate: float, seed: int) -> dict[str, Any]:
         """Train once; losses, how many parameters were trained, and how long it took."""
         from tlora_mlx.errors import RunError
-        from tlora_mlx.method.layers import (
-            TLoRALinear,
-            attach,
-            replace_modules,
-            trained_parameters,
-        )
+        from tlora_mlx.method.layers import TLoRALinear, attach, replace_modules
         from tlora_mlx.training.checkpoint import Progress
         from tlora_mlx.training.data import Split
         from tlora_mlx.training.loop import evaluate, fit, make_optimizer
@@ -207,7 +241,7 @@ class Bench:
             return {
                 **losses,
                 "rank": plan.rank,
-                "trained": trained_parameters(model),
+                "trained": _trained(method, plan),
                 "seconds": time.perf_counter() - start,
             }
         finally:
@@ -235,14 +269,18 @@ class _Nowhere:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what the results do not hold yet: all rates by the first seed, then other seeds."""
-    rows = [row for row in read(args.results) if row["task"] == args.task]
-    done = {(row["method"], row["rate"], row["seed"]): row["valid"] for row in rows}
+    """Train what the results do not hold yet: the rate by the first seed, then other seeds."""
+    task = {"task": args.task, "iters": args.iters}
+    done = {
+        (row["method"], row["rate"], row["seed"]): row["valid"]
+        for row in read(args.results)
+        if task.items() <= row.items()
+    }
     bench = Bench(args)
 
     def result(name: str, rate: float, seed: int) -> float:
         if (name, rate, seed) not in done:
-            row = {"task": args.task, "method": name, "rate": rate, "seed": seed}
+            row = task | {"method": name, "rate": rate, "seed": seed}
             row |= bench.train(METHODS[name], rate, seed)
             done[name, rate, seed] = row["valid"]
             with args.results.open("a") as file:
@@ -251,7 +289,11 @@ def run(args: argparse.Namespace) -> None:
         return done[name, rate, seed]
 
     for name in args.methods or METHODS:
-        best = min(args.rates, key=lambda rate: result(name, rate, 0))
+        best = args.rates[0]
+        for rate in args.rates[1:]:  # upwards, until the loss rises
+            if result(name, rate, 0) > result(name, best, 0):
+                break
+            best = rate
         for seed in range(1, args.seeds):
             result(name, best, seed)
 
@@ -261,48 +303,107 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the runs of a method say, for one task and number of updates.
+
+    Attributes:
+        rate: the learning rate with the lowest validation loss under the first seed.
+        tests: test losses at that rate, by seed.
+        by_rate: test losses of the first seed, by learning rate.
+        trained: how many parameters were trained.
+    """
+
+    rate: float
+    tests: dict[int, float]
+    by_rate: dict[float, float]
+    trained: int
+
+    @staticmethod
+    def of(rows: list[dict[str, Any]]) -> Outcome:
+        """From all rows of the method."""
+        first = [row for row in rows if row["seed"] == 0]
+        best = min(first, key=lambda row: row["valid"])
+        return Outcome(
+            best["rate"],
+            {row["seed"]: row["test"] for row in rows if row["rate"] == best["rate"]},
+            {row["rate"]: row["test"] for row in first},
+            best["trained"],
+        )
+
+    @property
+    def median(self) -> float:
+        """Of the test losses."""
+        return statistics.median(self.tests.values())
+
+
+def outcomes(rows: list[dict[str, Any]], task: str) -> dict[int, dict[str, Outcome]]:
+    """By number of updates and method, in the order of ``METHODS``."""
+    found: dict[int, dict[str, Outcome]] = {}
+    for iters in sorted({row["iters"] for row in rows if row["task"] == task}):
+        of_iters = [row for row in rows if row["task"] == task and row["iters"] == iters]
+        found[iters] = {
+            name: Outcome.of(own)
+            for name in METHODS
+            if (own := [row for row in of_iters if row["method"] == name])
+        }
+    return found
+
+
 def table(args: argparse.Namespace) -> None:
-    """Print a Markdown table per task, and draw its losses against the learning rate."""
+    """Print a Markdown table per task and number of updates, and draw each task."""
     rows = read(args.results)
     for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
-        print(f"### {task}\n")
-        print("| method | rank | trained | best rate | test loss, median (range) | at 3e-4 |")
-        print("|---|---|---|---|---|---|")
-        for name in [n for n in METHODS if any(r["method"] == n for r in of_task)]:
-            own = [row for row in of_task if row["method"] == name]
-            first = {row["rate"]: row for row in own if row["seed"] == 0}
-            best = min(first.values(), key=lambda row: row["valid"])
-            tests = sorted(row["test"] for row in own if row["rate"] == best["rate"])
-            spread = f"{statistics.median(tests):.3f} ({tests[0]:.3f} to {tests[-1]:.3f})"
-            low = f"{first[3e-4]['test']:.3f}" if 3e-4 in first else ""
-            print(
-                f"| {name} | {best['rank']} | {best['trained']:,} | {best['rate']:g} | {spread} "
-                f"| {low} |"
-            )
-        print()
-        draw(task, of_task, args.results.with_name(f"compare_methods_{task}.png"))
+        found = outcomes(rows, task)
+        for iters, of_iters in found.items():
+            print(f"### {task}, {iters} updates\n")
+            print("| method | trained | best rate | test loss | less LoRA's | at 3e-4 |")
+            print("|---|---|---|---|---|---|")
+            for name, own in of_iters.items():
+                pairs = of_iters[REFERENCE].tests
+                gains = [own.tests[seed] - pairs[seed] for seed in own.tests]
+                print(
+                    f"| {name} | {own.trained:,} | {own.rate:g} | {spread(own.tests.values())} "
+                    f"| {spread(gains, '+')} | {own.by_rate.get(3e-4, math.nan):.3f} |"
+                )
+            print()
+        draw(task, found, args.results.with_name(f"compare_methods_{task}.png"))
 
 
-def draw(task: str, rows: list[dict[str, Any]], path: Path) -> None:
-    """Test loss against learning rate, one line a method, first seed."""
+def spread(values: Iterable[float], sign: str = "") -> str:
+    """Median and range."""
+    values = sorted(values)
+    numbers = (f"{v:{sign}.3f}" for v in (statistics.median(values), values[0], values[-1]))
+    return "{} ({} to {})".format(*numbers)
+
+
+def draw(task: str, found: dict[int, dict[str, Outcome]], path: Path) -> None:
+    """A column per number of updates: test losses of all methods; of some by learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        points = sorted(
-            (r["rate"], r["test"]) for r in rows if r["method"] == name and r["seed"] == 0
-        )
-        style = ("-", "--", ":")[number // 10 % 3]
-        axes.plot(*zip(*points, strict=True), style, marker=".", label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("test loss (nats per token)")
-    axes.set_title(task)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(6.5 * len(found), 9), layout="constrained")
+    panels = figure.subplots(2, len(found), squeeze=False, height_ratios=[3, 2])
+    for (iters, of_iters), (methods, rates) in zip(found.items(), panels.T, strict=True):
+        names = sorted(of_iters, key=lambda name: -of_iters[name].median)
+        for height, name in enumerate(names):
+            outcome, colour = of_iters[name], f"C{int(METHODS[name].train_a)}"
+            tests = outcome.tests.values()
+            methods.hlines(height, min(tests), max(tests), colour)
+            methods.plot(outcome.median, height, "o", color=colour)
+        labels = [f"{name}, {of_iters[name].trained / 1000:.0f}k" for name in names]
+        methods.set_yticks(range(len(names)), labels, fontsize="small")
+        methods.set_title(f"{task}, {iters} updates (orange: A trained too)")
+        methods.set_xlabel("test loss (nats per token), median and range")
+        for name in (n for n in DRAWN_BY_RATE if n in of_iters):
+            points = zip(*sorted(of_iters[name].by_rate.items()), strict=True)
+            rates.plot(*points, marker=".", label=name)
+        rates.set_xscale("log")
+        rates.set_xlabel("learning rate")
+        rates.set_ylabel("test loss")
+        rates.legend(fontsize="small")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> int:

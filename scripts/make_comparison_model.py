@@ -27,7 +27,7 @@ CONFIG = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
-ROWS = {"valid": 96, "test": 96, "train": 800}
+ROWS = {"valid": 192, "test": 384, "train": 800}
 
 
 def unit_tests() -> Iterator[list[dict[str, str]]]:
