@@ -1,0 +1,78 @@
+"""scripts/compare_methods.py: what it trains, how it picks rates, and that it goes on when cut."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tlora_mlx.base_model import load_base_model
+from tlora_mlx.method.layers import linear_shape, target_linears
+
+EQUAL = ["LoRA (equal parameters)", "TLoRA without scaling (equal parameters)"]
+UNIFORM = ["task A, uniform", "gradient A, uniform", "task A whitened, uniform"]
+METHODS = ["LoRA", "TLoRA", "TLoRA without scaling, floor", *EQUAL, *UNIFORM]
+RATES = [1e-3, 1e-2, 1e3]
+
+
+def compare(*arguments):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts/compare_methods.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(model_path, data_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare") / "results.jsonl"
+    arguments = ["run", "--model", model_path, "--data", data_path, "--results", path]
+    arguments += ["--iters", 3, "--seeds", 2, "--rates", *RATES, "--methods", *METHODS]
+    compare(*arguments)
+    return path, arguments
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rate_rises_until_the_loss_does_and_the_best_is_for_all_seeds(run, method):
+    rows = [row for row in rows_of(run[0]) if row["method"] == method]
+    first = {row["rate"]: row["valid"] for row in rows if row["seed"] == 0}
+    losses = [first[rate] for rate in RATES[: len(first)]]
+    assert losses[:-1] == sorted(losses[:-1], reverse=True)
+    assert losses[-1] > losses[-2]  # 1e3 is no rate to learn with
+    assert [row["rate"] for row in rows if row["seed"] == 1] == [min(first, key=first.get)]
+
+
+def test_trained_parameters(run, model_path):
+    shapes = [linear_shape(m) for m in target_linears(load_base_model(model_path).model).values()]
+    outs, both = sum(o for o, _ in shapes), sum(map(sum, shapes))
+    trained = {row["method"]: row["trained"] for row in rows_of(run[0])}
+    assert trained["LoRA"] == 8 * both
+    assert {trained[name] for name in UNIFORM} == {8 * outs}
+    assert all(abs(trained[name] / (8 * outs) - 1) < 0.15 for name in EQUAL)
+
+
+def test_it_goes_on_and_prints_tables(run):
+    path, arguments = run
+    before = path.read_text()
+    assert compare(*arguments) == ""
+    assert path.read_text() == before
+    printed = compare("table", "--results", path)
+    seconds = [row for row in rows_of(path) if row["seed"] == 1]
+    assert len({row["test"] for row in seconds}) == len(METHODS)
+    firsts = {(row["method"], row["rate"]): row["test"] for row in rows_of(path) if not row["seed"]}
+    tests = {row["method"]: (firsts[row["method"], row["rate"]], row["test"]) for row in seconds}
+    gains = [a - b for a, b in zip(tests["TLoRA"], tests[EQUAL[0]], strict=True)]
+    row = next(line for line in printed.splitlines() if line.startswith("| TLoRA |"))
+    assert f"| {statistics.median(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" in row
+    assert (path.parent / "compare_methods_task.png").read_bytes().startswith(b"\x89PNG")
