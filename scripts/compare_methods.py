@@ -310,12 +310,14 @@ class Outcome:
     Attributes:
         rate: the learning rate with the lowest validation loss under the first seed.
         tests: test losses at that rate, by seed.
+        valids: the same of validation losses.
         by_rate: test losses of the first seed, by learning rate.
         trained: how many parameters were trained.
     """
 
     rate: float
     tests: dict[int, float]
+    valids: dict[int, float]
     by_rate: dict[float, float]
     trained: int
 
@@ -324,9 +326,11 @@ class Outcome:
         """From all rows of the method."""
         first = [row for row in rows if row["seed"] == 0]
         best = min(first, key=lambda row: row["valid"])
+        chosen = [row for row in rows if row["rate"] == best["rate"]]
         return Outcome(
             best["rate"],
-            {row["seed"]: row["test"] for row in rows if row["rate"] == best["rate"]},
+            {row["seed"]: row["test"] for row in chosen},
+            {row["seed"]: row["valid"] for row in chosen},
             {row["rate"]: row["test"] for row in first},
             best["trained"],
         )
@@ -357,18 +361,25 @@ def table(args: argparse.Namespace) -> None:
         found = outcomes(rows, task)
         for iters, of_iters in found.items():
             print(f"### {task}, {iters} updates\n")
-            print("| method | trained | best rate | test loss | less LoRA's | at 3e-4 |")
-            print("|---|---|---|---|---|---|")
+            print(
+                "| method | trained | best rate | test loss | less LoRA's | validation | at 3e-4 |"
+            )
+            print("|" + "---|" * 7)
+            reference = of_iters[REFERENCE]
             for name, own in of_iters.items():
-                pairs = of_iters[REFERENCE].tests
-                gains = [own.tests[seed] - pairs[seed] for seed in own.tests]
                 low = f"{own.by_rate[3e-4]:.3f}" if 3e-4 in own.by_rate else ""
                 print(
                     f"| {name} | {own.trained:,} | {own.rate:g} | {spread(own.tests.values())} "
-                    f"| {spread(gains, '+')} | {low} |"
+                    f"| {spread(less(own.tests, reference.tests), '+')} "
+                    f"| {spread(less(own.valids, reference.valids), '+')} | {low} |"
                 )
             print()
         draw(task, found, args.results.with_name(f"compare_methods_{task}.png"))
+
+
+def less(losses: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences, seed by seed."""
+    return [losses[seed] - others[seed] for seed in losses.keys() & others.keys()]
 
 
 def spread(values: Iterable[float], sign: str = "") -> str:
@@ -383,6 +394,7 @@ def draw(task: str, found: dict[int, dict[str, Outcome]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5 * len(found), 9), layout="constrained")
+    figure.suptitle(task)
     panels = figure.subplots(2, len(found), squeeze=False, height_ratios=[3, 2])
     for (iters, of_iters), (methods, rates) in zip(found.items(), panels.T, strict=True):
         names = sorted(of_iters, key=lambda name: -of_iters[name].median)
@@ -393,7 +405,7 @@ def draw(task: str, found: dict[int, dict[str, Outcome]], path: Path) -> None:
             methods.plot(outcome.median, height, "o", color=colour)
         labels = [f"{name}, {of_iters[name].trained / 1000:.0f}k" for name in names]
         methods.set_yticks(range(len(names)), labels, fontsize="small")
-        methods.set_title(f"{task}, {iters} updates (orange: A trained too)")
+        methods.set_title(f"{iters} updates (orange: A is trained too)")
         methods.set_xlabel("test loss (nats per token), median and range")
         for name in (n for n in DRAWN_BY_RATE if n in of_iters):
             points = zip(*sorted(of_iters[name].by_rate.items()), strict=True)

@@ -4,7 +4,7 @@ A Llama of 2.4 million parameters is trained on the source of the standard libra
 shipped example. The task is narrow and of the same language: a unit test's body from its first
 line, from Python's own tests, of which the model has seen none; split by file.
 
-    python scripts/make_comparison_model.py --output comparison   # 30 minutes with OpenBLAS
+    python scripts/make_comparison_model.py --output comparison   # an hour on one core
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ ROWS = [
     for j in range(3)
 ]
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start too.
+# A shell that starts the tests in the background has them ignore Ctrl-C, nohup has them ignore
+# SIGHUP; and what they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Nothing in the tests may wait for a network that is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
