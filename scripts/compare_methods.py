@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
 
     for name in args.methods or METHODS:
         best = args.rates[0]
-        for rate in args.rates[1:]:  # upwards, until the loss rises
+        for rate in args.rates:  # upwards, until the loss rises
             if result(name, rate, 0) > result(name, best, 0):
                 break
             best = rate
@@ -360,6 +360,10 @@ def table(args: argparse.Namespace) -> None:
     for task in dict.fromkeys(row["task"] for row in rows):
         found = outcomes(rows, task)
         for iters, of_iters in found.items():
+            if REFERENCE not in of_iters:
+                sys.exit(
+                    f"{task}, {iters} updates: run {REFERENCE!r}, which others are held against"
+                )
             print(f"### {task}, {iters} updates\n")
             print(
                 "| method | trained | best rate | test loss | less LoRA's | validation | at 3e-4 |"

@@ -18,7 +18,7 @@ METHODS = ["LoRA", "TLoRA", "TLoRA without scaling, floor", *EQUAL, *UNIFORM]
 RATES = [1e-3, 1e-2, 1e3]
 
 
-def compare(*arguments):
+def compare(*arguments, code=0):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/compare_methods.py", *map(str, arguments)],
         capture_output=True,
@@ -26,8 +26,8 @@ def compare(*arguments):
         timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    assert result.returncode == code, result.stderr
+    return result.stdout + result.stderr if code else result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,14 @@ def test_it_goes_on_and_prints_tables(run):
     row = next(line for line in printed.splitlines() if line.startswith("| TLoRA |"))
     assert f"| {statistics.median(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" in row
     assert (path.parent / "compare_methods_task.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_rate_and_a_table_without_its_reference(model_path, data_path, tmp_path):
+    path = tmp_path / "results.jsonl"
+    arguments = ["--model", model_path, "--data", data_path, "--results", path, "--iters", 1]
+    compare("run", *arguments, "--seeds", 1, "--rates", 1e-3, "--methods", "TLoRA")
+    assert [(row["rate"], row["seed"]) for row in rows_of(path)] == [(1e-3, 0)]
+    refused = compare("table", "--results", path, code=1)
+    assert refused.strip() == (
+        "task, 1 updates: run 'LoRA (equal parameters)', which others are held against"
+    )
