@@ -2,12 +2,13 @@
 
 import json
 import re
+from functools import partial
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import path_for_mlx, save_model
+from conftest import finds_every_wrong_write, path_for_mlx, save_model
 from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 from safetensors.torch import load_file
@@ -23,8 +24,8 @@ from tlora_mlx import (
     read_run,
 )
 from tlora_mlx.base_model import load_base_model
-from tlora_mlx.exporting import checkpoint, requantize
 from tlora_mlx.exporting import mlx_lm as our_mlx_lm
+from tlora_mlx.exporting import requantize
 from tlora_mlx.files import write_tensors
 from tlora_mlx.importing.read import read_as_run
 from tlora_mlx.method.layers import dense_weight, target_linears
@@ -99,28 +100,14 @@ def test_each_expert_has_its_delta_and_all_else_its_bits(made, tmp_path, capsys)
 
 def test_a_merged_stack_that_was_written_wrongly(made, tmp_path, monkeypatch):
     """Each of many blocks is corrupted in turn, adapted or not."""
-    _, _, run_path = made
-    run, write, calls = read_run(run_path), checkpoint.OpenFile.write, []
-    monkeypatch.setattr(
-        checkpoint.OpenFile,
-        "write",
-        lambda file, at, data: (calls.append(at), write(file, at, data)),
+    finds_every_wrong_write(
+        partial(export_merged, read_run(made[2])),
+        tmp_path,
+        monkeypatch,
+        more_than=20,
+        match=r"what was written|damaged|not finite",
     )
-    export_merged(run, tmp_path / "counted")
-    assert len(calls) > 20
-    for number in range(0, len(calls), len(calls) // 7):
-        count = iter(range(len(calls)))
-
-        def corrupted(file, at, data, count=count, number=number):
-            if next(count) == number:
-                data = data.reshape(-1).view(np.uint8).copy()
-                data[-1] ^= 0x41
-            write(file, at, data)
-
-        monkeypatch.setattr(checkpoint.OpenFile, "write", corrupted)
-        with pytest.raises((RunError, UserError), match=r"what was written|damaged|not finite"):
-            export_merged(run, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["counted"]
+    assert [path.name for path in tmp_path.iterdir()] == ["counted"]
 
 
 def test_a_model_of_other_experts(made, tmp_path):
@@ -222,27 +209,15 @@ def test_into_the_conversion_itself(export, quantized_run, tmp_path, capsys):
 @pytest.mark.parametrize("export", [export_dequantized, export_requantized])
 def test_a_conversion_that_was_written_wrongly(export, quantized_run, tmp_path, monkeypatch):
     """Rows of experts with an adapter, and of those without."""
-    run, write, calls = read_run(quantized_run), checkpoint.OpenFile.write, []
-    monkeypatch.setattr(
-        checkpoint.OpenFile,
-        "write",
-        lambda file, at, data: (calls.append(at), write(file, at, data)),
+    finds_every_wrong_write(
+        partial(export, read_run(quantized_run)),
+        tmp_path,
+        monkeypatch,
+        more_than=40,
+        match=r"what was written|not finite",
+        first=1,
     )
-    export(run, tmp_path / "counted")
-    assert len(calls) > 40
-    for number in range(1, len(calls), len(calls) // 7):
-        count = iter(range(len(calls)))
-
-        def corrupted(file, at, data, count=count, number=number):
-            if next(count) == number:
-                data = data.reshape(-1).view(np.uint8).copy()
-                data[-1] ^= 0x41
-            write(file, at, data)
-
-        monkeypatch.setattr(checkpoint.OpenFile, "write", corrupted)
-        with pytest.raises((RunError, UserError), match=r"what was written|not finite"):
-            export(run, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["counted"]
+    assert [path.name for path in tmp_path.iterdir()] == ["counted"]
 
 
 def test_an_untouched_expert_of_a_copy_that_changed(quantized_run, tmp_path, monkeypatch):
