@@ -1,6 +1,6 @@
-"""Merging a run into its base: time and memory against PEFT, mlx_lm.fuse and cp.
+"""Merging a run into its base: time and memory compared with PEFT, mlx_lm.fuse and cp.
 
-A random bf16 Llama in two files, its adapters of rank 16 on every linear layer, made here and
+A random bf16 Llama in two files, with adapters of rank 16 on every linear layer, is made here and
 deleted at the end. Every side is a process of its own, all take turns in each round, and what they
 read is in the page cache. Ours writes, syncs, and reads everything back; the others write.
 
@@ -14,20 +14,26 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 2048, 5632, 32000, 16
+from measuring import in_own_process, llama, medians, peak_resident, table_head, table_row
+
+HIDDEN, VOCABULARY, RANK = 2048, 32000, 16
 SIDES = {
     "cp": "cp -r",
     "ours": "tlora export --format merged",
     "peft": "PEFT merge_and_unload + save_pretrained",
     "fuse": "mlx_lm.fuse",
 }
+STAGES = ("merging", "fsync", "reading back")
+TITLES = ["way", "process s", "without imports s", "CPU s", "GB/s", "× ours", "extra MB"]
+TITLES += ["÷ largest"]
 
 
 def make(place: Path, layers: int) -> None:
@@ -35,37 +41,30 @@ def make(place: Path, layers: int) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from tlora_mlx.exporting.mlx_lm import export_mlx_lm
-    from tlora_mlx.exporting.peft import export_peft
-    from tlora_mlx.files import write_json, write_tensors
-    from tlora_mlx.method.allocation import ModulePlan, RankPlan
-    from tlora_mlx.run_directory import read_run
+    from tlora_mlx import ModulePlan, RankPlan, export_mlx_lm, export_peft
+    from tlora_mlx.storage.files import write_json
+    from tlora_mlx.storage.safetensors import write_tensors
 
     model, run = place / "model", place / "run"
     model.mkdir()
     run.mkdir()
-    write_json(
-        model / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": layers,
-            "num_attention_heads": HIDDEN // 64,
-            "num_key_value_heads": HIDDEN // 64,
-            "vocab_size": VOCABULARY,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
+    settings = llama(
+        HIDDEN,
+        layers,
+        VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+        num_key_value_heads=HIDDEN // 64,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        bos_token_id=0,
+        eos_token_id=0,
     )
+    write_json(model / "config.json", settings)
     tokenizer().save_pretrained(model)
     linears = {f"self_attn.{kind}_proj": (HIDDEN, HIDDEN) for kind in "qkvo"}
-    linears |= {f"mlp.{kind}_proj": (INTERMEDIATE, HIDDEN) for kind in ("gate", "up")}
-    linears["mlp.down_proj"] = (HIDDEN, INTERMEDIATE)
+    intermediate = settings["intermediate_size"]
+    linears |= {f"mlp.{kind}_proj": (intermediate, HIDDEN) for kind in ("gate", "up")}
+    linears["mlp.down_proj"] = (HIDDEN, intermediate)
     shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN)}
     for i in range(layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in linears.items()}
@@ -95,25 +94,17 @@ def make(place: Path, layers: int) -> None:
     write_json(run / "rank_plan.json", plan.to_dict())
     config = {"fine_tune_type": "tlora", "model": str(model), "base_model": str(model)}
     write_json(run / "adapter_config.json", config | {"model_type": "llama"})
-    export_peft(read_run(run), place / "peft", "compact")
-    export_mlx_lm(read_run(run), place / "mlx-lm")
+    export_peft(run, place / "peft", layout="compact")
+    export_mlx_lm(run, place / "mlx-lm")
 
 
 def tokenizer() -> object:
-    """A tokenizer of one word: the rivals want one, nobody uses it."""
+    """A tokenizer of one word: the rivals ask for one, and nobody uses it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
-
-
-def peak_resident() -> float:
-    """MB resident at most so far in this process (getrusage counts the parent's in too)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("this benchmark reads /proc/self/status, so it needs Linux")
 
 
 def spent(start: float, processor: float) -> dict[str, float]:
@@ -124,26 +115,28 @@ def spent(start: float, processor: float) -> dict[str, float]:
 def ours(place: Path, output: Path) -> dict[str, float]:
     """What our command does; imports are not counted. Seconds by stage."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as tlora_mlx.export.main does
-    from tlora_mlx.exporting import merge
-    from tlora_mlx.run_directory import read_run
+    from tlora_mlx.merging.dense import export_merged
+    from tlora_mlx.observer import Advance, Observer
 
-    seconds = {"write": 0.0, "fsync": 0.0, "read back": 0.0}
+    seconds = dict.fromkeys(STAGES, 0.0)
 
-    def timed(stage: str, function):
-        def run(*arguments, **options):
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                seconds[stage] += time.perf_counter() - start
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[stage] += time.perf_counter() - start
 
-        return run
+    class Clock(Observer):
+        @contextmanager
+        def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+            with timed(name), super().stage(name, total, done) as advance:
+                yield advance
 
-    merge._write = timed("write", merge._write)
-    merge._prove = timed("read back", merge._prove)
-    os.fsync = timed("fsync", os.fsync)
+    os.fsync = timed("fsync")(os.fsync)
     start, processor = time.perf_counter(), time.process_time()
-    merge.export_merged(read_run(place / "run"), output)
+    export_merged(place / "run", output, observer=Clock())
     return {**spent(start, processor), **seconds}
 
 
@@ -173,7 +166,7 @@ def fuse(place: Path, output: Path) -> dict[str, float]:
 
 
 def bare(place: Path, output: Path) -> dict[str, float]:
-    """The interpreter with MLX and numpy: the memory that ours is held against."""
+    """The interpreter with MLX and numpy alone, whose memory does not count as a side's own."""
     import mlx.core as mx
     import numpy as np
 
@@ -181,28 +174,33 @@ def bare(place: Path, output: Path) -> dict[str, float]:
     return {}
 
 
+WAYS: dict[str, Callable[[Path, Path], dict[str, float]]] = {
+    "ours": ours,
+    "peft": peft,
+    "fuse": fuse,
+    "bare": bare,
+}
+
+
 def measure(side: str, place: Path) -> dict[str, float]:
     """One process of one side; what it wrote is deleted."""
     output = place / f"out-{side}"
-    command = [sys.executable, __file__, "--side", side, "--place", str(place)]
+    start, processor = time.perf_counter(), children_processor_time()
     if side == "cp":
-        command = ["cp", "-r", str(place / "model"), str(output)]
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start, before = time.perf_counter(), children.ru_utime + children.ru_stime
-    done = subprocess.run(command, capture_output=True, text=True)
-    wall = time.perf_counter() - start
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = children.ru_utime + children.ru_stime - before
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr}")
-    found = (
-        {"work": wall, "cpu": processor}
-        if side == "cp"
-        else json.loads(done.stdout.splitlines()[-1])
-    )
+        subprocess.run(["cp", "-r", place / "model", output], check=True)
+        found = {}
+    else:
+        found = in_own_process(__file__, "--side", side, "--place", place)
+    wall, cpu = time.perf_counter() - start, children_processor_time() - processor
     written = output.exists() and sum(f.stat().st_size for f in output.glob("*.safetensors"))
     shutil.rmtree(output, ignore_errors=True)
-    return {"wall": wall, "gb": written / 1e9, **found}
+    return {"wall": wall, "work": wall, "cpu": cpu, "gb": written / 1e9, **found}
+
+
+def children_processor_time() -> float:
+    """Seconds on the processor of all processes that were started here and have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
 
 
 def main() -> None:
@@ -214,12 +212,13 @@ def main() -> None:
     parser.add_argument("--place", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side == "make":
-        return make(Path(args.place), args.layers)
+        make(Path(args.place), args.layers)
+        return
     if args.side:
         place = Path(args.place)
-        found = globals()[args.side](place, place / f"out-{args.side}")
+        found = WAYS[args.side](place, place / f"out-{args.side}")
         print(json.dumps({**found, "peak": peak_resident()}))
-        return None
+        return
     with tempfile.TemporaryDirectory(prefix="benchmark_export.") as folder:
         place = Path(folder)
         making = [sys.executable, __file__, "--side", "make", "--place", folder]
@@ -232,35 +231,31 @@ def main() -> None:
             for side in order:
                 rounds[side].append(measure(side, place))
     report(rounds, baseline)
-    return None
 
 
 def report(rounds: dict[str, list[dict[str, float]]], baseline: float) -> None:
     """Medians over the rounds, as Markdown."""
-    middle = {
-        side: {key: statistics.median(r[key] for r in found) for key in found[0]}
-        for side, found in rounds.items()
-    }
+    middle = {side: medians(found) for side, found in rounds.items()}
     reference = middle["ours"]
     largest = VOCABULARY * HIDDEN * 2 / 1e6
     print(f"{reference['gb']:.2f} GB of bf16, largest tensor {largest:.0f} MB, rank {RANK}; ")
     print(f"bare interpreter with MLX and numpy: {baseline:.0f} MB\n")
-    print("| way | process s | without imports s | CPU s | GB/s | × ours | extra MB | ÷ largest |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(table_head(TITLES))
     for side, title in SIDES.items():
-        row = middle[side]
-        memory = "| | |"
-        if "peak" in row:
-            extra = row["peak"] - baseline
-            memory = f"| {extra:.0f} | {extra / largest:.1f} |"
-        print(
-            f"| {title} | {row['wall']:.2f} | {row['work']:.2f} | {row['cpu']:.2f} "
-            f"| {row['gb'] / row['work']:.2f} | {row['work'] / reference['work']:.1f} {memory}"
-        )
-    parts = ", ".join(f"{k} {reference[k]:.2f} s" for k in ("write", "fsync", "read back"))
+        figures = middle[side]
+        cells = [title, *(f"{figures[key]:.2f}" for key in ("wall", "work", "cpu"))]
+        cells += [f"{figures['gb'] / figures['work']:.2f}"]
+        cells += [f"{figures['work'] / reference['work']:.1f}"]
+        if "peak" in figures:
+            extra = figures["peak"] - baseline
+            cells += [f"{extra:.0f}", f"{extra / largest:.1f}"]
+        else:
+            cells += ["", ""]
+        print(table_row(cells))
+    parts = ", ".join(f"{stage} {reference[stage]:.2f} s" for stage in STAGES)
     share = middle["cp"]["work"] / reference["work"]
-    print(f"\nours: {parts} (fsync is within write); {share:.0%} of cp's speed, ", end="")
-    print(f"{middle['cp']['work'] / reference['write']:.0%} by the writing alone")
+    print(f"\nours: {parts} (fsync is within merging); {share:.0%} of cp's speed, ", end="")
+    print(f"{middle['cp']['work'] / reference['merging']:.0%} by the merging alone")
     spread = {s: [round(r["work"], 2) for r in found] for s, found in rounds.items()}
     print(f"without imports, every round: {spread}")
 

@@ -1,9 +1,9 @@
-"""Initialisation against the plain algorithm: time per stage, memory, captured energy, growth.
+"""Initialisation compared with the plain algorithm: time per stage, memory, energy, growth.
 
-The rival is what the authors' code does, anew in torch: a float32 covariance per module, all
+The rival is what the authors' code does, rewritten in torch: a float32 covariance per module, all
 held at once, weight gradients of every module by autograd sample by sample, and a full SVD of every
 W·C. Same random Llama, same samples, same machine, each side in a process of its own. MLX uses the
-BLAS that LD_PRELOAD names; torch's CPU build the MKL it brings, or with --same-blas MLX's.
+BLAS that LD_PRELOAD names; torch's CPU build uses the MKL it brings, or with --same-blas MLX's.
 
     python scripts/benchmark_init.py --hidden 512 1024 2048 4096
 """
@@ -14,14 +14,13 @@ import argparse
 import json
 import math
 import os
-import platform
-import resource
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from measuring import in_own_process, llama, machine, mlx_blas, peak_resident, table_head, table_row
 
 RANK = 8
 VOCABULARY = 1000
@@ -29,19 +28,9 @@ SIDES = {"rival": "plain (torch)", "exact": "exact", "streaming": "streaming"}
 ENERGY_MODULES = ("q_proj", "v_proj", "down_proj")
 
 
-def shape_of(hidden: int, layers: int) -> dict[str, int | float | str]:
-    """A Llama's configuration at this width."""
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": 11 * hidden // 4,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": max(1, hidden // 256),
-        "vocab_size": VOCABULARY,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
+def settings_of(hidden: int, layers: int) -> dict[str, Any]:
+    """The Llama's configuration at this width."""
+    return llama(hidden, layers, VOCABULARY, tie_word_embeddings=True)
 
 
 def random_samples(count: int, length: int) -> list[list[int]]:
@@ -57,7 +46,7 @@ def random_weights(hidden: int, layers: int) -> dict[str, np.ndarray]:
     from mlx_lm.models.llama import Model, ModelArgs
 
     random = np.random.default_rng(1)
-    model = Model(ModelArgs.from_dict(shape_of(hidden, layers)))
+    model = Model(ModelArgs.from_dict(settings_of(hidden, layers)))
     return {
         name: np.ones(value.shape, np.float32)
         if value.ndim == 1
@@ -72,26 +61,22 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def peak_resident() -> float:
-    """MB resident at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
 def run_ours(hidden: int, layers: int, samples: list[list[int]], covariance: str) -> dict:
     """Our calibration and subspaces; seconds per stage, MB, and A by module."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models.llama import Model, ModelArgs
 
+    from tlora_mlx.data.batches import collate
+    from tlora_mlx.data.samples import Sample
     from tlora_mlx.method.allocation import plan_ranks
     from tlora_mlx.method.calibration import calibrate
     from tlora_mlx.method.covariance import input_leaders
     from tlora_mlx.method.initialise import exact_subspaces, streamed_subspaces
     from tlora_mlx.method.layers import linear_shape, target_linears
-    from tlora_mlx.training.data import Sample, collate
     from tlora_mlx.training.output_layer import summed_loss
 
-    model = Model(ModelArgs.from_dict(shape_of(hidden, layers)))
+    model = Model(ModelArgs.from_dict(settings_of(hidden, layers)))
     weights = random_weights(hidden, layers)
     model.load_weights([(k, mx.array(v)) for k, v in weights.items()])
     mx.eval(model.parameters())
@@ -110,7 +95,7 @@ def run_ours(hidden: int, layers: int, samples: list[list[int]], covariance: str
     calibrated = time.perf_counter()
     plan = plan_ranks(calibration.sensitivities, shapes, RANK, RANK)
     if covariance == "exact":
-        subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+        subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances).a
     else:
         subspaces = streamed_subspaces(model, plan, targets, leaders, batches, 0)
     end = time.perf_counter()
@@ -138,7 +123,7 @@ def run_rival(hidden: int, layers: int, samples: list[list[int]]) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = shape_of(hidden, layers)
+    settings = settings_of(hidden, layers)
     del settings["model_type"]
     torch.set_num_threads(os.cpu_count())
     model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
@@ -210,18 +195,16 @@ def run_rival(hidden: int, layers: int, samples: list[list[int]]) -> dict:
 
 def measure(side: str, hidden: int, args: argparse.Namespace, scratch: Path) -> dict:
     """Run one side in a process of its own and read what it measured."""
-    command = [sys.executable, __file__, "--side", side, "--hidden", str(hidden)]
-    command += ["--layers", str(args.layers), "--samples", str(args.samples)]
-    command += ["--length", str(args.length), "--scratch", str(scratch)]
+    options = ["--side", side, "--hidden", hidden, "--layers", args.layers]
+    options += ["--samples", args.samples, "--length", args.length, "--scratch", scratch]
     environment = dict(os.environ)
     if side == "rival" and not args.same_blas:
         environment.pop("LD_PRELOAD", None)
-    subprocess.run(command, check=True, env=environment)
-    return json.loads((scratch / f"{side}-{hidden}.json").read_text())
+    return in_own_process(__file__, *options, environment=environment)
 
 
 def run_side(args: argparse.Namespace) -> None:
-    """The child process: measure, write figures as JSON and arrays as npz."""
+    """The process of one side: measure, print the figures as JSON, write the arrays as npz."""
     (hidden,) = args.hidden
     samples = random_samples(args.samples, args.length)
     if args.side == "rival":
@@ -230,11 +213,11 @@ def run_side(args: argparse.Namespace) -> None:
     else:
         result = run_ours(hidden, args.layers, samples, args.side)
         np.savez(args.scratch / f"{args.side}-{hidden}.npz", **result.pop("a"))
-    (args.scratch / f"{args.side}-{hidden}.json").write_text(json.dumps(result))
+    print(json.dumps(result))
 
 
 def captured(side: str, hidden: int, rival: dict, scratch: Path) -> float:
-    """The least captured energy over the compared modules, against the rival's full SVD."""
+    """The least captured energy over the compared modules, as a share of the full SVD's."""
     products = np.load(scratch / f"products-{hidden}.npz")
     ours = np.load(scratch / f"{side}-{hidden}.npz")
     shares = [
@@ -244,14 +227,6 @@ def captured(side: str, hidden: int, rival: dict, scratch: Path) -> float:
         if name in ours
     ]
     return min(shares)
-
-
-def machine() -> str:
-    """The machine's name, as far as the system tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def draw(figures: list[dict], path: Path) -> None:
@@ -276,8 +251,6 @@ def draw(figures: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Measure every width and print the table."""
-    import tempfile
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--layers", type=int, default=1)
@@ -292,14 +265,14 @@ def main() -> None:
     if args.side:
         run_side(args)
         return
-    blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "MLX's own BLAS"
-    theirs = blas if args.same_blas else "MKL"
-    print(f"{machine()}; {blas} in MLX, {theirs} in torch; {args.layers} layer(s), "
-          f"{args.samples} samples of {args.length} tokens, rank {RANK}\n")  # fmt: skip
-    head = ["hidden", "way", "calibrate s", "subspaces s", "total s", "÷ fwd+bwd", "extra MB"]
-    head += ["energy ≥", "total ×", "SVD ×", "memory %"]
-    print("| " + " | ".join(head) + " |")
-    print("|" + "---|" * len(head))
+    theirs = mlx_blas() if args.same_blas else "MKL"
+    print(
+        f"{machine()}; {mlx_blas()} in MLX, {theirs} in torch; {args.layers} layer(s), "
+        f"{args.samples} samples of {args.length} tokens, rank {RANK}\n"
+    )
+    titles = ["hidden", "way", "calibrate s", "subspaces s", "total s", "÷ fwd+bwd", "extra MB"]
+    titles += ["energy ≥", "total ×", "SVD ×", "memory %"]
+    print(table_head(titles))
     totals: dict[str, list[float]] = {}
     figures = []
     with tempfile.TemporaryDirectory() as directory:
@@ -310,14 +283,14 @@ def main() -> None:
                 result = rival if side == "rival" else measure(side, hidden, args, scratch)
                 totals.setdefault(side, []).append(result["total"])
                 energy = 1.0 if side == "rival" else captured(side, hidden, rival, scratch)
-                row = [hidden, SIDES[side]]
-                row += [f"{result[key]:.2f}" for key in ("calibrate", "subspaces", "total")]
-                row += [f"{result['total'] / result['plain']:.2f}"]
-                row += [f"{result['extra_mb']:.0f}", f"{energy:.6f}"]
-                row += [f"{rival['total'] / result['total']:.1f}"]
-                row += [f"{rival['subspaces'] / result['subspaces']:.1f}"]
-                row += [f"{100 * result['extra_mb'] / rival['extra_mb']:.0f}"]
-                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+                cells = [hidden, SIDES[side]]
+                cells += [f"{result[key]:.2f}" for key in ("calibrate", "subspaces", "total")]
+                cells += [f"{result['total'] / result['plain']:.2f}"]
+                cells += [f"{result['extra_mb']:.0f}", f"{energy:.6f}"]
+                cells += [f"{rival['total'] / result['total']:.1f}"]
+                cells += [f"{rival['subspaces'] / result['subspaces']:.1f}"]
+                cells += [f"{100 * result['extra_mb'] / rival['extra_mb']:.0f}"]
+                print(table_row(cells), flush=True)
                 figures.append(
                     {"hidden": hidden, "side": side, "energy": energy}
                     | {k: v for k, v in result.items() if isinstance(v, float)}
@@ -325,8 +298,8 @@ def main() -> None:
     if len(args.hidden) > 1:
         logs = np.log(args.hidden)
         exponents = {side: np.polyfit(logs, np.log(t), 1)[0] for side, t in totals.items()}
-        print("\ntotal grows with the width's power " +
-              ", ".join(f"{e:.2f} ({side})" for side, e in exponents.items()))  # fmt: skip
+        powers = ", ".join(f"{power:.2f} ({side})" for side, power in exponents.items())
+        print(f"\ntotal grows with the width's power {powers}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.picture:

@@ -1,12 +1,12 @@
-"""Training against mlx-lm's own trainer: real tokens per second and peak memory, in turns.
+"""Training compared with mlx-lm's own trainer: real tokens per second and peak memory, in turns.
 
 Theirs is ``mlx_lm.tuner.trainer.train`` with mlx-lm's LoRA layers, A and B trained; ours is
-``tlora_mlx.training.loop.fit``, A frozen. Same model, samples, modules, rank, batch size, maximal
-length and optimizer, each side in a process of its own, ABAB. Each side makes its own batches, as
-it does for its users: mlx-lm sorts by ``len(row)``, which for a row with named columns is the
-number of columns. The first epoch is left out: it compiles.
+``tlora_mlx.training.loop.Training``, A frozen. Same model, samples, modules, rank, batch size,
+maximal length and optimizer, each side in a process of its own, ABAB. Each side makes its own
+batches, as it does for its users: mlx-lm sorts by ``len(row)``, which for a row with named columns
+is the number of columns. The first epoch is left out: it compiles.
 
-    python scripts/benchmark_train.py --cases example 512-mixed --rounds 3
+    python scripts/benchmark_train.py --cases example 512-64-mixed --rounds 3
 """
 
 from __future__ import annotations
@@ -15,24 +15,30 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from measuring import (
+    in_own_process,
+    llama,
+    machine,
+    medians,
+    mlx_blas,
+    peak_resident,
+    table_head,
+    table_row,
+)
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from tlora_mlx.training.data import Sample
+    from tlora_mlx.data.samples import Sample
 
 EXAMPLE = Path(__file__).parents[1] / "examples"
 RANK, BATCH = 8, 4
@@ -50,6 +56,9 @@ class Case:
             its longest, 256, becomes this.
         mixed: samples of mixed length, not all of the maximal.
         masked: the prompt does not count in the loss; it is the example's share of each sample.
+        samples: how many there are.
+        layers: of the random Llama, as what follows.
+        bits: of its quantized weights; 0: they are not quantized.
     """
 
     hidden: int
@@ -93,18 +102,7 @@ def load_model(case: Case) -> nn.Module:
     if not case.hidden:
         return load(EXAMPLE / "model")[0]
     mx.random.seed(0)
-    model = Model(
-        ModelArgs(
-            model_type="llama",
-            hidden_size=case.hidden,
-            intermediate_size=11 * case.hidden // 4,
-            num_hidden_layers=case.layers,
-            num_attention_heads=case.hidden // 64,
-            num_key_value_heads=max(1, case.hidden // 256),
-            vocab_size=case.vocabulary,
-            rms_norm_eps=1e-5,
-        )
-    )
+    model = Model(ModelArgs(**llama(case.hidden, case.layers, case.vocabulary)))
     model.set_dtype(getattr(mx, case.dtype))
     if case.bits:
         nn.quantize(model, 64, case.bits)
@@ -114,8 +112,9 @@ def load_model(case: Case) -> nn.Module:
 
 def load_samples(case: Case) -> list[Sample]:
     """The example's samples, or random tokens with their lengths and share of prompt."""
-    from tlora_mlx.base_model import load_base_model
-    from tlora_mlx.training.data import Sample, load_data
+    from tlora_mlx.data.reading import load_data
+    from tlora_mlx.data.samples import Sample
+    from tlora_mlx.models.base_model import load_base_model
 
     tokenizer = load_base_model(str(EXAMPLE / "model")).tokenizer
     split = load_data(str(EXAMPLE / "data"), tokenizer, case.length, case.masked)["train"]
@@ -198,21 +197,19 @@ def train_ours(model: nn.Module, samples: list[Sample], case: Case, iters: int) 
     """Our loop; the time at the end of each epoch."""
     import mlx.core as mx
 
-    from tlora_mlx.config import TrainConfig
+    from tlora_mlx.config.training_options import TrainConfig
+    from tlora_mlx.data.samples import Split
     from tlora_mlx.method.allocation import ModulePlan, RankPlan
     from tlora_mlx.method.layers import attach, linear_shape, target_linears
-    from tlora_mlx.training.checkpoint import Progress
-    from tlora_mlx.training.data import Split
-    from tlora_mlx.training.loop import fit, make_optimizer
+    from tlora_mlx.observer import Observer
+    from tlora_mlx.training.loop import Training
+    from tlora_mlx.training.step import make_optimizer
 
     times = []
 
-    class Recorder:
-        def report(self, metrics: dict) -> None:
+    class Clock(Observer):
+        def reported(self, metrics: Mapping[str, Any]) -> None:
             times.append(now())
-
-        def checkpoint(self, *state: object) -> None:
-            pass
 
     shapes = {name: linear_shape(module) for name, module in target_linears(model).items()}
     modules = {
@@ -228,7 +225,7 @@ def train_ours(model: nn.Module, samples: list[Sample], case: Case, iters: int) 
         steps_per_report=len(samples) // BATCH, save_every=iters + 1,
     )  # fmt: skip
     optimizer = make_optimizer(config, model)
-    fit(model, optimizer, Split(samples), Split(), config, Progress(), Recorder())
+    Training(model, optimizer, Split(samples), Split(), config, observer=Clock()).fit()
     return times
 
 
@@ -237,7 +234,7 @@ def computed_positions(side: str, samples: list[Sample], case: Case, epochs: int
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
 
-    from tlora_mlx.training.data import collate, epoch_order
+    from tlora_mlx.data.batches import collate, epoch_order
 
     if side == "mlx-lm":
         data = CacheDataset(Rows(samples, case.masked))
@@ -266,7 +263,7 @@ def run_side(side: str, case: Case, epochs: int) -> dict[str, float]:
         "tokens_per_second": real / (times[-1].clock - times[0].clock),
         "tokens_per_processor_second": real / (times[-1].processor - times[0].processor),
         "peak_mb": mx.get_peak_memory() / 1e6,
-        "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "resident_mb": peak_resident(),
         "real_share": real / computed_positions(side, samples, case, epochs),
     }
 
@@ -280,17 +277,7 @@ def silence() -> Iterator[None]:
 
 def measure(side: str, name: str, epochs: int) -> dict[str, float]:
     """``run_side`` in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--cases", name, "--epochs", str(epochs)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def machine() -> str:
-    """The machine's name, as far as the system tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    return in_own_process(__file__, "--side", side, "--cases", name, "--epochs", epochs)
 
 
 def main() -> None:
@@ -305,24 +292,26 @@ def main() -> None:
     if args.side:
         print(json.dumps(run_side(args.side, CASES[args.cases[0]], args.epochs)))
         return
-    blas = "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "MLX's own BLAS"
-    print(f"{machine()}; {blas}; rank {RANK}, batches of {BATCH}; medians of {args.rounds} pairs\n")
-    head = ["case", "real tokens/s: mlx-lm", "ours", "×"]
-    head += ["per processor second: mlx-lm", "ours", "×", "peak MB: mlx-lm", "ours", "×"]
-    head += ["resident MB: mlx-lm", "ours", "×", "real share: mlx-lm", "ours"]
-    print("| " + " | ".join(head) + " |")
-    print("|" + "---|" * len(head), flush=True)
+    print(
+        f"{machine()}; {mlx_blas()}; rank {RANK}, batches of {BATCH}; medians of {args.rounds} "
+        "pairs\n"
+    )
+    titles = ["case", "real tokens/s: mlx-lm", "ours", "×"]
+    titles += ["per processor second: mlx-lm", "ours", "×", "peak MB: mlx-lm", "ours", "×"]
+    titles += ["resident MB: mlx-lm", "ours", "×", "real share: mlx-lm", "ours"]
+    print(table_head(titles), flush=True)
     figures = {}
     for name in args.cases:
         rounds = [{s: measure(s, name, args.epochs) for s in SIDES} for _ in range(args.rounds)]
         figures[name] = rounds
-        row = [name]
+        middle = {side: medians([found[side] for found in rounds]) for side in SIDES}
+        cells = [name]
         for key in MEASURED:
-            row += [f"{statistics.median(r[s][key] for r in rounds):.0f}" for s in SIDES]
-            ratios = [r["ours"][key] / r["mlx-lm"][key] for r in rounds]
-            row.append(f"**{statistics.median(ratios):.2f}**")
-        row += [f"{rounds[0][side]['real_share']:.2f}" for side in SIDES]
-        print("| " + " | ".join(row) + " |", flush=True)
+            cells += [f"{middle[side][key]:.0f}" for side in SIDES]
+            ratios = [found["ours"][key] / found["mlx-lm"][key] for found in rounds]
+            cells.append(f"**{statistics.median(ratios):.2f}**")
+        cells += [f"{rounds[0][side]['real_share']:.2f}" for side in SIDES]
+        print(table_row(cells), flush=True)
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import random
 import sysconfig
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
-from make_example_model import CONFIG, make, sources, train_tokenizer
+from make_example_model import CONFIG, make, parsed, sources, split_by_file, train_tokenizer
 
 CONFIG = {
     **CONFIG,
@@ -30,15 +28,11 @@ CONFIG = {
 ROWS = {"valid": 192, "test": 384, "train": 800}
 
 
-def unit_tests() -> Iterator[list[dict[str, str]]]:
-    """Per file of Python's own tests, its rows: a test's first line, and its body."""
+def unit_tests() -> dict[str, list[dict[str, str]]]:
+    """The rows of each file of Python's own tests: a test's first line, and its body."""
     root = Path(sysconfig.get_paths()["stdlib"]) / "test"
-    for path in sorted(root.glob("test_*.py")):
-        try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+    found = {}
+    for file, source, tree in parsed(root.glob("test_*.py")):
         lines, rows = source.splitlines(), []
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef) or node.decorator_list:
@@ -55,7 +49,8 @@ def unit_tests() -> Iterator[list[dict[str, str]]]:
                     }
                 )
         if rows:
-            yield rows
+            found[file] = rows
+    return found
 
 
 def main() -> None:
@@ -66,14 +61,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    files = list(unit_tests())
-    if not files:
+    rows = unit_tests()
+    if not rows:
         parser.error("this Python comes without its tests (the package 'test'); use another")
-    random.Random(args.seed).shuffle(files)
-    splits: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
-    for rows in files:
-        split = next((s for s in ROWS if len(splits[s]) < 1.3 * ROWS[s]), "train")
-        splits[split] += rows
+    splits, _ = split_by_file(rows, ROWS, args.seed)
     texts = [source for _, source, _ in sources()]
     print(f"{len(texts)} files of source, {sum(map(len, texts)):,} characters")
     tokenizer = train_tokenizer(texts)

@@ -18,7 +18,7 @@ import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -65,17 +65,24 @@ MAX_TOKENS = 256
 def sources() -> Iterator[tuple[str, str, ast.Module]]:
     """(path below the standard library, source, syntax tree) of every file, in sorted order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if LEFT_OUT & set(relative.parts):
-            continue
+    paths = {path.relative_to(root): path for path in root.rglob("*.py")}
+    return parsed(path for relative, path in paths.items() if not LEFT_OUT & set(relative.parts))
+
+
+def parsed(paths: Iterable[Path]) -> Iterator[tuple[str, str, ast.Module]]:
+    """(path below the standard library, source, syntax tree) of these files, in sorted order.
+
+    A file that is not Python, or not in UTF-8, is passed over.
+    """
+    for path in sorted(paths):
         try:
             source = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in old modules
-                yield str(relative), source, ast.parse(source)
+                tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
+        yield str(path.relative_to(sysconfig.get_paths()["stdlib"])), source, tree
 
 
 def docstrings(tree: ast.Module) -> list[str]:
@@ -121,16 +128,31 @@ def collect(seed: int) -> tuple[list[str], dict[str, list[dict[str, str]]]]:
         texts[path] = docstrings(tree)
         rows[path] = [row for row in functions(source, tree) if row["completion"] not in seen]
         seen |= {row["completion"] for row in rows[path]}
-    files = sorted(path for path in rows if rows[path])
-    random.Random(seed).shuffle(files)
-    splits: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
-    held_out = set()
-    for path in files:
-        split = next((s for s in ROWS if len(splits[s]) < 1.3 * ROWS[s]), "train")
-        splits[split] += rows[path]
-        held_out |= {path} if split != "train" else set()
+    splits, held_out = split_by_file(rows, ROWS, seed)
     pretraining = [text for path in sorted(texts) if path not in held_out for text in texts[path]]
     return list(dict.fromkeys(pretraining)), splits
+
+
+def split_by_file(
+    rows: Mapping[str, list[dict[str, str]]], numbers: Mapping[str, int], seed: int
+) -> tuple[dict[str, list[dict[str, str]]], set[str]]:
+    """Candidate rows by split, no file in two splits, and the files that are not trained on.
+
+    Args:
+        rows: by file.
+        numbers: how many rows each split gets in the end, the training split last; of the others
+            there are some more to choose from, since not all are short enough.
+        seed: of the files' order.
+    """
+    files = sorted(path for path in rows if rows[path])
+    random.Random(seed).shuffle(files)
+    splits: dict[str, list[dict[str, str]]] = {split: [] for split in numbers}
+    held_out = set()
+    for path in files:
+        split = next((s for s in numbers if len(splits[s]) < 1.3 * numbers[s]), "train")
+        splits[split] += rows[path]
+        held_out |= {path} if split != "train" else set()
+    return splits, held_out
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -236,7 +258,7 @@ def write_split(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
 ) -> None:
-    """Write so many rows, drawn at random from those that are short enough, none twice."""
+    """Write ``number`` rows, drawn at random from those that are short enough, none twice."""
     unique = {row["completion"]: row for row in rows}.values()
     fitting = [r for r in unique if len(tokenizer.encode("".join(r.values()))) < MAX_TOKENS]
     random.Random(seed).shuffle(fitting)
@@ -247,7 +269,7 @@ def write_split(
 def token_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All texts' tokens, shuffled, each text ended: to train on, and a fiftieth held out."""
+    """The tokens of all texts, shuffled, each text ended: to train on, and a fiftieth held out."""
     random.Random(seed).shuffle(texts)
     encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
     cut = len(encoded) // 50
@@ -292,8 +314,8 @@ def make(
     tokens, held_out = token_windows(texts, tokenizer, seed)
     model = new_model(config, seed)
     before, after = pretrain(model, tokens, held_out, steps, seed)
-    print(f"held-out loss {before:.3f} -> {after:.3f} (ln {len(tokenizer)} = "
-          f"{math.log(len(tokenizer)):.3f})")  # fmt: skip
+    uniform = math.log(len(tokenizer))
+    print(f"held-out loss {before:.3f} -> {after:.3f} (ln {len(tokenizer)} = {uniform:.3f})")
     save_model(model_path, model, config)
 
 

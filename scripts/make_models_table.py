@@ -1,8 +1,10 @@
-"""Write docs/MODELS.md from what the matrix of tests/test_families.py finds on this machine.
+"""Write docs/MODELS.md from what the matrix of tests/models/test_families.py finds on this machine.
 
-Run from the repository's root: ``python scripts/make_models_table.py`` (a few minutes).
+Run it as ``python scripts/make_models_table.py`` (a few minutes).
 """
 
+import argparse
+import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -11,11 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import ROWS, write_jsonl  # noqa: E402
-from families import FAILS, FAMILIES  # noqa: E402
-from test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
+os.environ["HF_HUB_OFFLINE"] = "1"  # as for the tests: every model is made on the spot
 
-from tlora_mlx.exporting import names  # noqa: E402
+from helpers.families import FAILS, FAMILIES  # noqa: E402
+from helpers.models import ROWS, write_jsonl  # noqa: E402
+from measuring import table_row  # noqa: E402
+from models.test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
+
+from tlora_mlx.models.families import FAMILIES as NAMES  # noqa: E402
 
 TEXT = """# Model families
 
@@ -74,6 +79,9 @@ those without it. A family that is not here is refused when training starts;
 
 def main() -> None:
     """Run the matrix and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "MODELS.md")
+    args = parser.parse_args()
     rows, trained = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
@@ -82,7 +90,7 @@ def main() -> None:
         for family, tiny in sorted(FAMILIES.items()):
             found = round_trip(family, data, Path(folder) / family)
             trained.append(found.pop("trained"))
-            linears = names.FAMILIES[family].linears
+            linears = NAMES[family].linears
             modules = sorted({m.rsplit(".", 1)[-1] for m in linears})
             modules = tiny.targets or modules
             figures = [f"{value:.0e}" for value in found.values()]
@@ -102,8 +110,7 @@ def main() -> None:
             for family, tiny in sorted(FAILS.items())
         ]
     head = ["family", "adapted layers", "base", *EXPORTS, "with experts", "remarks"]
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(map(table_row, [head, ["---"] * len(head), *rows]))
     text = TEXT.format(
         mlx_lm=version("mlx-lm"),
         transformers=version("transformers"),
@@ -112,7 +119,7 @@ def main() -> None:
         table=table,
         fails="\n".join(fails),
     )
-    (ROOT / "docs" / "MODELS.md").write_text(text)
+    args.output.write_text(text)
 
 
 if __name__ == "__main__":

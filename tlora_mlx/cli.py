@@ -1,11 +1,23 @@
-"""The ``tlora`` console script: one subcommand per module of the same name."""
+"""The ``tlora`` console script, one subcommand per module of the same name; how a command ends."""
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
+from tlora_mlx.errors import (
+    Interrupted,
+    RunError,
+    Terminated,
+    UserError,
+    first_line,
+    interruption_code,
+)
 from tlora_mlx.version import __version__
 
 COMMANDS = {
@@ -36,3 +48,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = f"unknown command '{arguments[0]}'" if arguments else "no command given"
     print(f"error: {said}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command; print its failure as one sentence on stderr and return the exit code.
+
+    A failure that is none of ours and not the system's is a bug: its traceback is what a bug
+    report needs, so it is let through. Under ``mlx.launch`` a failure in one process ends all.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for terminals that have no × or emoji
+        sys.stdout.reconfigure(errors="replace")
+    if not _launched():
+        code, message = _outcome(command)
+    else:
+        from tlora_mlx.distributed.connecting import start
+
+        watch = start()
+        code, message = _outcome(command)
+        if watch:
+            return watch.leave(code, message)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise ``Terminated`` inside the block."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _launched() -> bool:
+    """Whether ``mlx.launch`` started this process, with one of its backends (or Open MPI did)."""
+    return "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+
+
+def _outcome(command: Callable[[], object]) -> tuple[int, str]:
+    """The exit code and, where it failed, why."""
+    try:
+        with sigterm_as_ctrl_c():
+            command()
+        return 0, ""
+    except (UserError, RunError, Interrupted) as error:
+        return error.exit_code, str(error)
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0), ""
+    except KeyboardInterrupt as stop:
+        return interruption_code(stop), "interrupted"
+    except BrokenPipeError:
+        return 1, ""
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return 1, f"{error.strerror or first_line(error)}{where}"

@@ -1,17 +1,24 @@
-"""Lines of text and progress bars on the terminal."""
+"""The terminal: lines, tables and progress bars, as doors and the observer of commands print them.
+
+It is in the hall since only the doors use it: no room prints.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
 
-from tlora_mlx.method.distributed import is_first
+from tlora_mlx.distributed.collectives import is_first
+from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.observer import Advance, Observer
+from tlora_mlx.reporting.tables import plan_table, plan_totals
 
 
 class _Console(Console):
@@ -23,15 +30,16 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def print(self, *objects: object, **options: Any) -> None:
-        """As rich's; what cannot be written ends in silence."""
+        """As rich's, from the first process alone; what cannot be written ends in silence."""
+        if not is_first():
+            return
         try:
             super().print(*objects, **options)
         except OSError:
             self.quiet = True
 
 
-# Under mlx.launch the first process speaks for all.
-console = _Console(highlight=False, soft_wrap=True, quiet=not is_first())
+console = _Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -39,21 +47,51 @@ def say(text: str) -> None:
     console.print(text, markup=False)
 
 
-@contextmanager
-def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar; what it yields advances it: ``advance(steps, text)``."""
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[text]}"),
-    )
-    hidden = not console.is_terminal
-    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
-        task = shown.add_task(description, total=total, completed=done, text="")
+def print_plan(plan: RankPlan) -> None:
+    """A rank plan as a table, and what it adds up to."""
+    console.print(plan_table(plan))
+    say(plan_totals(plan))
 
-        def advance(steps: int = 1, text: str | None = None) -> None:
-            shown.update(task, advance=steps, **({} if text is None else {"text": text}))
 
-        yield advance
+class Terminal(Observer):
+    """The observer that prints what it is told."""
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        say(text)
+
+    def planned(self, plan: RankPlan) -> None:
+        """The plan as a table."""
+        print_plan(plan)
+
+    def reported(self, metrics: Mapping[str, Any]) -> None:
+        """One line a report; one of updates that were all left out has none."""
+        iteration = metrics["iteration"]
+        if "val_loss" in metrics:
+            loss = math.nan if metrics["val_loss"] is None else metrics["val_loss"]
+            say(f"iteration {iteration}: validation loss {loss:.4f}")
+        elif metrics["train_loss"] is not None:
+            say(
+                f"iteration {iteration}: train loss {metrics['train_loss']:.4f}, learning "
+                f"rate {metrics['learning_rate']:.2e}, {metrics['tokens_per_second']:.0f} tokens/s,"
+                f" peak memory {metrics['peak_memory']:.2f} GB"
+            )
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """A progress bar, where there is a terminal to draw it on."""
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[text]}"),
+        )
+        hidden = not (console.is_terminal and is_first())
+        with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
+            task = shown.add_task(name, total=total, completed=done, text="")
+
+            def advance(steps: int = 1, text: str | None = None) -> None:
+                shown.update(task, advance=steps, **({} if text is None else {"text": text}))
+
+            yield advance

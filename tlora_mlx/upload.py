@@ -5,24 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.config import UploadCommand, parse
-from tlora_mlx.errors import run_command
-from tlora_mlx.files import user_path
+from tlora_mlx.cli import run_command
+from tlora_mlx.config.export_options import UploadCommand
+from tlora_mlx.config.parsing import parse
 
 DESCRIPTION = "Push what tlora export wrote to the Hugging Face Hub, as one commit."
 
 
+def command(argv: Sequence[str] | None) -> None:
+    """Push, and say where it is."""
+    config = parse(UploadCommand, "tlora upload", DESCRIPTION, argv)
+
+    from tlora_mlx.publishing.hub import push
+    from tlora_mlx.storage.files import user_path
+
+    address = push(user_path(config.directory), config.repository, config.private)
+    print(f"pushed: {address}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-
-    def command() -> None:
-        from tlora_mlx.exporting.hub import push
-
-        config = parse(UploadCommand, "tlora upload", DESCRIPTION, argv)
-        directory = user_path(config.directory)
-        print(f"pushed: {push(directory, config.repository, config.private)}")
-
-    return run_command(command)
+    return run_command(lambda: command(argv))
 
 
 if __name__ == "__main__":

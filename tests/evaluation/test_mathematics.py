@@ -1,9 +1,10 @@
 import pytest
 
+from tlora_mlx.evaluation import mathematics
 from tlora_mlx.evaluation.mathematics import is_equal, last_number, marked_answer, metrics
 
-# The same answers in two writings. Those marked "hendrycks" are the same to hendrycks/math too
-# (its math_equivalence.py, run by hand on this table); it takes texts alone, without values.
+# The same answers in two writings, whatever judges them. Those marked "hendrycks" are the same to
+# hendrycks/math too (its math_equivalence.py, run by hand on this table), which takes texts alone.
 EQUAL = [
     ("18", "18"),  # hendrycks
     (r"\frac12", r"\frac{1}{2}"),  # hendrycks
@@ -59,13 +60,11 @@ def test_a_sentence_around_the_number():
     assert not is_equal("between 5 and 6", "5")
 
 
-@pytest.mark.parametrize(("given", "right"), EQUAL + DIFFERENT)
-def test_against_math_verify(given, right):
-    """The public judge of Hugging Face's leaderboards says the same."""
-    from math_verify import parse, verify
-
-    judged = verify(parse(f"${right}$"), parse(f"${given}$")) if given else False
-    assert is_equal(given, right) == judged
+def test_without_the_judge(monkeypatch, tlora_here, run_path):
+    monkeypatch.setattr(mathematics, "find_spec", lambda name: None)
+    refused = tlora_here("evaluate", run_path, "--task", "math", "--data", "any.jsonl")
+    assert refused.returncode == 2
+    assert "pip install 'tlora-mlx[math]'" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN
+from helpers.paths import GOLDEN
 from mlx_lm.utils import load_model
 
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.covariance import input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
 from tlora_mlx.method.subspace import task_subspace
-from tlora_mlx.training.data import Sample, collate
 
 CASES = ["expected_r4_a4", "expected_r6_a12"]
 

@@ -5,25 +5,28 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import EXAMPLE
+from helpers.paths import EXAMPLE
+from helpers.subspaces import quality
 from mlx_lm.models.llama import Model, ModelArgs
-from test_subspace import quality
 
-from tlora_mlx import TrainConfig, pipeline
+from tlora_mlx import TrainConfig
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.samples import Sample
 from tlora_mlx.method import initialise
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.covariance import exact_bytes, groups_within, input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
-from tlora_mlx.training.data import Sample, collate
+from tlora_mlx.training.planning import calibration_batches
+from tlora_mlx.training.setup import prepare
 
 
 def example():
     config = TrainConfig(
         model=str(EXAMPLE / "model"), data=str(EXAMPLE / "data"), calibration_samples=24
     )
-    base, data, targets = pipeline.load(config)
-    return base.model, targets, pipeline.calibration_batches(config, data["train"])
+    setup = prepare(config)
+    return setup.base.model, setup.targets, calibration_batches(config, setup.data["train"])
 
 
 def wide():
@@ -64,11 +67,11 @@ def prepared(which):
 def test_captured_energy(which, way):
     model, targets, batches, leaders, covariances, plan = prepared(which)
     if way == "exact":
-        subspaces = initialise.exact_subspaces(plan, targets, leaders, covariances)
+        subspaces = initialise.exact_subspaces(plan, targets, leaders, covariances).a
     elif way == "grouped":
         memory = exact_bytes(targets, leaders.values()) // 3
         arguments = (model, plan, targets, leaders, batches, memory)
-        subspaces = initialise.grouped_subspaces(*arguments)
+        subspaces = initialise.grouped_subspaces(*arguments).a
     else:
         subspaces = initialise.streamed_subspaces(model, plan, targets, leaders, batches, seed=0)
     assert subspaces.keys() == plan.adapted().keys()

@@ -5,7 +5,7 @@ import ast
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from tlora_mlx.method import linalg
 

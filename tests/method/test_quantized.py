@@ -4,16 +4,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.subspaces import quality
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
-from test_subspace import quality
 
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.calibration import PIECE, calibrate
 from tlora_mlx.method.covariance import input_leaders
 from tlora_mlx.method.initialise import exact_subspaces
 from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules, target_linears
-from tlora_mlx.training.data import Sample, collate
 
 MODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
@@ -39,7 +40,7 @@ def statistics(model, batches, rank=4):
     calibration = calibrate(model, targets, batches, set(leaders.values()))
     shapes = {name: linear_shape(module) for name, module in targets.items()}
     plan = plan_ranks(calibration.sensitivities, shapes, rank, rank)
-    subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances)
+    subspaces = exact_subspaces(plan, targets, leaders, calibration.covariances).a
     return calibration, plan, subspaces, leaders
 
 

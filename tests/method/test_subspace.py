@@ -1,6 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.subspaces import quality
 
 from tlora_mlx.method import subspace
 from tlora_mlx.method.subspace import captured_energy, task_subspace
@@ -24,14 +25,6 @@ def problem(out_features, in_features, spectrum):
     covariance = (directions * eigenvalues) @ directions.T
     weight = random.standard_normal((out_features, in_features)) / np.sqrt(in_features)
     return mx.array(weight.astype(np.float32)), mx.array(covariance.astype(np.float32))
-
-
-def quality(weight, covariance, a):
-    """Captured share of the best energy, and distance from orthonormal rows, in doubles."""
-    weight, covariance, a = (np.array(x).astype(np.double) for x in (weight, covariance, a))
-    best = np.linalg.svd(weight @ covariance, compute_uv=False)[: len(a)]
-    captured = np.square(weight @ covariance @ a.T).sum() / np.square(best).sum()
-    return captured, np.abs(a @ a.T - np.eye(len(a))).max()
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

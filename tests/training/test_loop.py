@@ -4,14 +4,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ROWS, quick_train, save_model, tlora, write_jsonl
+from helpers.commands import quick_train, tlora
+from helpers.models import ROWS, save_model, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from tlora_mlx import TrainConfig
+from tlora_mlx.data.batches import batches_in_order, collate
+from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.method.loss import masked_cross_entropy
-from tlora_mlx.training.data import Sample, Split, batches_in_order, collate
-from tlora_mlx.training.loop import evaluate, mean_loss, summed_loss, total_updates
+from tlora_mlx.training.loop import total_updates
+from tlora_mlx.training.output_layer import summed_loss
+from tlora_mlx.training.validation import evaluate, mean_loss
 
 SAMPLES = [Sample([5, 9, 3, 7, 7, 2], 3), Sample([4, 8], 1), Sample(list(range(1, 40)), 10)]
 
@@ -94,8 +98,8 @@ def test_epochs_count_every_sample(tmp_path, model_path, data_path):
     trained = [r["trained_tokens"] for r in reports if "train_loss" in r]
     assert len(trained) == 8
     # 13 rows of which each has its completion's tokens and an end token in the loss, twice.
-    from tlora_mlx.base_model import load_base_model
-    from tlora_mlx.training.data import load_data
+    from tlora_mlx.data.reading import load_data
+    from tlora_mlx.models.base_model import load_base_model
 
     base = load_base_model(str(model_path))
     split = load_data(str(data_path), base.tokenizer, 2048, None)["train"]

@@ -4,13 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import save_model
+from helpers.models import save_model
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.training import output_layer
-from tlora_mlx.training.data import Sample, collate
 from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
 
 SAMPLES = [

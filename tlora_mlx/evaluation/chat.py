@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tlora_mlx.data.formats import framed
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject
-from tlora_mlx.training.formats import framed
 
 
 def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:

@@ -7,12 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tlora_mlx.data.formats import framed
 from tlora_mlx.errors import UserError
 from tlora_mlx.evaluation.execution import Limits, run_program
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject
-from tlora_mlx.terminal import bar
-from tlora_mlx.training.formats import framed
 
 # Where a base model's continuation of a function leaves it (the Codex paper's stop sequences).
 STOPS = ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\nassert ", "\n#", "\n```", "\nimport ")
@@ -82,7 +81,7 @@ def respond(
         code = solution(item["header"], response)
         outputs.append({"response": response, "solution": code, "is_python": is_python(code)})
     if limits:
-        with bar(f"{subject.title} runs", len(items)) as advance:
+        with subject.observer.stage(f"{subject.title} runs", len(items)) as advance:
             for item, output in zip(items, outputs, strict=True):
                 output["outcome"] = run_program(f"{output['solution']}\n\n{item['test']}", limits)
                 advance()

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tlora_mlx.data.tokenizing import tokenize
 from tlora_mlx.errors import UserError
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject, sample_losses
-from tlora_mlx.terminal import bar
-from tlora_mlx.training.data import tokenize
 
 
 def read(
@@ -33,7 +32,7 @@ def read(
 
 def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each sample's summed loss, in nats, and the number of tokens that it is over."""
-    with bar(f"{subject.title} reads", len(items)) as advance:
+    with subject.observer.stage(f"{subject.title} reads", len(items)) as advance:
         losses = sample_losses(
             subject.base.model, [item["sample"] for item in items], subject.batch_size, advance
         )

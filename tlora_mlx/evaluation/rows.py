@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tlora_mlx.data.reading import download_rows, read_jsonl
 from tlora_mlx.errors import UserError
-from tlora_mlx.files import read_json, user_path
-from tlora_mlx.training.data import download_rows, read_jsonl
+from tlora_mlx.storage.files import read_json, user_path
 
 # What the public test sets call the question, where it is not a ready prompt, and the answer.
 QUESTIONS = ("question", "query", "problem", "instruction", "text")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
-from tlora_mlx.base_model import BaseModel
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.formats import FRAME_STOPS, framed, to_prompt
+from tlora_mlx.data.samples import Sample
 from tlora_mlx.errors import RunError, UserError, first_line
 from tlora_mlx.evaluation.rows import QUESTIONS, Row
 from tlora_mlx.method.loss import masked_cross_entropy
-from tlora_mlx.terminal import bar
-from tlora_mlx.training.data import Sample, collate
-from tlora_mlx.training.formats import FRAME_STOPS, framed, to_prompt
+from tlora_mlx.models.base_model import BaseModel
+from tlora_mlx.observer import SILENT, Advance, Observer
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Subject:
     """A model, and how it is asked.
 
     Attributes:
-        title: what the bars call it.
+        title: what its stages are called.
         format: the named format that it was trained with: where there is no chat template, its
             frame is put around a question.
+        observer: is told of each batch.
     """
 
     base: BaseModel
@@ -33,6 +35,7 @@ class Subject:
     format: str | None
     batch_size: int
     max_tokens: int
+    observer: Observer = SILENT
 
     @property
     def is_framed(self) -> bool:
@@ -95,7 +98,7 @@ class Subject:
         """``generate`` for prompts in token ids; those of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers = [""] * len(prompts)
-        with bar(f"{self.title} answers", len(prompts)) as advance:
+        with self.observer.stage(f"{self.title} answers", len(prompts)) as advance:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 try:
@@ -128,7 +131,7 @@ class Subject:
             samples.append(
                 Sample(tokens + encode(answer, add_special_tokens=False), max(len(tokens), 1))
             )
-        with bar(f"{self.title} weighs", len(samples)) as advance:
+        with self.observer.stage(f"{self.title} weighs", len(samples)) as advance:
             losses = sample_losses(self.base.model, samples, self.batch_size, advance)
         return [-loss for loss, _ in losses]
 
@@ -140,7 +143,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def sample_losses(
-    model: Any, samples: Sequence[Sample], batch_size: int, done: Callable[[int], None]
+    model: Any, samples: Sequence[Sample], batch_size: int, advance: Advance
 ) -> list[tuple[float, int]]:
     """Each sample's summed loss, in nats, and how many tokens it is over."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
@@ -153,5 +156,5 @@ def sample_losses(
         mx.eval(sums, counts)
         for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
             results[i] = (loss, int(count))
-        done(len(chosen))
+        advance(len(chosen))
     return results

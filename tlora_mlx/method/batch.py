@@ -18,3 +18,17 @@ class Batch(NamedTuple):
 
     tokens: mx.array
     spans: mx.array
+
+
+def counted_positions(tokens: mx.array, spans: mx.array) -> mx.array:
+    """Which of the targets ``tokens[:, 1:]`` count in the loss: no prompt, no padding.
+
+    Args:
+        tokens: (batch, T) token ids.
+        spans: as in ``Batch``.
+
+    Returns:
+        (batch, T - 1) bool. Position 0 is never a target.
+    """
+    positions = mx.arange(1, tokens.shape[1])
+    return (positions >= spans[:, 0:1]) & (positions < spans[:, 1:2])

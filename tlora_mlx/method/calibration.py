@@ -9,16 +9,16 @@ weight is ever formed for more than one module and sample at a time, weights tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from tlora_mlx.distributed.collectives import total
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.covariance import centred_gram
-from tlora_mlx.method.distributed import total
 from tlora_mlx.method.experts import (
     Expert,
     is_switch,
@@ -29,6 +29,7 @@ from tlora_mlx.method.experts import (
 )
 from tlora_mlx.method.layers import Linear, dense_weight, linear_shape, replace_modules
 from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.observer import Advance, no_advance
 
 # Entries of ∂loss/∂W that are formed at a time: 16 MB of float32.
 PIECE = 2**22
@@ -160,7 +161,7 @@ def calibrate(
     targets: Mapping[str, Linear],
     batches: Iterable[Batch],
     covariance_of: Collection[str] = (),
-    on_batch: Callable[[int], None] = lambda samples: None,
+    advance: Advance = no_advance,
 ) -> Calibration:
     """Run the samples through the model once, forwards and backwards; weights stay untouched.
 
@@ -174,7 +175,7 @@ def calibrate(
         batches: every sample with at least one token that counts as a target.
         covariance_of: the targets whose covariance is wanted, experts excepted; one for each input
             will do (``covariance.input_leaders``).
-        on_batch: called with the number of samples of each batch that is done.
+        advance: called with the number of samples of each batch that is done.
 
     Returns:
         The sensitivities of all targets, and the covariances (in, in), float32, evaluated.
@@ -211,7 +212,7 @@ def calibrate(
                     covariances[name] = covariances[name] + gram if name in covariances else gram
                     mx.eval(covariances[name])
             samples += batch.tokens.shape[0]
-            on_batch(batch.tokens.shape[0])
+            advance(batch.tokens.shape[0])
     finally:
         replace_modules(model, modules)
         model.freeze()

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
+from tlora_mlx.distributed.collectives import total
 from tlora_mlx.method.batch import Batch
-from tlora_mlx.method.distributed import total
 from tlora_mlx.method.experts import (
     Expert,
     modules_of,
@@ -20,6 +20,7 @@ from tlora_mlx.method.experts import (
     samples_of,
 )
 from tlora_mlx.method.layers import Linear, linear_shape, replace_modules
+from tlora_mlx.observer import Advance, no_advance
 
 
 def centred(inputs: mx.array) -> mx.array:
@@ -44,7 +45,7 @@ def centred_gram(inputs: mx.array) -> mx.array:
     return x.T @ x
 
 
-class _Recorder(nn.Module):
+class _InputTap(nn.Module):
     """Computes what ``linear`` computes, and keeps the input it saw last."""
 
     def __init__(self, linear: nn.Module):
@@ -70,14 +71,14 @@ def _seen(
     Whoever evaluates what it makes of one input before it asks for the next keeps no more than the
     activations between the two.
     """
-    recorders = {name: _Recorder(module) for name, module in modules.items()}
-    replace_modules(model, recorders)
+    taps = {name: _InputTap(module) for name, module in modules.items()}
+    replace_modules(model, taps)
     try:
         model(tokens)
     finally:
         replace_modules(model, modules)
-    for name, recorder in recorders.items():
-        yield name, recorder.take()
+    for name, tap in taps.items():
+        yield name, tap.take()
 
 
 def _inputs(
@@ -123,7 +124,7 @@ def accumulate(
     linears: Mapping[str, Linear],
     batches: Iterable[Batch],
     term: Callable[[str, mx.array], mx.array],
-    on_batch: Callable[[int], None] = lambda samples: None,
+    advance: Advance = no_advance,
 ) -> dict[str, mx.array]:
     """Average ``term(name, X − mean_t X)`` over all samples, in one pass forwards.
 
@@ -132,7 +133,7 @@ def accumulate(
         linears: the modules whose inputs are looked at, by full name.
         batches: as for ``calibrate``.
         term: of a module's name and one sample's centred inputs (T, in), float32.
-        on_batch: called with the number of samples of each batch that is done.
+        advance: called with the number of samples of each batch that is done.
     """
     sums: dict[str, mx.array] = {}
     samples = 0
@@ -145,7 +146,7 @@ def accumulate(
             sums[name] = sums[name] + terms if name in sums else terms
             mx.eval(sums[name])
         samples += len(lengths)
-        on_batch(len(lengths))
+        advance(len(lengths))
     samples = total(mx.array(samples)).item()
     for name, linear in linears.items():
         if name not in sums:  # this process had no sample

@@ -37,6 +37,15 @@ def experts_of(name: str, switch: nn.Module) -> dict[str, Expert]:
     return {f"{name}.{e}": Expert(switch, e) for e in range(switch.num_experts)}
 
 
+def stack_and_number(name: str) -> tuple[str, int | None]:
+    """A module's stacked layer and its number there; its own name and None where it is no expert.
+
+    An expert's name is the stacked layer's and a number.
+    """
+    stack, _, number = name.rpartition(".")
+    return (stack, int(number)) if number.isdigit() else (name, None)
+
+
 def modules_of(targets: Mapping[str, nn.Module | Expert]) -> dict[str, nn.Module]:
     """The modules of the model that hold these targets: an expert's is the stacked layer."""
     return {

@@ -1,19 +1,24 @@
-"""A for every adapted module: task subspaces from covariances, within a memory budget."""
+"""A for every adapted module: calibrate, allocate, then task subspaces within a memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+from rich.filesize import decimal
 
-from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.distributed.collectives import is_first, tensors_from_first
+from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
-from tlora_mlx.method.covariance import accumulate, groups_within
-from tlora_mlx.method.distributed import is_first, tensors_from_first
+from tlora_mlx.method.calibration import Calibration, calibrate
+from tlora_mlx.method.covariance import accumulate, exact_bytes, groups_within, input_leaders
+from tlora_mlx.method.experts import Expert
 from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
 from tlora_mlx.method.subspace import captured_energy, krylov_subspace, task_subspace
+from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
 
 # Where each product costs a pass: wider blocks, at most so many passes, and a captured energy that
 # has converged when a pass raises it by less than this share.
@@ -22,14 +27,160 @@ STREAMING_PASSES = 12
 STREAMING_TOLERANCE = 5e-5
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What ranks and scales are allocated by.
+
+    Attributes:
+        rank: the base rank; the budget is this times the number of target modules.
+        alpha: the base alpha.
+        max_rank: no module gets more; None: no more than min(out, in).
+    """
+
+    rank: int
+    alpha: float
+    max_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """The initial A of modules, and how much of W·C each captures.
+
+    Attributes:
+        a: A (rank, in), float32 with orthonormal rows, by full module name.
+        energies: the captured energies, between 0 and 1; empty with streaming, where no covariance
+            is formed.
+    """
+
+    a: dict[str, mx.array]
+    energies: dict[str, float]
+
+    def update(self, more: Subspaces) -> None:
+        """Add other modules'."""
+        self.a.update(more.a)
+        self.energies.update(more.energies)
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """What training starts from.
+
+    Attributes:
+        plan: ranks and scales.
+        a: ``NAME.lora_a`` (in, rank) of every adapted module.
+        energies: as in ``Subspaces``.
+    """
+
+    plan: RankPlan
+    a: dict[str, mx.array]
+    energies: dict[str, float]
+
+
+def calibrate_and_plan(
+    model: nn.Module,
+    targets: Mapping[str, Linear],
+    batches: Sequence[Batch],
+    budget: Budget,
+    covariance_of: Collection[str] = (),
+    observer: Observer = SILENT,
+) -> tuple[Calibration, RankPlan]:
+    """Run the calibration samples through the model and allocate ranks and scales.
+
+    Args:
+        model: the base model; it is frozen on return.
+        targets: the target modules, by full name.
+        batches: the calibration samples; under ``mlx.launch``, this process's share of them.
+        budget: what the ranks are allocated by.
+        covariance_of: as for ``calibrate``.
+        observer: is told of each batch.
+
+    Raises:
+        NotImplementedError: a target module does not see its inputs sample by sample.
+        ValueError: the base model's loss or gradients are not finite on a sample.
+    """
+    samples = sum(batch.tokens.shape[0] for batch in batches)
+    shapes = {name: linear_shape(module) for name, module in targets.items()}
+    try:
+        with observer.stage("calibrating", samples) as advance:
+            calibration = calibrate(model, targets, batches, covariance_of, advance)
+        plan = plan_ranks(
+            calibration.sensitivities, shapes, budget.rank, budget.alpha, budget.max_rank
+        )
+    except ValueError as error:
+        raise ValueError(f"the calibration failed: {error}") from None
+    return calibration, plan
+
+
+def initialise(
+    model: nn.Module,
+    targets: Mapping[str, Linear],
+    batches: Sequence[Batch],
+    budget: Budget,
+    *,
+    plan: RankPlan | None = None,
+    covariance: str = "auto",
+    memory: int,
+    seed: int = 0,
+    observer: Observer = SILENT,
+) -> Initialisation:
+    """Calibrate, allocate, and find A of every adapted module.
+
+    Args:
+        model: the base model; it is frozen on return.
+        targets: the target modules, by full name; with a plan, those that it has.
+        batches: the calibration samples; under ``mlx.launch``, this process's share of them.
+        budget: what the ranks are allocated by; not used with a plan.
+        plan: ranks and scales that are given; then nothing is calibrated.
+        covariance: ``exact`` keeps covariances (in × in), in as many passes over the samples as
+            ``memory`` asks for; ``streaming`` keeps a few vectors (in × (rank + 32)) per module;
+            ``auto`` is exact where one pass is enough.
+        memory: bytes that covariances may take.
+        seed: of the streaming method's random blocks.
+        observer: is told the plan, how covariances are formed, and each batch.
+
+    Raises:
+        NotImplementedError: a target module does not see its inputs sample by sample.
+        ValueError: a statistic is not finite, or W·C of a module is not (it is named).
+    """
+    leaders = input_leaders(model, targets)
+    groups = groups_within(targets, leaders.values(), memory)
+    streaming = covariance == "streaming" or (covariance == "auto" and len(groups) > 1)
+    covariances: dict[str, mx.array] = {}
+    if plan is None:
+        # Experts' covariances take passes of their own: which rows are whose is known there.
+        wanted = () if streaming else [n for n in groups[0] if not isinstance(targets[n], Expert)]
+        calibration, plan = calibrate_and_plan(model, targets, batches, budget, wanted, observer)
+        covariances = calibration.covariances
+    observer.planned(plan)
+    if streaming:
+        expected, how = streamed_bytes(plan), "streaming"
+    else:
+        expected = max(exact_bytes(targets, group) for group in groups)
+        how = f"exact, {len(groups)} pass{'es' * (len(groups) > 1)}"
+    observer.note(f"covariance: {how}, about {decimal(expected)} ({decimal(memory)} allowed)")
+    try:
+        found = exact_subspaces(plan, targets, leaders, covariances)
+        covariances.clear()
+        left = {n: m for n, m in plan.modules.items() if m.rank and n not in found.a}
+        rest = replace(plan, modules=left)
+        with observer.stage("task subspaces", 0) as advance:
+            common = (model, rest, targets, leaders, batches)
+            if streaming:
+                found.a.update(streamed_subspaces(*common, seed, advance))
+            elif left:
+                found.update(grouped_subspaces(*common, memory, advance))
+    except ValueError as error:
+        raise ValueError(f"the task subspace failed: {error}") from None
+    tensors = tensors_from_first({f"{name}.lora_a": a.T for name, a in found.a.items()})
+    return Initialisation(plan, tensors, found.energies)
+
+
 def exact_subspaces(
     plan: RankPlan,
     targets: Mapping[str, Linear],
     leaders: Mapping[str, str],
     covariances: Mapping[str, mx.array],
-    done: Callable[[], None] = lambda: None,
-    energies: dict[str, float] | None = None,
-) -> dict[str, mx.array]:
+) -> Subspaces:
     """A (rank, in) of every adapted module whose input's covariance is at hand.
 
     Args:
@@ -37,13 +188,11 @@ def exact_subspaces(
         targets: the target modules, by full name.
         leaders: for each target the module whose covariance it shares.
         covariances: C (in, in) by leader; others' modules are passed over.
-        done: called after each module.
-        energies: where given, the modules' captured energies are put into it.
 
     Raises:
         ValueError: W·C of a module is not finite (it is named).
     """
-    subspaces = {}
+    subspaces, energies = {}, {}
     for name, module in plan.adapted().items():
         if leaders[name] in covariances:
             weight, covariance = dense_weight(targets[name]), covariances[leaders[name]]
@@ -51,10 +200,8 @@ def exact_subspaces(
                 a = subspaces[name] = task_subspace(weight, covariance, module.rank)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            if energies is not None:
-                energies[name] = captured_energy(weight, covariance, a)
-            done()
-    return subspaces
+            energies[name] = captured_energy(weight, covariance, a)
+    return Subspaces(subspaces, energies)
 
 
 def grouped_subspaces(
@@ -64,19 +211,18 @@ def grouped_subspaces(
     leaders: Mapping[str, str],
     batches: Sequence[Batch],
     memory: int,
-    on_batch: Callable[[int], None] = lambda samples: None,
-    energies: dict[str, float] | None = None,
-) -> dict[str, mx.array]:
+    advance: Advance = no_advance,
+) -> Subspaces:
     """``exact_subspaces`` of all modules, with a pass over the samples per group of covariances.
 
     A group is as many inputs as have covariances that fit into ``memory`` bytes together.
     """
-    subspaces = {}
+    found = Subspaces({}, {})
     for group in groups_within(targets, (leaders[name] for name in plan.adapted()), memory):
         linears = {name: targets[name] for name in group}
-        covariances = accumulate(model, linears, batches, lambda _, x: x.T @ x, on_batch)
-        subspaces |= exact_subspaces(plan, targets, leaders, covariances, energies=energies)
-    return subspaces
+        covariances = accumulate(model, linears, batches, lambda _, x: x.T @ x, advance)
+        found.update(exact_subspaces(plan, targets, leaders, covariances))
+    return found
 
 
 def streamed_subspaces(
@@ -86,7 +232,7 @@ def streamed_subspaces(
     leaders: Mapping[str, str],
     batches: Sequence[Batch],
     seed: int,
-    on_batch: Callable[[int], None] = lambda samples: None,
+    advance: Advance = no_advance,
 ) -> dict[str, mx.array]:
     """A (rank, in) of every adapted module without any covariance being formed.
 
@@ -119,7 +265,7 @@ def streamed_subspaces(
             for leader, names in readers.items()
         }
         linears = {leader: targets[leader] for leader in targets if leader in readers}
-        products = accumulate(model, linears, batches, partial(_product, side_by_side), on_batch)
+        products = accumulate(model, linears, batches, partial(_product, side_by_side), advance)
         for leader, names in readers.items() if is_first() else ():
             widths = [blocks[name].shape[1] for name in names]
             edges = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]

@@ -271,7 +271,7 @@ def restore_b(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as its base alone, inside of the block."""
+    """The model as its base alone, inside the block."""
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, ADAPTED_TYPES)}
     replace_modules(model, {name: module.linear for name, module in adapted.items()})
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from tlora_mlx.method.batch import counted_positions
+
 
 def masked_cross_entropy(
     logits: mx.array, tokens: mx.array, spans: mx.array
@@ -23,8 +25,7 @@ def masked_cross_entropy(
         (batch,) float32. Both are computed in float32 whatever the logits' dtype.
     """
     targets = tokens[:, 1:]
-    positions = mx.arange(1, tokens.shape[1])
-    counts = (positions >= spans[:, 0:1]) & (positions < spans[:, 1:2])
+    counts = counted_positions(tokens, spans)
     losses = nn.losses.cross_entropy(logits[:, : targets.shape[1]].astype(mx.float32), targets)
     # where, not a product: a NaN at a masked position must not leak through 0 × NaN.
     losses = mx.where(counts, losses, 0.0)

@@ -3,7 +3,7 @@
 W·C is never formed, and C need not be: a block Krylov method asks for products of C with a few
 vectors at a time. ``krylov_subspace`` is a generator that yields such a block P and is sent C·P, so
 that whoever drives it may multiply by a covariance at hand (``task_subspace``) or accumulate the
-products of all modules in one pass over the samples (``calibration.stream_subspaces``).
+products of all modules in one pass over the samples (``initialise.streamed_subspaces``).
 """
 
 from __future__ import annotations

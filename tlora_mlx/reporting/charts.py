@@ -1,19 +1,59 @@
-"""Charts as inline SVG and heat maps as tables; their colours are the page's (``style.py``)."""
+"""Charts as inline SVG and heat maps as tables; their colours are in ``templates/style.css``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from tlora_mlx.reporting.rendering import render
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 
+# The first line of a chart has dots only up to this many points.
+MOST_DOTS = 60
+# Axes reach beyond the largest value, and must stay finite.
+LARGEST = 1e300
+# Text above this depth of colour is drawn in the contrasting ink.
+DEEP = 0.66
+
 Points = Sequence[tuple[float, float]]
 
 
+class _Tick(NamedTuple):
+    place: float
+    text: str
+
+
+class _Point(NamedTuple):
+    x: float
+    y: float
+    hint: str
+
+
+class _Line(NamedTuple):
+    points: list[_Point]
+    dotted: bool
+
+
+class _Cell(NamedTuple):
+    text: str
+    hint: str
+    depth: float
+    deep: bool
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value from JSON is a number that can be drawn."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= LARGEST
+
+
 def ticks(low: float, high: float, number: int = 5) -> list[float]:
-    """Round values between ``low`` and ``high``, about so many: steps of 1, 2 or 5 · 10ⁿ."""
+    """About ``number`` round values between ``low`` and ``high``, in steps of 1, 2 or 5 · 10ⁿ."""
     if high <= low:
         return [low]
     rough = (high - low) / number
@@ -23,8 +63,17 @@ def ticks(low: float, high: float, number: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines through (x, y) points, by label; empty ones are left out."""
+def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> Markup:
+    """Draw lines through points.
+
+    Args:
+        series: (x, y) points by label; at least one has points, and empty ones are left out.
+        x_label: what x is.
+        y_label: what y is; also the chart's caption.
+
+    Returns:
+        A ``<figure>``. Lines after the first, and short first lines, have dots with hints.
+    """
     series = {label: points for label, points in series.items() if points}
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
@@ -39,39 +88,27 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     def y_place(y: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - y_low) / (y_high - y_low))
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
-    for value in ticks(y_low, y_high):
-        y = y_place(value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
-        )
-    for value in ticks(x_low, x_high, 6):
-        x = x_place(value)
-        place = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}"'
-        parts.append(f'<text {place} text-anchor="middle">{short(value)}</text>')
-    parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" '
-        f'text-anchor="middle">{escape(x_label)}</text>'
+    def line(number: int, label: str, points: Points) -> _Line:
+        placed = [
+            _Point(x_place(x), y_place(y), f"{label}, {x_label} {short(x)}: {short(y)}")
+            for x, y in points
+        ]
+        return _Line(placed, dotted=number > 0 or len(placed) <= MOST_DOTS)
+
+    return render(
+        "line_chart.svg.j2",
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        bottom=HEIGHT - BOTTOM,
+        x_label=x_label,
+        y_label=y_label,
+        x_ticks=[_Tick(x_place(x), short(x)) for x in ticks(x_low, x_high, 6)],
+        y_ticks=[_Tick(y_place(y), short(y)) for y in ticks(y_low, y_high)],
+        lines=[line(number, *item) for number, item in enumerate(series.items())],
+        legend=list(series) if len(series) > 1 else [],  # a single line is named by the caption
     )
-    for number, (label, points) in enumerate(series.items()):
-        places = [(x_place(x), y_place(y), x, y) for x, y in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
-        parts.append(f'<polyline class="line c{number}" points="{line}"/>')
-        if len(points) <= 60 or number:
-            parts += [
-                f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"><title>'
-                f"{escape(label)}, {escape(x_label)} {short(at)}: {short(value)}</title></circle>"
-                for x, y, at, value in places
-            ]
-    parts.append("</svg>")
-    labels = series if len(series) > 1 else ()  # one alone says what the caption says
-    legend = "".join(
-        f'<span class="key c{number}">{escape(label)}</span>' for number, label in enumerate(labels)
-    )
-    return f"<figure><figcaption>{escape(y_label)} {legend}</figcaption>{''.join(parts)}</figure>"
 
 
 def heat_map(
@@ -80,33 +117,35 @@ def heat_map(
     columns: Sequence[str],
     cells: Mapping[tuple[str, str], tuple[float, str, str]],
     color: Callable[[float], float] = lambda value: value,
-) -> str:
-    """A table whose cells are the deeper the larger their value.
+) -> Markup:
+    """Lay out a table in which larger values have deeper colours.
 
     Args:
-        cells: (value, text, what a pointer over it says) at (row, column).
-        color: monotonic; the colours spread evenly over what it gives.
+        title: the caption.
+        rows: the rows' headings, from top to bottom.
+        columns: the columns' headings, from left to right.
+        cells: (value, text, hint under the pointer) by (row, column); others stay empty.
+        color: a monotonic function; the colours are spread evenly over its results.
+
+    Returns:
+        A ``<table>``.
     """
     known = [color(value) for value, _, _ in cells.values()]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    parts = [f'<table class="heat"><caption>{escape(title)}</caption><tr><th></th>']
-    parts += [f"<th>{escape(column)}</th>" for column in columns]
-    parts.append("</tr>")
-    for row in rows:
-        parts.append(f"<tr><th>{escape(row)}</th>")
-        for column in columns:
-            if (row, column) not in cells:
-                parts.append("<td></td>")
-                continue
-            value, text, hint = cells[row, column]
-            depth = (color(value) - low) / (high - low) if high > low else 0.5
-            deep = ' class="deep"' if depth > 0.66 else ""
-            parts.append(
-                f'<td{deep} style="--depth:{0.06 + 0.94 * depth:.3f}" title="{escape(hint)}">'
-                f"{escape(text)}</td>"
-            )
-        parts.append("</tr>")
-    return "".join([*parts, "</table>"])
+
+    def cell(place: tuple[str, str]) -> _Cell | None:
+        if place not in cells:
+            return None
+        value, text, hint = cells[place]
+        depth = (color(value) - low) / (high - low) if high > low else 0.5
+        return _Cell(text, hint, 0.06 + 0.94 * depth, depth > DEEP)
+
+    return render(
+        "heat_map.html.j2",
+        title=title,
+        columns=columns,
+        rows=[(row, [cell((row, column)) for column in columns]) for row in rows],
+    )
 
 
 def short(value: float) -> str:

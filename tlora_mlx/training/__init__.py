@@ -1,1 +1,1 @@
-"""Data, the training loop and what it shows on the terminal."""
+"""Training: from options to a finished run, B alone trained."""

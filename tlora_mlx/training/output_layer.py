@@ -14,14 +14,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.batch import Batch, counted_positions
 
 # Logits that are there at a time: so many entries, but no fewer rows than make a good product.
 PIECE = 2**21
 PIECE_ROWS = 128
 
 # The first positions of a sample tell whether the output layer can be applied apart.
-TRIED = 8
+PROBE_TOKENS = 8
 
 # So many shapes for each batch's size: every one is compiled.
 SHAPES = 8
@@ -29,7 +29,7 @@ SHAPES = 8
 OutputLayer = Callable[[mx.array], mx.array]
 
 
-class _Instead:
+class _BodyStandIn:
     """Stands in for a model's body: gives ``states`` whatever it is called with."""
 
     def __init__(self, body: nn.Module, states: mx.array):
@@ -48,7 +48,7 @@ def apply_output_layer(model: nn.Module, states: mx.array) -> mx.array:
     So scaling, soft-capping and tied embeddings are the model's, whatever its family.
     """
     # An attribute of the object hides the submodule of that name and leaves the module tree alone.
-    vars(model)["model"] = _Instead(model.model, states)
+    vars(model)["model"] = _BodyStandIn(model.model, states)
     try:
         return model(mx.zeros(states.shape[:2], mx.int32))
     finally:
@@ -65,7 +65,7 @@ def is_separable(model: nn.Module, tokens: mx.array) -> bool:
         model: in evaluation mode.
         tokens: (1, T) token ids.
     """
-    tokens = tokens[:, :TRIED]
+    tokens = tokens[:, :PROBE_TOKENS]
     body = getattr(model, "model", None)
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     if not isinstance(body, nn.Module) or not all(n.startswith("model.") for n in trained):
@@ -109,8 +109,7 @@ def summed_loss(
         separable: what ``is_separable`` says of the model.
     """
     targets = tokens[:, 1:]
-    positions = mx.arange(1, tokens.shape[1])
-    counts = ((positions >= spans[:, 0:1]) & (positions < spans[:, 1:2])).flatten()
+    counts = counted_positions(tokens, spans).flatten()
     if separable:
         states = model.model(tokens[:, :-1])
 

@@ -1,0 +1,72 @@
+"""The methods that are compared, by name, and the learning rates that each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+RANK = 8
+# What the others are compared with, seed by seed.
+REFERENCE = "LoRA (equal parameters)"
+RATES = [3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How A, ranks and scales come about.
+
+    Attributes:
+        a: ``task`` (W·C), ``covariance`` (C alone, as EVA), ``weight`` (W alone), ``gradient`` (the
+            mean gradient of W, as LoRA-GA) or ``random`` (orthonormal); ``lora``: LoRA's own,
+            random and not orthonormal.
+        allocated: ranks by sensitivity; else the same for all.
+        scaled: scales by sensitivity; else 1.
+        train_a: A is trained too.
+        floor: this share of the ranks is the same for all, the rest is by sensitivity.
+        whitened: A's rows are scaled so that each gives A x the same variance on the samples.
+        rank: the base rank.
+        equal_parameters: the base rank is chosen instead, for as many trained parameters as B has
+            at uniform ranks of ``RANK``.
+    """
+
+    a: str = "task"
+    allocated: bool = True
+    scaled: bool = True
+    train_a: bool = False
+    floor: float = 0.0
+    whitened: bool = False
+    rank: int = RANK
+    equal_parameters: bool = False
+
+
+def _and_at_equal_parameters(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """Each method, followed by its variant at the reference number of trained parameters.
+
+    Uniform ranks with A frozen have that number already.
+    """
+    found = {}
+    for name, method in methods.items():
+        found[name] = method
+        if (method.allocated and method.a != "random" and not method.floor) or method.train_a:
+            found[f"{name} (equal parameters)"] = replace(method, equal_parameters=True)
+    return found
+
+
+_UNIFORM = Method(allocated=False, scaled=False)
+METHODS = _and_at_equal_parameters(
+    {
+        "LoRA": Method("lora", allocated=False, scaled=False, train_a=True),
+        "random A, uniform": replace(_UNIFORM, a="random"),
+        "TLoRA": Method(),
+        "task A, uniform": _UNIFORM,
+        "task A, uniform, rank 16": replace(_UNIFORM, rank=16),
+        "TLoRA without scaling": Method(scaled=False),
+        "gradient A, uniform": replace(_UNIFORM, a="gradient"),
+        "covariance A, uniform": replace(_UNIFORM, a="covariance"),
+        "TLoRA without scaling, floor": Method(scaled=False, floor=0.5),
+        "task A trained, uniform": replace(_UNIFORM, train_a=True),
+        "weight A, uniform": replace(_UNIFORM, a="weight"),
+        "random A, allocated": Method("random"),
+        "task A whitened, uniform": replace(_UNIFORM, whitened=True),
+    }
+)

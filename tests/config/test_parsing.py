@@ -1,0 +1,166 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.commands import tlora
+
+from tlora_mlx.config.export_options import ExportCommand
+from tlora_mlx.config.parsing import parse
+from tlora_mlx.config.training_options import PlanCommand, TrainConfig
+from tlora_mlx.errors import UserError
+
+REQUIRED = ["--model", "m", "--data", "d"]
+
+
+def train_config(*arguments):
+    return parse(TrainConfig, "tlora train", "", [*REQUIRED, *arguments])
+
+
+def yaml_config(tmp_path, text, *arguments, config_class=TrainConfig, **options):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return parse(config_class, "tlora train", "", ["-c", str(path), *arguments], **options)
+
+
+def test_defaults_and_flags():
+    config = train_config(
+        "--rank", "16", "--target-modules", "q_proj", "v_proj", "--no-mask-prompt"
+    )
+    assert (config.rank, config.alpha, config.seed) == (16, 16, 0)
+    assert config.target_modules == ["q_proj", "v_proj"]
+    assert config.mask_prompt is False
+    assert train_config().mask_prompt is None
+    assert train_config("--alpha", "4").alpha == 4.0
+
+
+def test_yaml_has_the_same_names_and_flags_win(tmp_path):
+    text = """
+        model: m
+        data: d
+        learning_rate: 1e-4   # PyYAML reads this as text
+        target-modules: [q_proj]
+        mask_prompt: true
+        epochs: null
+        rank: 4
+    """
+    config = yaml_config(tmp_path, text, "--rank", "2")
+    assert config == train_config(
+        "--learning-rate", "1e-4", "--target-modules", "q_proj", "--mask-prompt", "--rank", "2"
+    )
+
+
+def test_plan_takes_the_yaml_of_train(tmp_path):
+    text = "{model: m, data: d, iters: 5, rank: 3}"
+    config = yaml_config(tmp_path, text, config_class=PlanCommand, also_known=TrainConfig)
+    assert config.rank == 3
+    with pytest.raises(UserError, match="unknown option 'iterss'; the nearest known is 'iters'"):
+        yaml_config(
+            tmp_path, "{model: m, iterss: 5}", config_class=PlanCommand, also_known=TrainConfig
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "--rank must be at least 1, not 0"),
+        (["--rank", "8.5"], "--rank must be a whole number, not '8.5'"),
+        (["--rank", "eight"], "--rank must be a whole number, not 'eight'"),
+        (["--rank", "inf"], "--rank must be a whole number, not 'inf'"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1, not -1"),
+        (["--calibration-samples", "0"], "--calibration-samples must be at least 1, not 0"),
+        (["--iters", "0"], "--iters must be at least 1, not 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--alpha", "0"], "--alpha must be above 0, not 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a finite number, not nan"),
+        (["--learning-rate", "-0.1"], "--learning-rate must be above 0, not -0.1"),
+        (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+        (["--learning-rate", "1e39"], "--learning-rate must be below 3e.38, not 1e.39"),
+        (["--adapter-path", ""], "--adapter-path must not be empty"),
+        (["-c", ""], "cannot read the configuration file"),
+        (["--warmup", "1.5"], "--warmup must be at most 1, not 1.5"),
+        (["--num-layers", "0"], "--num-layers must be -1 .all. or at least 1, not 0"),
+        (["--val-batches", "0"], "--val-batches must be -1 .all. or at least 1, not 0"),
+        (["--max-seq-length", "1"], "--max-seq-length must be at least 2, not 1"),
+        (["--lr-schedule", "step"], "--lr-schedule must be one of cosine, linear, constant"),
+        (["--ranks", "4"], "unrecognized arguments: --ranks 4"),
+        (["--rank"], "--rank: expected one argument"),
+    ],
+)
+def test_bad_values(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_config(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown option 'lerning_rate'; the nearest known is 'learning_rate'"),
+        ("rank: [1]", r"--rank must be a whole number, not \[1\]"),
+        ("rank: true", "--rank must be a whole number, not True"),
+        ("rank: null", "--rank must have a value"),
+        ("test: maybe", "--test must be true or false, not 'maybe'"),
+        ("adapter_path: 3", "--adapter-path must be a text, not 3"),
+        ("target_modules: [3]", "--target-modules must be a list of names"),
+        ("learning_rate: .nan", "--learning-rate must be a finite number, not nan"),
+        ("rank: 4\n  data: d", "not valid YAML, line 2"),
+        ("- rank", "must hold options"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        yaml_config(tmp_path, text, *REQUIRED)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing():
+    with pytest.raises(UserError, match="--model and --data must be given"):
+        parse(TrainConfig, "tlora train", "", [])
+    with pytest.raises(UserError, match="give either RUN or --adapter"):
+        parse(ExportCommand, "tlora export", "", [])
+    with pytest.raises(UserError, match=r"cannot read the configuration file no\.yaml"):
+        parse(TrainConfig, "tlora train", "", ["-c", "no.yaml"])
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "plan", "export", "generate", "inspect", "evaluate", "report"]
+)
+def test_help_loads_nothing_heavy(command):
+    """Not a time, which a busy machine would spoil, but what makes it short."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['tlora', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('tlora_mlx.{command}', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "heavy = {'mlx', 'mlx_lm', 'numpy', 'transformers', 'torch', 'yaml', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "usage: tlora" in result.stdout
+
+
+def test_a_terminal_without_our_characters():
+    result = tlora("train", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "(in ? in)" in result.stdout
+
+
+def test_the_console_script():
+    def tlora_script(*arguments):
+        code = f"import sys; from tlora_mlx.cli import main; sys.exit(main({list(arguments)!r}))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert "usage: tlora train" in tlora_script("train", "--help").stdout
+    assert tlora_script("--help").returncode == 0
+    assert tlora_script("--version").stdout.startswith("tlora_mlx ")
+    unknown = tlora_script("trian")
+    assert unknown.returncode == 2
+    assert unknown.stderr == (
+        "error: unknown command 'trian'; it is one of train, plan, export, inspect, upload, "
+        "generate, evaluate, report\n"
+    )
+    assert tlora("train", "--rank", "0").returncode == 2

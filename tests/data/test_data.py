@@ -1,0 +1,207 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from helpers.models import ROWS, tiny_tokenizer, write_jsonl
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
+from tlora_mlx.data.reading import load_data
+from tlora_mlx.data.samples import Sample, split_off
+from tlora_mlx.errors import UserError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return TokenizerWrapper(tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def chat():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return TokenizerWrapper(tokenizer)
+
+
+def load(tmp_path, rows, tokenizer, max_seq_length=2048, mask_prompt=None):
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    return load_data(str(tmp_path), tokenizer, max_seq_length, mask_prompt)["train"]
+
+
+def test_prompt_completion_and_end_are_joined_without_a_chat_template(tmp_path, plain):
+    (sample,) = load(tmp_path, [{"prompt": "Say it: ", "completion": "it."}], plain).samples
+    assert plain.decode(sample.tokens) == "Say it: it.<eos>"
+    assert sample.tokens[: sample.first_target] == plain.encode("Say it: ")
+    (unmasked,) = load(tmp_path, ROWS[:1], plain, mask_prompt=False).samples
+    assert unmasked.first_target == 1
+
+
+def test_prompt_and_completion_go_through_the_chat_template(tmp_path, chat):
+    (sample,) = load(tmp_path, [{"prompt": "Hi", "completion": "Ho"}], chat).samples
+    assert chat.decode(sample.tokens) == "<user>Hi\n<assistant>Ho\n"
+    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n"
+
+
+def test_messages(tmp_path, chat, plain):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    ]
+    (sample,) = load(tmp_path, rows, chat).samples
+    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n"
+    with pytest.raises(UserError, match="need a tokenizer with a chat template"):
+        load(tmp_path, rows, plain)
+
+
+def test_text(tmp_path, plain):
+    split = load(tmp_path, [{"text": "some text"}, {"text": ""}], plain)
+    (sample,) = split.samples
+    assert (plain.decode(sample.tokens), sample.first_target) == ("some text<eos>", 1)
+    assert split.left_out == 1
+    with pytest.raises(UserError, match="--mask-prompt needs rows with a prompt"):
+        load(tmp_path, [{"text": "some text"}], plain, mask_prompt=True)
+
+
+def test_a_completion_that_is_cut_away_whole_is_left_out_and_counted(tmp_path, plain):
+    rows = [
+        {"prompt": "p" * 30, "completion": "abc"},
+        {"prompt": "p", "completion": "c" * 30},
+        {"prompt": "p", "completion": ""},
+    ]
+    split = load(tmp_path, rows, plain, max_seq_length=8)
+    assert (len(split), split.left_out, split.truncated) == (2, 1, 1)
+    assert [len(s.tokens) for s in split.samples] == [8, 2]
+    assert all(s.first_target < len(s.tokens) for s in split.samples)
+
+
+def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_path, plain):
+    (tmp_path / "train.jsonl").write_text("\ufeff" + json.dumps(ROWS[0]) + "\n\n")
+    data = load_data(str(tmp_path), plain, 100, None)
+    assert {name: len(split) for name, split in data.items()} == {"train": 1, "valid": 0, "test": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"train\.jsonl is empty"),
+        ("\n \n", r"train\.jsonl is empty"),
+        ('{"text": "a"}\n{"text": \n', r"train\.jsonl, line 2 is not valid JSON"),
+        ('{"text": ' + "1" * 5000 + "}\n", r"train\.jsonl, line 1 is not valid JSON"),
+        ("[1]\n", r"line 1 is not a JSON object"),
+        ('{"txt": "a"}\n', r"line 1 has 'txt'; it needs 'text', or 'prompt' and 'completion'"),
+        ("{}\n", r"line 1 has nothing; it needs"),
+        ('{"text": "a"}\n\n{"body": "b"}\n', r"line 3 has no 'text' \(it has 'body'\)"),
+        ('{"text": null}\n', r"line 1: 'text' is not a text but null"),
+        ('{"messages": []}\n', r"line 1: 'messages' is not a list of objects with 'role'"),
+        ('{"messages": "hi"}\n', r"line 1: 'messages' is not a list but \"hi\""),
+        ('{"text": ""}\n', r"no row of .* has a token to learn from"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, chat, text, message):
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_data(str(tmp_path), chat, 1 if "learn" in message else 100, None)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_places(tmp_path, plain):
+    with pytest.raises(UserError, match=r"has no train\.jsonl"):
+        load_data(str(tmp_path), plain, 100, None)
+    with pytest.raises(UserError, match="does not exist"):
+        load_data(str(tmp_path / "nothing"), plain, 100, None)
+    file = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(UserError, match="is a file"):
+        load_data(str(file), plain, 100, None)
+    file.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_data(str(tmp_path), plain, 100, None)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"train\.jsonl cannot be read: Is a directory"):
+        load_data(str(tmp_path), plain, 100, None)
+    with pytest.raises(UserError, match="data directory ~nobody-of-this-name/data does not exist"):
+        load_data("~nobody-of-this-name/data", plain, 100, None)
+
+
+def test_batches_are_padded_to_few_shapes():
+    samples = [Sample(list(range(1, n + 1)), 2) for n in (5, 33, 34, 70, 150, 300)]
+    widths = [collate([s], 2048).tokens.shape[1] for s in samples]
+    assert widths == [9, 33, 41, 73, 161, 321]
+    samples = samples[:4]
+    assert collate(samples, 72).tokens.shape == (4, 72)
+    batch = collate(samples[:2], 2048)
+    assert batch.spans.tolist() == [[2, 5], [2, 33]]
+    assert batch.tokens[0].tolist() == [1, 2, 3, 4, 5, *[0] * 28]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 700])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_epoch_has_every_sample_exactly_once(count, batch_size):
+    lengths = np.random.default_rng(0).integers(1, 90, count).tolist()
+    batches = epoch_order(lengths, batch_size, seed=3, epoch=2)
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert len(batches) == -(-count // batch_size)
+    assert batches == epoch_order(lengths, batch_size, seed=3, epoch=2)
+    if count == 700:
+        assert batches != epoch_order(lengths, batch_size, seed=3, epoch=3)
+        assert batches != epoch_order(lengths, batch_size, seed=4, epoch=2)
+        spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches]
+        assert np.mean(spread) < 3 if batch_size > 1 else np.mean(spread) == 0
+    ordered = batches_in_order([Sample([1] * n, 1) for n in lengths], batch_size, 2048)
+    assert sum(batch.tokens.shape[0] for batch in ordered) == count
+
+
+def test_the_second_split_goes_by_two_names(tmp_path, plain):
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:4])
+    write_jsonl(tmp_path / "validation.jsonl", ROWS[4:6])
+    splits = load_data(str(tmp_path), plain, 2048, None)
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [4, 2, 0]
+    assert splits["valid"].where == f"{tmp_path / 'validation'}.jsonl, line"
+    assert [sample.row for sample in splits["valid"].samples] == [1, 2]
+    write_jsonl(tmp_path / "valid.jsonl", ROWS[4:6])
+    with pytest.raises(UserError, match="both 'valid' and 'validation'"):
+        load_data(str(tmp_path), plain, 2048, None)
+
+
+def test_a_hub_data_set(monkeypatch, plain):
+    """The splits as the package ``datasets`` gives them; a stand-in for the Hub alone."""
+    import datasets
+
+    rows = datasets.Dataset.from_list
+    splits = {"train": rows(ROWS[:4]), "validation": rows(ROWS[4:6]), "extra": rows(ROWS)}
+
+    def load_dataset(name):
+        if name != "org/data":
+            raise FileNotFoundError(f"{name} doesn't exist on the Hub\nand so on")
+        return splits
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_data("org/data", plain, 2048, None)
+    assert {name: len(split) for name, split in data.items()} == {"train": 4, "valid": 2, "test": 0}
+    assert data["valid"].where == "data set org/data, split valid, row"
+    with pytest.raises(UserError, match=r"did not provide it: org/none doesn't exist on the Hub$"):
+        load_data("org/none", plain, 2048, None)
+    splits["train"] = rows([{"prompt": "a"}])
+    with pytest.raises(UserError, match="data set org/data, split train, row 1 has 'prompt'; it"):
+        load_data("org/data", plain, 2048, None)
+    del splits["train"]
+    with pytest.raises(UserError, match="has no split 'train', only validation, extra"):
+        load_data("org/data", plain, 2048, None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_data("org/data", plain, 2048, None)
+
+
+def test_splitting_off(tmp_path, plain):
+    split = load(tmp_path, ROWS, plain)
+    train, valid = split_off(split, 0.2, 3)
+    assert (len(train), len(valid)) == (14, 4)
+    rows = [sample.row for part in (train, valid) for sample in part.samples]
+    assert sorted(rows) == [sample.row for sample in split.samples]
+    assert split_off(split, 0.2, 3)[1] == valid != split_off(split, 0.2, 4)[1]
+    assert [len(part) for part in split_off(split, 0.999, 3)] == [1, 17]

@@ -1,0 +1,103 @@
+"""Tiny models and data, made on the spot."""
+
+import json
+import shutil
+from pathlib import Path
+
+from helpers.families import COMMON, FAILS, FAMILIES, MULTIMODAL
+
+ROWS = [
+    {"prompt": f"Add {i} and {j}.\n", "completion": f"def add():\n    return {i} + {j}\n"}
+    for i in range(6)
+    for j in range(3)
+]
+
+
+def tiny_tokenizer(vocab_size=300):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["completion"] for row in ROWS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def save_model(path, family="llama", dtype="float32", chat_template=None, **settings):
+    """A random checkpoint of a family, as the Hub has it, with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    tiny = (FAMILIES | FAILS)[family]
+    config = AutoConfig.for_model(family, **{**COMMON, **tiny.settings, **settings})
+    model_class = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
+    model = model_class.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        # Biases and norms of their own, not all 0 and 1; the Llama of most tests stays plain.
+        if parameter.ndim == 1 and family != "llama":
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    as_on_the_hub(Path(path), family)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def as_on_the_hub(path, family):
+    """What the Hub's checkpoints have and transformers 5 leaves out, and the other way round."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | (FAMILIES | FAILS)[family].hub))
+    if family == "gpt2":
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(path / "model.safetensors")
+        weights = {name.removeprefix("transformer."): weights[name] for name in weights}
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def path_for_mlx(path, family):
+    """Where mlx-lm finds the model: ``path``, but for gpt_oss a conversion beside it.
+
+    The Hub's gpt_oss has experts in MXFP4, which transformers writes no more; mlx-lm reads those or
+    its own names.
+    """
+    if family != "gpt_oss":
+        return path
+    from safetensors.torch import load_file, save_file
+
+    beside = path.with_name(f"{path.name}-mlx")
+    shutil.copytree(path, beside)
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        head, _, last = name.rpartition(".")
+        if not head.endswith("mlp.experts"):
+            weights[name] = weight
+            continue
+        if not last.endswith("_bias"):
+            weight = weight.transpose(1, 2)  # (experts, in, out) there
+        kind = "bias" if last.endswith("_bias") else "weight"
+        parts = {"gate_proj": weight[:, ::2], "up_proj": weight[:, 1::2]}
+        if last.startswith("down_proj"):
+            parts = {"down_proj": weight}
+        weights |= {f"{head}.{part}.{kind}": w.contiguous() for part, w in parts.items()}
+    save_file(weights, beside / "model.safetensors", {"format": "pt"})
+    return beside
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files_of(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}

@@ -1,0 +1,89 @@
+"""scripts/compare_methods.py: what it trains, how it picks rates, and that it can be resumed."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+from tlora_mlx import load_base_model, target_linears
+from tlora_mlx.method.layers import linear_shape
+
+EQUAL = ["LoRA (equal parameters)", "TLoRA without scaling (equal parameters)"]
+UNIFORM = ["task A, uniform", "gradient A, uniform", "task A whitened, uniform"]
+METHODS = ["LoRA", "TLoRA", "TLoRA without scaling, floor", *EQUAL, *UNIFORM]
+RATES = [1e-3, 1e-2, 1e3]
+
+
+def compare(*arguments, code=0):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts/compare_methods.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout + result.stderr if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(model_path, data_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare") / "results.jsonl"
+    arguments = ["run", "--model", model_path, "--data", data_path, "--results", path]
+    arguments += ["--iters", 3, "--seeds", 2, "--rates", *RATES, "--methods", *METHODS]
+    compare(*arguments)
+    return path, arguments
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rate_rises_until_the_loss_does_and_the_best_is_for_all_seeds(run, method):
+    rows = [row for row in rows_of(run[0]) if row["method"] == method]
+    first = {row["rate"]: row["valid"] for row in rows if row["seed"] == 0}
+    losses = [first[rate] for rate in RATES[: len(first)]]
+    assert losses[:-1] == sorted(losses[:-1], reverse=True)
+    assert losses[-1] > losses[-2]  # 1e3 is no rate to learn with
+    assert [row["rate"] for row in rows if row["seed"] == 1] == [min(first, key=first.get)]
+
+
+def test_trained_parameters(run, model_path):
+    shapes = [linear_shape(m) for m in target_linears(load_base_model(model_path).model).values()]
+    outs, both = sum(o for o, _ in shapes), sum(map(sum, shapes))
+    trained = {row["method"]: row["trained"] for row in rows_of(run[0])}
+    assert trained["LoRA"] == 8 * both
+    assert {trained[name] for name in UNIFORM} == {8 * outs}
+    assert all(abs(trained[name] / (8 * outs) - 1) < 0.15 for name in EQUAL)
+
+
+def test_a_finished_comparison_trains_nothing_anew_and_prints_tables(run):
+    path, arguments = run
+    before = path.read_text()
+    assert compare(*arguments) == ""
+    assert path.read_text() == before
+    printed = compare("table", "--results", path)
+    seconds = [row for row in rows_of(path) if row["seed"] == 1]
+    assert len({row["test"] for row in seconds}) == len(METHODS)
+    firsts = {(row["method"], row["rate"]): row["test"] for row in rows_of(path) if not row["seed"]}
+    tests = {row["method"]: (firsts[row["method"], row["rate"]], row["test"]) for row in seconds}
+    gains = [a - b for a, b in zip(tests["TLoRA"], tests[EQUAL[0]], strict=True)]
+    row = next(line for line in printed.splitlines() if line.startswith("| TLoRA |"))
+    assert f"| {statistics.median(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" in row
+    assert (path.parent / "compare_methods_task.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_rate_and_a_table_without_its_reference(model_path, data_path, tmp_path):
+    path = tmp_path / "results.jsonl"
+    arguments = ["--model", model_path, "--data", data_path, "--results", path, "--iters", 1]
+    compare("run", *arguments, "--seeds", 1, "--rates", 1e-3, "--methods", "TLoRA")
+    assert [(row["rate"], row["seed"]) for row in rows_of(path)] == [(1e-3, 0)]
+    refused = compare("table", "--results", path, code=1)
+    assert refused.strip() == (
+        "task, 1 updates: run 'LoRA (equal parameters)', which the others are compared with"
+    )

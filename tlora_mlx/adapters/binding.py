@@ -1,0 +1,115 @@
+"""An adapter on a model: under MLX's module names, and checked against the model's shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.allocation import ModulePlan, RankPlan
+from tlora_mlx.method.layers import adapter_faults, linear_shape, linear_shapes, target_linears
+from tlora_mlx.models.base_model import Description
+
+
+def check_fit(adapter: Adapter, base: Description) -> None:
+    """See that an adapter under MLX's names is one of this model.
+
+    Raises:
+        UserError: it is of another family, or does not fit; all faults in one message.
+    """
+    if adapter.model_type != base.model_type:
+        raise UserError(
+            f"the run {adapter.label} is of family '{adapter.model_type}', and {base.name} of "
+            f"family '{base.model_type}'"
+        )
+    if faults := adapter_faults(adapter.plan, adapter.tensors, linear_shapes(base.model)):
+        raise UserError(
+            f"the adapter {adapter.label} does not fit model {base.name}: {'; '.join(faults)}"
+        )
+
+
+def take_over(adapter: Adapter, base: Description, names: Mapping[str, str | None]) -> Adapter:
+    """Another tool's adapter under MLX's names, on a model.
+
+    Args:
+        adapter: as it was read.
+        base: the model, with or without its weights.
+        names: the MLX name of each of its modules; None where it is not known.
+
+    Raises:
+        UserError: a name is not known, or the adapter does not fit the model; all faults in one
+            message.
+    """
+    if unknown := [theirs for theirs, known in names.items() if known is None]:
+        raise UserError(
+            f"the adapter {adapter.label} cannot be taken over: the MLX names of these modules "
+            f"of family '{base.model_type}' are not known: {', '.join(unknown)}"
+        )
+    modules = {names[name]: module for name, module in adapter.plan.modules.items()}
+    tensors = {
+        f"{names[theirs]}.{key}": adapter.tensors[f"{theirs}.{key}"]
+        for theirs in names
+        for key in ("lora_a", "lora_b")
+    }
+    bound = replace(
+        adapter,
+        plan=replace(adapter.plan, modules=modules),
+        tensors=tensors,
+        config={"made_from": {"path": str(adapter.directory.resolve()), "format": adapter.source}},
+        model=base.name,
+        original=base.original or adapter.original,
+        model_type=base.model_type,
+    )
+    check_fit(bound, base)
+    return replace(bound, plan=add_rank_zero_modules(bound.plan, base.model))
+
+
+def drop_zero_ranks(adapter: Adapter) -> Adapter:
+    """The adapter without the ranks whose row of A is zeros, such as a portable export's padding.
+
+    They do nothing, and with A frozen never could.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    modules, tensors = dict(adapter.plan.modules), {}
+    for name, module in adapter.plan.adapted().items():
+        a, b = adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
+        alive = [i for i, any_entry in enumerate((a != 0).any(axis=0).tolist()) if any_entry]
+        if len(alive) < module.rank:
+            modules[name] = replace(module, rank=len(alive))
+            a, b = a[:, mx.array(alive, mx.int32)], b[mx.array(alive, mx.int32)]
+        if alive:
+            tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    if not tensors:
+        raise UserError(
+            f"the adapter {adapter.label} does nothing: A is zero in all of its modules"
+        )
+    return replace(adapter, plan=replace(adapter.plan, modules=modules), tensors=tensors)
+
+
+def add_rank_zero_modules(plan: RankPlan, model: nn.Module) -> RankPlan:
+    """The plan with rank 0 for all that has an adapted module's last name, in the same blocks.
+
+    A run's plan has these modules anyway; another tool's adapter says only what it adapts. Readers
+    of an export need them: some drop a kind of module that is not in every block.
+    """
+    kinds = {name.rpartition(".")[2] for name in plan.modules}
+    blocks = {_block(name) for name in plan.modules}
+    modules = {}
+    for name, linear in target_linears(model).items():
+        if name in plan.modules:
+            modules[name] = plan.modules[name]
+        elif name.rpartition(".")[2] in kinds and _block(name) in blocks:
+            modules[name] = ModulePlan(0, 1.0, 0.0, *linear_shape(linear))
+    return replace(plan, modules=modules | plan.modules)
+
+
+def _block(name: str) -> str:
+    """Up to the first number: model.layers.3 of model.layers.3.self_attn.q_proj."""
+    return re.match(r"(.*?\.\d+)?", name)[0]

@@ -1,0 +1,36 @@
+"""A base model with an adapter attached, ready to generate or evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.registry import resolve_adapter
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.layers import attach
+from tlora_mlx.models.base_model import BaseModel, load_base_model
+
+
+def load_adapter(adapter: Adapter | str | Path, *, trust_remote_code: bool = False) -> BaseModel:
+    """Load an adapter's base model with the adapter attached.
+
+    Args:
+        adapter: a run, a PEFT LoRA adapter or an mlx-lm adapter: what was read, or its directory.
+            It is loaded on the base model that it names.
+        trust_remote_code: let the model's repository run its own code.
+
+    Returns:
+        The base model in evaluation mode, whose adapted layers are ``TLoRALinear``, or
+        ``TLoRASwitchLinear`` for experts.
+
+    Raises:
+        UserError: the adapter or its base model cannot be loaded, or they do not fit each other.
+    """
+    adapter = resolve_adapter(adapter)
+    base = load_base_model(adapter.model, trust_remote_code)
+    try:
+        attach(base.model, adapter.plan, adapter.tensors)
+    except ValueError as error:
+        raise UserError(f"run {adapter.label} does not fit model {base.name}: {error}") from None
+    base.model.eval()
+    return base

@@ -1,0 +1,162 @@
+"""mlx-lm's adapters: one rank and one scale for all of their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.adapters.adapter import Adapter, is_number, plan_of
+from tlora_mlx.adapters.delta import Delta, float32
+from tlora_mlx.adapters.format import CONFIG, AdapterFormat
+from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.experts import stack_and_number
+from tlora_mlx.storage.files import new_directory, read_json, write_json
+from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
+
+ADAPTERS = "adapters.safetensors"
+
+
+class MlxLmFormat(AdapterFormat):
+    """An adapter directory as mlx-lm takes it for ``--adapter-path``.
+
+    mlx-lm knows one rank and one scale for all modules (ml-explore/mlx-lm 0.32.2,
+    ``mlx_lm/tuner/utils.py``: ``load_adapters``, ``linear_to_lora_layers``).
+    """
+
+    name = "mlx-lm"
+    title = "mlx-lm adapter"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """By the keys that mlx-lm's trainer writes."""
+        return "lora_parameters" in config or "fine_tune_type" in config
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
+        """Read an adapter whose tensors are those that mlx-lm would expect; no DoRA, no experts."""
+        kind = config.get("fine_tune_type", "lora")
+        if kind != "lora":
+            raise UserError(
+                f"the mlx-lm adapter {directory} is of type {kind}; only lora can be taken over"
+            )
+        parameters = config.get("lora_parameters")
+        parameters = parameters if isinstance(parameters, dict) else {}
+        rank, scale = parameters.get("rank"), parameters.get("scale")
+        if type(rank) is not int or rank < 1 or not is_number(scale):
+            raise UserError(
+                f"the mlx-lm adapter {directory} has no 'lora_parameters' with 'rank' and 'scale' "
+                "above 0"
+            )
+        path = directory / ADAPTERS
+        tensors = read_tensors(path, "the mlx-lm adapter")
+        unknown = [key for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
+        if unknown:
+            raise UserError(
+                f"the mlx-lm adapter {path} has tensors that are no LoRA of a linear layer: "
+                f"{', '.join(sorted(unknown))}"
+            )
+        stacks = sorted({key.rpartition(".")[0] for key, t in tensors.items() if t.ndim == 3})
+        if stacks:
+            raise UserError(
+                f"the mlx-lm adapter {directory} adapts stacks of experts, which cannot be taken "
+                f"over: {', '.join(stacks)}"
+            )
+        plan = plan_of(path, tensors, rank, rank * scale, lambda name, of_tensor: scale)
+        differing = [f"{name} has {m.rank}" for name, m in plan.modules.items() if m.rank != rank]
+        if differing:
+            raise UserError(
+                f"the mlx-lm adapter {directory} does not fit itself: its configuration has rank "
+                f"{rank}, and {', '.join(differing)}"
+            )
+        model = config.get("model")
+        model = model if isinstance(model, str) else None
+        return Adapter(plan, tensors, self.name, directory, config, model=model)
+
+    def write(
+        self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
+    ) -> Proof:
+        """Write an adapter for mlx-lm's own ``generate``, ``server`` and ``fuse``.
+
+        Every module is padded with zeros to the largest rank, and its scale is folded into B in
+        float32: mlx-lm's is 1. ``keys`` are names inside a block, looked for in the last
+        ``num_layers`` blocks, which is the run's own option. Modules of rank 0 are zeros. Experts
+        are stacked as mlx-lm has them, lora_a (experts, rank, in) and lora_b (experts, out, rank)
+        (``mlx_lm/tuner/lora.py``, ``LoRASwitchLinear``).
+        """
+        modules = adapter.plan.modules
+        rank = max(module.rank for module in adapter.adapted().values())
+        tensors = cast_finite(_padded(adapter, rank), dtype)
+        config = {
+            "fine_tune_type": "lora",
+            "model": base_model or adapter.model,
+            "num_layers": adapter.config.get("num_layers", -1),
+            "lora_parameters": {
+                "rank": rank,
+                "scale": 1.0,
+                "dropout": 0.0,
+                "keys": sorted({_inside_block(stack_and_number(name)[0]) for name in modules}),
+            },
+        }
+        with new_directory(output) as staging:
+            write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
+            write_json(staging / CONFIG, config)
+            return _prove(adapter, staging, dtype, output)
+
+
+MLX_LM = MlxLmFormat()
+
+
+def _padded(adapter: Adapter, rank: int) -> dict[str, mx.array]:
+    """The tensors at one rank, with the scales in B, float32; experts stacked."""
+    tensors: dict[str, mx.array] = {}
+    stacks: dict[str, dict[int, tuple[mx.array, mx.array]]] = {}
+    for name, module in adapter.plan.modules.items():
+        a, b = mx.zeros((module.in_features, rank)), mx.zeros((rank, module.out_features))
+        if module.rank:
+            a[:, : module.rank] = adapter.tensors[f"{name}.lora_a"].astype(mx.float32)
+            b[: module.rank] = module.scale * adapter.tensors[f"{name}.lora_b"].astype(mx.float32)
+        stack, number = stack_and_number(name)
+        if number is None:
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
+        else:
+            stacks.setdefault(stack, {})[number] = a.T, b.T
+    for name, experts in stacks.items():
+        a, b = zip(*(experts[number] for number in sorted(experts)), strict=True)
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = mx.stack(a), mx.stack(b)
+    return tensors
+
+
+def _inside_block(name: str) -> str:
+    """``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[number + 1 :])
+
+
+def _expert(tensors: TensorFile, key: str, number: int) -> np.ndarray:
+    """One expert's matrix of a stack, (experts, rows, columns)."""
+    rows = tensors.entries[key].shape[1]
+    return float32(tensors.rows(key, number * rows, (number + 1) * rows))
+
+
+def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
+    """Read the adapter back by mlx-lm's rule: scale · B A with one scale and rank."""
+    parameters = read_json(path / CONFIG, "the adapter's configuration")["lora_parameters"]
+    rank, scale = parameters["rank"], parameters["scale"]
+    tensors = TensorFile(path / ADAPTERS, "the adapter")
+
+    def delta(name: str) -> Delta | None:
+        name, number = stack_and_number(name)
+        keys = f"{name}.lora_a", f"{name}.lora_b"
+        if not set(keys) <= tensors.keys():
+            return None
+        if number is None:
+            a, b = (float32(tensors[key]).T for key in keys)
+        else:
+            a, b = (_expert(tensors, key, number) for key in keys)
+        return Delta(scale * b, a) if len(a) == rank else None
+
+    return prove_adapter(adapter, delta, dtype, output)

@@ -1,0 +1,252 @@
+"""PEFT's LoRA adapters: what their configuration says of each pair of matrices."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tlora_mlx.adapters.adapter import Adapter, is_number, plan_of
+from tlora_mlx.adapters.delta import Delta, float32
+from tlora_mlx.adapters.format import CONFIG, AdapterFormat
+from tlora_mlx.adapters.peft_experts import expert_part, stack_module
+from tlora_mlx.adapters.peft_layouts import (
+    compact,
+    portable,
+    targets_and_parameters,
+    tensor_keys,
+)
+from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
+from tlora_mlx.errors import UserError
+from tlora_mlx.models.families import FAMILIES
+from tlora_mlx.models.names import hf_weight, mlx_name
+from tlora_mlx.storage.files import new_directory, read_json, write_json
+from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
+
+ADAPTERS = "adapter_model.safetensors"
+LAYOUTS = {"portable": portable, "compact": compact}
+
+
+TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+# Options under which an adapter is more than scale · B A, or sits on more than linear layers
+# (huggingface/peft, tuners/lora/config.py).
+MORE_THAN_LORA = (
+    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "layer_replication", "alora_invocation_tokens", "monteclora_config", "use_bdlora",
+    "arrow_config", "kasa_config",
+)  # fmt: skip
+
+# Initialisations that change the base's weights, which the file does not hold (…/lora/layer.py).
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class PeftFormat(AdapterFormat):
+    """An adapter directory as ``PeftModel.from_pretrained`` loads it."""
+
+    name = "peft"
+    title = "PEFT LoRA adapter"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """By the key that every PEFT configuration has."""
+        return "peft_type" in config
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
+        """Read plain LoRA of linear layers, its tensors those of its ranks and patterns.
+
+        ``fan_in_fan_out`` needs no care: it says how the base stores W; A and B are as usual.
+        """
+        _refuse_more_than_lora(directory, config)
+        if not (directory / ADAPTERS).exists() and (directory / "adapter_model.bin").exists():
+            raise UserError(
+                f"the PEFT adapter {directory} is a pickle file, adapter_model.bin, which can run "
+                "code; load it with PEFT where you trust it, and save it with save_pretrained"
+            )
+        rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's defaults
+        if type(rank) is not int or rank < 1 or not is_number(alpha):
+            raise UserError(f"the PEFT adapter {directory} has no 'r' and 'lora_alpha' above 0")
+        ranks, alphas = _patterns(directory, config)
+        tensors, unknown = {}, []
+        for key, value in read_tensors(directory / ADAPTERS, "the PEFT adapter").items():
+            if found := TENSOR.fullmatch(key):
+                tensors[f"{found[1]}.lora_{found[2].lower()}"] = value.T
+            else:
+                unknown.append(key)
+        if unknown:
+            raise UserError(
+                f"the PEFT adapter {directory / ADAPTERS} has tensors that are no LoRA of a "
+                f"linear layer: {', '.join(sorted(unknown))}"
+            )
+
+        parameters = config.get("target_parameters") or []
+
+        def target(module: str) -> str:
+            """What PEFT matches patterns with: for a weight that is targeted itself, its name."""
+            weight = f"{module}.weight"
+            return weight if any(f".{weight}".endswith(f".{p}") for p in parameters) else module
+
+        def scale_of(module: str, of_tensor: int) -> float:
+            over = math.sqrt(of_tensor) if config.get("use_rslora") else of_tensor
+            return alphas.of(target(module), alpha) / over
+
+        plan = plan_of(directory / ADAPTERS, tensors, rank, alpha, scale_of)
+        differing = [
+            f"{name} has rank {module.rank}, and {expected} by the configuration"
+            for name, module in plan.modules.items()
+            if module.rank != (expected := ranks.of(target(name), rank))
+        ]
+        if differing:
+            raise UserError(
+                f"the PEFT adapter {directory} does not fit itself: {'; '.join(differing)}"
+            )
+        base = config.get("base_model_name_or_path")
+        base = base if isinstance(base, str) and base else None
+        return Adapter(plan, tensors, self.name, directory, config, original=base)
+
+    def write(
+        self,
+        adapter: Adapter,
+        output: Path,
+        dtype: str = "float32",
+        base_model: str | None = None,
+        layout: str = "portable",
+    ) -> Proof:
+        """Write an adapter for PEFT and, in the portable layout, for all who read its format.
+
+        ``portable``: every module is padded with zeros to one rank R, ``r = lora_alpha = R``, and
+        its scale is folded into B in float32, so that each reader's formula (``lora_alpha / r``, or
+        over the tensor's rank) gives 1. Modules of rank 0 are zeros, so that no reader misses one.
+        ``compact``: exact ranks with ``rank_pattern`` and ``alpha_pattern``, which PEFT alone
+        reads; modules of rank 0 are left out.
+
+        Raises:
+            UserError: also: the family or a module has no known Hugging Face name, the original of
+                a quantized base is not known, or the largest rank is above 512 (portable).
+        """
+        base_model = adapter.base_on_hugging_face(
+            base_model, "name the full-precision Hub repository with --base-model"
+        )
+        tensors, ranks = LAYOUTS[layout](adapter)
+        tensors = cast_finite(tensors, dtype)
+        config = {
+            "base_model_name_or_path": base_model,
+            "bias": "none",
+            # Of Conv1D's weights (in, out): PEFT transposes what it merges; A and B stay.
+            "fan_in_fan_out": FAMILIES[adapter.model_type].transposed,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_dropout": 0.0,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": False,
+            **ranks,
+        }
+        with new_directory(output) as staging:
+            write_tensors(staging / ADAPTERS, tensors, {"format": "pt"})
+            write_json(staging / CONFIG, config)
+            return _prove(adapter, staging, dtype, output)
+
+    def mlx_names(self, adapter: Adapter, model_type: str) -> dict[str, str | None]:
+        """From the names of transformers."""
+        return {name: mlx_name(model_type, name) for name in adapter.plan.modules}
+
+
+PEFT = PeftFormat()
+
+
+def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{path} is a PEFT adapter of type {config['peft_type']}, not LORA")
+    used = [key for key in MORE_THAN_LORA if config.get(key)]
+    if (bias := config.get("bias", "none")) != "none":
+        used.append(f"bias {bias}")
+    # A linear layer's weight targeted as a parameter is that layer; stacks of experts are none.
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(str(p).endswith(".weight") for p in parameters):
+        used.append("target_parameters that are no linear layer's weight")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+        used.append(
+            f"init_lora_weights {start} (PEFT's save_pretrained makes plain LoRA of it with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if used:
+        raise UserError(
+            f"the PEFT adapter {path} is more than LoRA matrices on linear layers, which is all "
+            f"that can be taken over: it uses {', '.join(used)}"
+        )
+
+
+class Patterns:
+    """A table of regular expressions, each with the value of the modules that it matches.
+
+    A pattern matches a module's whole name, or its end after a dot; the first that matches counts.
+
+    Source: huggingface/peft, ``utils/other.py::get_pattern_key``.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], key: str, is_right: Callable[[Any], bool]
+    ):
+        table = config.get(key) or {}
+        if not isinstance(table, dict) or not all(map(is_right, table.values())):
+            raise UserError(
+                f"the PEFT adapter {path} has a '{key}' that is no table of numbers above 0"
+            )
+        self._values = []
+        for pattern, value in table.items():
+            try:
+                self._values.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(
+                    f"the PEFT adapter {path} has '{pattern}' in its '{key}', which is no regular "
+                    f"expression: {error}"
+                ) from None
+
+    def of(self, module: str, default: Any) -> Any:
+        """The value of a module, or the default where no pattern matches its name."""
+        return next((value for regex, value in self._values if regex.match(module)), default)
+
+
+def _patterns(path: Path, config: Mapping[str, Any]) -> tuple[Patterns, Patterns]:
+    """The ranks and the alphas of modules that differ from the configuration's own."""
+    ranks = Patterns(path, config, "rank_pattern", lambda value: type(value) is int and value > 0)
+    return ranks, Patterns(path, config, "alpha_pattern", is_number)
+
+
+def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
+    """Read the adapter back by PEFT's rule: lora_alpha over r, unless a pattern matches."""
+    config = read_json(path / CONFIG, "the adapter's configuration")
+    ranks, alphas = _patterns(path, config)
+    tensors = TensorFile(path / ADAPTERS, "the adapter")
+
+    @lru_cache(maxsize=4)  # all experts of a block are in one pair
+    def factor(key: str) -> np.ndarray:
+        return float32(tensors[key])
+
+    def delta(name: str) -> Delta | None:
+        weight = hf_weight(adapter.model_type, name)
+        target, module = weight.module, weight.module
+        if weight.parameter:
+            target, module = f"{module}.{weight.parameter}", stack_module(weight, tensors.keys())
+        else:
+            [[target]] = filter(None, targets_and_parameters(adapter, [module]))
+        keys = tensor_keys(module)
+        if not set(keys) <= tensors.keys():
+            return None
+        rank = ranks.of(target, config["r"])
+        a, b = map(factor, keys)
+        if weight.parameter:
+            a, b = expert_part(weight, a, b, rank)
+        return (
+            Delta(alphas.of(target, config["lora_alpha"]) / rank * b, a) if len(a) == rank else None
+        )
+
+    return prove_adapter(adapter, delta, dtype, output)

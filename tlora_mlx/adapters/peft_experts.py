@@ -1,0 +1,116 @@
+"""Experts' adapters as PEFT has them: one for each parameter that holds all experts of a block.
+
+Such an adapter (peft/tuners/lora/layer.py, ParamWrapper) has lora_A (experts · rank, in), expert
+after expert, and lora_B (out, rank · experts), with the experts side by side within each rank. Gate
+and up are one parameter: an expert's two adapters follow each other in the rank, and their B
+in the rows that are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.models.names import HFWeight, Rows, hf_weight
+
+# What PEFT calls the module inside of the one that it wraps.
+INNER = ".base_layer"
+
+
+@dataclass
+class Stack:
+    """The adapters of one parameter's experts.
+
+    Attributes:
+        weight: where one of the experts is.
+        experts: how many there are.
+        shape: (out, in) of an expert's part of the parameter.
+        parts: how many parts the parameter's rows have: 2 for gate and up.
+        adapters: by (rows, expert): A (rank, in) and B (out, rank) with its scale, float32.
+    """
+
+    weight: HFWeight
+    experts: int
+    shape: tuple[int, int]
+    parts: int
+    adapters: dict[tuple[Rows | None, int], tuple[mx.array, mx.array]] = field(default_factory=dict)
+
+    def least_rank(self) -> int:
+        """The least rank of the whole that every expert's parts fit in."""
+        ranks = [0] * self.experts
+        for (_, expert), (a, _) in self.adapters.items():
+            ranks[expert] += a.shape[0]
+        return max(ranks)
+
+    def tensors(self, rank: int) -> tuple[mx.array, mx.array]:
+        """lora_A (experts · rank, in) and lora_B (out, rank · experts), padded with zeros."""
+        out_features, in_features = self.shape
+        a = mx.zeros((self.experts, rank, in_features))
+        b = mx.zeros((self.experts, self.parts * out_features, rank))
+        used = [0] * self.experts
+        for (rows, expert), (a_part, b_part) in self.adapters.items():
+            ranks = slice(used[expert], used[expert] + a_part.shape[0])
+            a[expert, ranks] = a_part
+            b[expert, rows.slice(b.shape[1]) if rows else slice(None), ranks] = b_part
+            used[expert] = ranks.stop
+        return a.reshape(-1, in_features), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def expert_stacks(adapter: Adapter) -> dict[str, Stack]:
+    """The adapter's experts by the full name of their parameter; empty where none is a target."""
+    stacks: dict[str, Stack] = {}
+    for name, module in adapter.plan.modules.items():
+        weight = hf_weight(adapter.model_type, name)
+        if not weight.parameter:
+            continue
+        shape = (module.out_features, module.in_features)
+        parts = 2 if weight.rows else 1
+        stack = stacks.setdefault(
+            f"{weight.module}.{weight.parameter}", Stack(weight, 0, shape, parts)
+        )
+        stack.experts = max(stack.experts, weight.number + 1)
+        if module.rank:
+            a = adapter.tensors[f"{name}.lora_a"].T.astype(mx.float32)
+            b = module.scale * adapter.tensors[f"{name}.lora_b"].T.astype(mx.float32)
+            stack.adapters[weight.rows, weight.number] = a, b
+    return stacks
+
+
+def stacked_tensors(stacks: Mapping[str, Stack], rank: int | None) -> dict[str, mx.array]:
+    """The tensors of adapters of experts, by PEFT's keys.
+
+    Args:
+        stacks: from ``expert_stacks``.
+        rank: of every adapter; each one's least where it is None.
+    """
+    tensors = {}
+    for stack in stacks.values():
+        key = f"base_model.model.{stack.weight.module}"
+        # PEFT wraps a module once for each of its parameters, down_proj last, so outermost.
+        if stack.weight.parameter != "down_proj" and f"{stack.weight.module}.down_proj" in stacks:
+            key += INNER
+        a, b = stack.tensors(rank or stack.least_rank())
+        tensors[f"{key}.lora_A.weight"] = a
+        tensors[f"{key}.lora_B.weight"] = b
+    return tensors
+
+
+def stack_module(weight: HFWeight, keys: Collection[str]) -> str:
+    """The module by whose name a file with these keys has an expert's adapter."""
+    inner = f"{weight.module}{INNER}"
+    is_inner = weight.parameter != "down_proj" and f"base_model.model.{inner}.lora_A.weight" in keys
+    return inner if is_inner else weight.module
+
+
+def expert_part(
+    weight: HFWeight, a: np.ndarray, b: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One expert's A (rank, in) and B (its rows, rank), of those of all: ``Stack.tensors``."""
+    experts = len(a) // rank
+    part = b[:, weight.number :: experts]
+    rows = weight.rows.slice(len(b)) if weight.rows else slice(None)
+    return a[weight.number * rank : (weight.number + 1) * rank], part[rows]

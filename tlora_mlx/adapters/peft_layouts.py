@@ -1,0 +1,126 @@
+"""The two layouts of a PEFT adapter: one that every reader gets right, and PEFT's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.peft_experts import expert_stacks, stacked_tensors
+from tlora_mlx.errors import UserError
+from tlora_mlx.models.families import FAMILIES
+from tlora_mlx.models.names import hf_weight
+
+# Ranks that vLLM has kernels for (vllm/config/lora.py, MaxLoRARanks).
+PORTABLE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _hf_names(adapter: Adapter) -> dict[str, str]:
+    """MLX module name -> Hugging Face module name, of all target modules but experts."""
+    model_type = adapter.model_type
+    weights = {name: hf_weight(model_type, name) for name in adapter.plan.modules}
+    return {name: weight.module for name, weight in weights.items() if not weight.parameter}
+
+
+def targets_and_parameters(
+    adapter: Adapter, hf_names: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Which of these modules PEFT is told of as modules, and the weights of the others; sorted."""
+    as_parameters = FAMILIES[adapter.model_type].as_parameters
+    modules, parameters = [], []
+    for name in sorted(hf_names):
+        if name.rsplit(".", 1)[-1] in as_parameters:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return modules, parameters
+
+
+def tensor_keys(hf_name: str) -> tuple[str, str]:
+    """The keys of a module's A and B."""
+    prefix = f"base_model.model.{hf_name}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def portable(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the portable layout."""
+    names, stacks = _hf_names(adapter), expert_stacks(adapter)
+    largest = max(
+        *(adapter.plan.modules[name].rank for name in names),
+        *(stack.least_rank() for stack in stacks.values()),
+        0,
+    )
+    if largest > PORTABLE_RANKS[-1]:
+        raise UserError(
+            f"the plan's largest rank {largest} is above {PORTABLE_RANKS[-1]}, the most that vLLM "
+            "serves; use --layout compact, or train with --max-rank 512"
+        )
+    rank = next(r for r in PORTABLE_RANKS if r >= largest)
+    tensors = {}
+    for name in names:
+        module = adapter.plan.modules[name]
+        a, b = mx.zeros((rank, module.in_features)), mx.zeros((module.out_features, rank))
+        if module.rank:
+            a[: module.rank] = adapter.tensors[f"{name}.lora_a"].T.astype(mx.float32)
+            b[:, : module.rank] = module.scale * adapter.tensors[f"{name}.lora_b"].T.astype(
+                mx.float32
+            )
+        tensors |= zip(tensor_keys(names[name]), (a, b), strict=True)
+    tensors |= stacked_tensors(stacks, rank)
+    modules, parameters = targets_and_parameters(adapter, names.values())
+    parameters += sorted(stacks)
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": suffixes,
+        "target_parameters": parameters or None,
+    }
+    family = FAMILIES[adapter.model_type]
+    if family.others:
+        config["exclude_modules"] = family.others
+    prefix = family.hf_blocks
+    blocks = {
+        int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in [*names.values(), *stacks]
+    }
+    if min(blocks) > 0:
+        # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
+        pattern = prefix.rsplit(".", 1)[-1]
+        config |= {"layers_to_transform": sorted(blocks), "layers_pattern": pattern}
+    return tensors, config
+
+
+def compact(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the compact layout."""
+    names = {name: hf for name, hf in _hf_names(adapter).items() if adapter.plan.modules[name].rank}
+    tensors, ranks, alphas = {}, {}, {}
+    for name in names:
+        module = adapter.plan.modules[name]
+        a_key, b_key = tensor_keys(names[name])
+        tensors[a_key] = adapter.tensors[f"{name}.lora_a"].T
+        tensors[b_key] = adapter.tensors[f"{name}.lora_b"].T
+        # PEFT matches r"(.*\.)?(key)$": anchored and escaped, so that layers.1 is not layers.11's.
+        [[target]] = filter(None, targets_and_parameters(adapter, [names[name]]))
+        pattern = f"^{re.escape(target)}$"
+        ranks[pattern] = module.rank
+        alphas[pattern] = module.scale * module.rank
+    stacks = {name: stack for name, stack in expert_stacks(adapter).items() if stack.least_rank()}
+    for name, stack in stacks.items():
+        pattern = f"^{re.escape(name)}$"
+        ranks[pattern] = alphas[pattern] = stack.least_rank()
+    tensors |= stacked_tensors(stacks, None)
+    modules, parameters = targets_and_parameters(adapter, names.values())
+    parameters += sorted(stacks)
+    return tensors, {
+        "r": adapter.plan.rank,
+        "lora_alpha": adapter.plan.alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+    }

@@ -1,0 +1,217 @@
+"""Proof of an export: what was written is read back, and its deltas are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.delta import Delta, adapter_delta
+from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.storage.blocks import blocks
+
+# Rounding to a dtype of p significant bits is off by at most 2^-p of the value, or by half of the
+# smallest subnormal number.
+ROUNDING = {"float32": (2.0**-24, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
+
+# Sums in float32 may be taken in another order when they are taken again.
+NOISE = 2.0**-20
+
+
+@dataclass
+class Errors:
+    """How far Δ as written is from the adapter's Δ in one module, or in some rows of it.
+
+    Attributes:
+        largest: the largest |written - Δ| of an entry.
+        squares: Σ (written - Δ)².
+        delta: Σ Δ².
+        along: Σ written · Δ.
+    """
+
+    largest: float = 0.0
+    squares: float = 0.0
+    delta: float = 0.0
+    along: float = 0.0
+
+    @staticmethod
+    def of(error: np.ndarray, delta: np.ndarray) -> Errors:
+        """From ``written - delta`` and ``delta``, float32 of one shape."""
+        error, delta = error.reshape(-1), delta.reshape(-1)
+        squares = float(delta @ delta)
+        along = squares + float(error @ delta)
+        return Errors(float(max(error.max(), -error.min())), float(error @ error), squares, along)
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(
+            max(self.largest, other.largest),
+            self.squares + other.squares,
+            self.delta + other.delta,
+            self.along + other.along,
+        )
+
+    @property
+    def relative(self) -> float:
+        """‖written - Δ‖ / ‖Δ‖, in Frobenius norms."""
+        if not self.squares:
+            return 0.0
+        return math.sqrt(self.squares / self.delta) if self.delta else math.inf
+
+    @property
+    def surviving(self) -> float:
+        """⟨written, Δ⟩ / ‖Δ‖²: the share of Δ that is in what was written."""
+        return self.along / self.delta if self.delta else 1.0
+
+
+@dataclass
+class Proof:
+    """What reading an export back has shown: the result of every writer.
+
+    Attributes:
+        directory: what was written.
+        modules: by full name, how far each one's Δ is from the adapter's.
+    """
+
+    directory: Path
+    modules: dict[str, Errors] = field(default_factory=dict)
+
+    def add(self, name: str, errors: Errors) -> None:
+        """Count rows of a module in."""
+        self.modules[name] = self.modules.get(name, Errors()) + errors
+
+    @property
+    def total(self) -> Errors:
+        """All modules together."""
+        return sum(self.modules.values(), Errors())
+
+    def worst(self, key: Callable[[Errors], float]) -> str:
+        """The module with the largest of something."""
+        return max(self.modules, key=lambda name: key(self.modules[name]))
+
+    def summary(self) -> str:
+        """One line for the user."""
+        if not self.modules:
+            return "read back: no module has an adapter"
+        total, worst = self.total, self.worst(lambda errors: errors.relative)
+        return (
+            f"read back: the deltas of {len(self.modules)} modules are there, largest error "
+            f"{total.largest:.2g} in {self.worst(lambda errors: errors.largest)}; relative to the "
+            f"delta {total.relative:.2g} overall, {self.modules[worst].relative:.2g} in {worst}"
+        )
+
+
+def prove_adapter(
+    adapter: Adapter, read: Callable[[str], Delta | None], dtype: str, output: Path
+) -> Proof:
+    """Compare an adapter that was read back with the one that was written, module by module.
+
+    Where the factors are the same, so is their product. Else it is formed, and an entry may be off
+    by what rounding every entry of A and B to ``dtype`` can come to.
+
+    Args:
+        adapter: what was written.
+        read: Δ of a module by its MLX name, by the format's own reading rule; None where the file
+            has no adapter for it.
+        dtype: of the written tensors.
+        output: the name that the directory gets.
+
+    Raises:
+        RunError: a module's Δ is another.
+    """
+    unit, least = ROUNDING[dtype]
+    proof = Proof(output)
+    for name, module in adapter.plan.modules.items():
+        expected, written = adapter_delta(adapter, name), read(name)
+        nothing = Delta(
+            np.zeros((module.out_features, 1), np.float32),
+            np.zeros((1, module.in_features), np.float32),
+        )
+        wanted, found = expected or nothing, written or nothing
+        if found.b.shape[0] != module.out_features or found.a.shape[1] != module.in_features:
+            raise mismatch_error(name)
+        if _same(found, wanted):
+            if expected is not None:
+                proof.add(name, Errors())
+            continue
+        # |Σ b·a| ≤ ‖b‖ ‖a‖, and what a rounding to dtype's subnormal numbers may add to it.
+        b = np.sqrt(np.square(wanted.b).sum(axis=1, keepdims=True))
+        a = np.sqrt(np.square(wanted.a).sum(axis=0, keepdims=True))
+        floor = least * max(1.0, abs(module.scale)) * math.sqrt(wanted.b.shape[1])
+        for start, stop in blocks(module.out_features, module.in_features):
+            delta = wanted.rows(start, stop).product()
+            error = found.rows(start, stop).product() - delta
+            allowed = b[start:stop] * a * (2 * unit + unit**2 + NOISE)
+            allowed += floor * (b[start:stop] + a)
+            if not (np.abs(error) <= allowed).all():
+                raise mismatch_error(name)
+            if expected is not None:
+                proof.add(name, Errors.of(error, delta))
+    return proof
+
+
+def _same(found: Delta, wanted: Delta) -> bool:
+    """Whether the factors are the same, but for a padding with zeros."""
+    rank = wanted.b.shape[1]
+    padding = found.b[:, rank:].any() and found.a[rank:].any()
+    same = np.array_equal(found.b[:, :rank], wanted.b) and np.array_equal(found.a[:rank], wanted.a)
+    return same and not padding
+
+
+def compare_merged(
+    name: str, weight: np.ndarray, merged: np.ndarray, delta: np.ndarray, dtype: str
+) -> Errors:
+    """Compare W + Δ as it was written with W and Δ; rounding to ``dtype`` is allowed.
+
+    Args:
+        name: of the weight.
+        weight: W, float32; it, and the next two, are overwritten.
+        merged: what was written, as float32.
+        delta: Δ.
+        dtype: of what was written.
+
+    Raises:
+        UserError: W + Δ is not finite.
+        RunError: it is off by more than rounding.
+    """
+    unit, least = ROUNDING[dtype]
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.subtract(merged, weight, out=weight)
+        error -= delta
+        errors = Errors.of(error, delta)
+        np.abs(merged, out=merged)
+        floor = NOISE * (merged.max() + np.abs(delta, out=delta).max()) + least
+        if not np.isfinite(floor) or not np.isfinite(errors.squares):
+            raise UserError(
+                f"{name} with its delta is not finite in {dtype}: the delta is too large for it, "
+                "or the base model's weight is damaged"
+            )
+        merged *= unit * (1 + 2 * unit)
+        if np.subtract(np.abs(error, out=error), merged, out=error).max() > floor:
+            raise mismatch_error(name)
+    return errors
+
+
+def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:
+    """The tensors in a dtype that is called ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        UserError: values overflow it; all such tensors are named.
+    """
+    cast = {key: value.astype(getattr(mx, dtype)) for key, value in tensors.items()}
+    overflown = [key for key, value in cast.items() if not mx.isfinite(value).all().item()]
+    if overflown:
+        raise UserError(f"{', '.join(overflown)} overflow {dtype}; use --dtype bfloat16 or float32")
+    return cast
+
+
+def mismatch_error(name: str) -> RunError:
+    """The error where a module was not written as it should be."""
+    return RunError(
+        f"what was written for {name} is not what the adapter holds, so nothing is kept of it; "
+        "look for a failing disk or memory, and export again"
+    )

@@ -1,0 +1,96 @@
+"""Any adapter directory, whoever made it: which format it has, as it is, and on its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.binding import check_fit, take_over
+from tlora_mlx.adapters.format import CONFIG
+from tlora_mlx.adapters.mlx_lm import MLX_LM
+from tlora_mlx.adapters.peft import PEFT
+from tlora_mlx.adapters.run import RUN
+from tlora_mlx.errors import UserError
+from tlora_mlx.models.base_model import Description, describe_base_model
+from tlora_mlx.storage.files import read_json, user_path
+
+# The first that recognises a directory reads it.
+FORMATS = {format.name: format for format in (PEFT, RUN, MLX_LM)}
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a run, a PEFT LoRA adapter or an mlx-lm adapter, without its base model.
+
+    Args:
+        path: the adapter's directory.
+
+    Returns:
+        The adapter under its own tool's module names; A and B are oriented as MLX keeps them, in
+        the dtype of the file.
+
+    Raises:
+        UserError: it is none of them, or not whole, or more than LoRA on linear layers.
+    """
+    path = user_path(path)
+    if not path.is_dir():
+        raise UserError(f"adapter directory {path} does not exist")
+    config = read_json(path / CONFIG, "the adapter's configuration")
+    config = config if isinstance(config, dict) else {}
+    for format in FORMATS.values():
+        if format.recognises(config):
+            return format.read(path, config)
+    raise UserError(
+        f"{path} is no run, PEFT adapter or mlx-lm adapter: {CONFIG} has no 'peft_type', "
+        "'lora_parameters' or 'fine_tune_type'"
+    )
+
+
+def bind_to_model(adapter: Adapter, base: Description) -> Adapter:
+    """An adapter on a model, under MLX's module names.
+
+    Args:
+        adapter: what ``read_adapter`` read.
+        base: the model, with or without its weights.
+
+    Raises:
+        UserError: it is of another family, the MLX name of a module is not known, or it does not
+            fit the model; all faults in one message.
+    """
+    if adapter.model_type is None:
+        names = FORMATS[adapter.source].mlx_names(adapter, base.model_type)
+        return take_over(adapter, base, names)
+    check_fit(adapter, base)
+    return adapter
+
+
+def resolve_adapter(adapter: Adapter | str | Path, base_model: str | None = None) -> Adapter:
+    """Any adapter under MLX's module names, with its base model's name.
+
+    Args:
+        adapter: what was read, or the directory of a run, a PEFT LoRA adapter or an mlx-lm adapter.
+        base_model: for another tool's adapter: the model that it is to be loaded on, as a
+            directory or Hub repository, instead of the one that it names. Of it only
+            ``config.json`` is read. A run keeps its own.
+
+    Returns:
+        The adapter, with A and B in the dtype of the file.
+
+    Raises:
+        UserError: it cannot be read, its base model is not found, or a module has no known name.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
+    if adapter.model_type is not None:
+        return adapter
+    wanted = base_model or adapter.base
+    if wanted is None:
+        raise UserError(
+            f"the adapter {adapter.label} names no base model; name it with --base-model"
+        )
+    try:
+        base = describe_base_model(wanted)
+    except UserError as error:
+        raise UserError(
+            f"the base model of adapter {adapter.label}: {error}; see --base-model"
+        ) from None
+    return bind_to_model(adapter, base)

@@ -1,0 +1,112 @@
+"""A run directory as an adapter: what ``train`` made, or another tool's adapter taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.delta import adapter_delta
+from tlora_mlx.adapters.format import AdapterFormat
+from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.layers import adapter_faults
+from tlora_mlx.runs.run_directory import ADAPTERS, CONFIG, PLAN
+from tlora_mlx.storage.files import new_directory, read_json, user_path, write_json
+from tlora_mlx.storage.safetensors import TensorFile, write_tensors
+from tlora_mlx.version import __version__
+
+
+class RunFormat(AdapterFormat):
+    """A run directory."""
+
+    name = "tlora"
+    title = "run of tlora_mlx.train"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """By the type of fine-tuning."""
+        return config.get("fine_tune_type") == "tlora"
+
+    def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
+        """The run; its tensors are read from the file when they are asked for."""
+        path = directory / CONFIG
+        missing = [key for key in ("model", "model_type") if not isinstance(config.get(key), str)]
+        if missing:
+            raise UserError(f"{path} has no {' and no '.join(map(repr, missing))}")
+        if not isinstance(config.get("base_model"), (str, type(None))):
+            raise UserError(f"'base_model' in {path} is no name")
+        if type(config.get("num_layers", -1)) is not int:
+            raise UserError(f"'num_layers' in {path} is no whole number")
+        try:
+            plan = RankPlan.from_dict(read_json(directory / PLAN, "the run's rank plan"))
+        except ValueError as error:
+            raise UserError(f"the rank plan {directory / PLAN} is not right: {error}") from None
+        tensors = TensorFile(directory / ADAPTERS, "the run's adapter")
+        shapes = {name: (m.out_features, m.in_features) for name, m in plan.modules.items()}
+        faults = adapter_faults(plan, tensors, shapes)
+        faults += [
+            f"{name}.lora_b is missing"
+            for name in plan.adapted()
+            if f"{name}.lora_b" not in tensors
+        ]
+        if faults:
+            raise UserError(
+                f"the adapter {directory / ADAPTERS} does not fit its plan: {'; '.join(faults)}"
+            )
+        return Adapter(
+            plan,
+            tensors,
+            self.name,
+            directory,
+            config,
+            model=config["model"],
+            original=config.get("base_model"),
+            model_type=config["model_type"],
+        )
+
+    def write(
+        self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
+    ) -> Proof:
+        """Write a run directory that every command reads; it has no metrics and no checkpoints."""
+        tensors = cast_finite(dict(adapter.tensors), dtype)
+        config = {
+            "versions": {"tlora_mlx": __version__},
+            **adapter.config,
+            "fine_tune_type": self.name,
+            "model": adapter.model,
+            "base_model": base_model or adapter.original,
+            "model_type": adapter.model_type,
+        }
+        with new_directory(output) as staging:
+            write_json(staging / PLAN, adapter.plan.to_dict())
+            write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
+            write_json(staging / CONFIG, config)
+            return prove_adapter(adapter, partial(adapter_delta, read_run(staging)), dtype, output)
+
+
+RUN = RunFormat()
+
+
+def read_run(path: str | Path) -> Adapter:
+    """Read a run directory without its base model.
+
+    Args:
+        path: what ``train`` or ``export_run`` made.
+
+    Returns:
+        The run; its tensors are read from the file when they are asked for.
+
+    Raises:
+        UserError: it is no run directory, or a file is missing, damaged or does not fit the plan;
+            all tensors at fault are named.
+    """
+    path = user_path(path)
+    if not path.is_dir():
+        raise UserError(f"run directory {path} does not exist")
+    config = read_json(path / CONFIG, "the run's configuration")
+    if not isinstance(config, dict) or not RUN.recognises(config):
+        raise UserError(f"{path} is no run of tlora_mlx.train: {CONFIG} is another tool's")
+    return RUN.read(path, config)

@@ -1,0 +1,147 @@
+"""The options of ``export`` and ``upload``."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+
+from tlora_mlx.config.option import Config, flag, option
+from tlora_mlx.errors import UserError
+
+# PEFT's combination types that tlora_mlx.exporting.combine knows.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
+COMBINATIONS += ("dare_ties", "dare_ties_svd")
+
+# What can be written, and which options are for some of it alone.
+FORMATS = ("peft", "mlx-lm", "merged", "run")
+GOES_WITH = {
+    "layout": ("peft",),
+    "dtype": ("peft", "mlx-lm", "run"),
+    "dequantize": ("merged",),
+    "quantize": ("merged",),
+    "push_to": ("peft", "mlx-lm", "merged"),  # no other tool loads a run
+}
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(Config):
+    """One adapter directory, or several combined into one."""
+
+    run: str | None = option(
+        None, "run directory, or a PEFT or mlx-lm adapter to take over", positional=True
+    )
+    adapter: list[str] | None = option(
+        None,
+        "PATH:WEIGHT, instead of RUN: adapters to combine into one, each a run, PEFT's or mlx-lm's;"
+        " the weight is 1 where it is left out",
+    )
+    combine: str = option(
+        "cat",
+        "how, by PEFT's names: cat is the exact sum, ranks add up; svd cuts it to --svd-rank; "
+        "linear adds A and B apart, a rough way; ties and dare_… prune to --density",
+        choices=COMBINATIONS,
+    )
+    density: float | None = option(
+        None, "share of entries that ties and dare_… keep", above=0.0, at_most=1.0
+    )
+    svd_rank: int | None = option(
+        None, "rank that svd and …_svd cut to; default: the adapters' largest", at_least=1
+    )
+    majority_sign_method: str | None = option(
+        None,
+        "ties: total (default) goes by the sum's sign, frequency by the number of signs",
+        choices=("total", "frequency"),
+    )
+    seed: int = option(0, "seed of dare_…'s random choice", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.run is None) == (self.adapter is None):
+            raise UserError("give either RUN or --adapter PATH:WEIGHT …; see --help")
+        prunes = "ties" in self.combine or "dare" in self.combine
+        if self.adapter and prunes and self.density is None:
+            raise UserError(f"--combine {self.combine} needs --density")
+        unused = {
+            "combine": self.combine != "cat" and not self.adapter,
+            "density": self.density is not None and not prunes,
+            "svd-rank": self.svd_rank is not None and not self.combine.endswith("svd"),
+            "majority-sign-method": self.majority_sign_method and "ties" not in self.combine,
+        }
+        for name in (name for name, fault in unused.items() if fault):
+            where = f"with --combine {self.combine}" if self.adapter else "without --adapter"
+            raise UserError(f"--{name} does nothing {where}; leave it out")
+
+
+@dataclass(kw_only=True)
+class ExportCommand(AdapterOptions):
+    """``python -m tlora_mlx.export``, and what ``tlora_mlx.export`` takes.
+
+    The fields are the options, with their help as ``metadata["help"]``.
+
+    Raises:
+        UserError: a value is outside of what its option allows.
+    """
+
+    format: str = option(
+        "peft",
+        "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
+        "merged: the whole model with the adapter in its weights; run: a run directory, of another "
+        "tool's adapter or of several",
+        choices=FORMATS,
+    )
+    output: str | None = option(None, "directory to make; default: RUN-FORMAT")
+    layout: str = option(
+        "portable",
+        "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
+        "by rank_pattern and alpha_pattern, PEFT only",
+        choices=("portable", "compact"),
+    )
+    dtype: str = option(
+        "float32", "dtype of an adapter's tensors", choices=("float32", "float16", "bfloat16")
+    )
+    base_model: str | None = option(
+        None,
+        "the base model: the Hub repository that an adapter names, the repository or directory "
+        "whose weights are merged, and for another tool's adapter the one to load it on; default: "
+        "what the adapter names",
+    )
+    dequantize: bool = option(
+        False, "merged: into the weights of the run's own quantized model, written dense"
+    )
+    quantize: bool = option(
+        False,
+        "merged: into the weights of the run's own quantized model, quantized again; says how much "
+        "of the adapter survives",
+    )
+    push_to: str | None = option(
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+    )
+    private: bool = option(False, "make the repository of --push-to private")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        wrong = [flag(f.name) for f in given if self.format not in GOES_WITH.get(f.name, FORMATS)]
+        if wrong:
+            raise UserError(f"{' and '.join(wrong)} cannot go with --format {self.format}")
+        if self.dequantize and self.quantize:
+            raise UserError("--dequantize and --quantize exclude each other")
+        if self.base_model and (self.dequantize or self.quantize):
+            raise UserError(
+                "--base-model cannot go with --dequantize or --quantize, which merge into the "
+                "run's own model"
+            )
+        if self.private and self.push_to is None:
+            raise UserError("--private goes with --push-to USER/NAME")
+        if self.adapter and not self.output:
+            raise UserError("--output must be given with --adapter")
+
+
+@dataclass(kw_only=True)
+class UploadCommand(Config):
+    """``python -m tlora_mlx.upload``."""
+
+    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    repository: str = option(
+        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+    )
+    private: bool = option(False, "make the repository private")

@@ -1,0 +1,75 @@
+"""An option is a field of a configuration, with its help and bounds; every value is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any
+
+from tlora_mlx.errors import UserError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    positional: bool = False,
+) -> Any:
+    """A field of a configuration: its default (``MISSING``: required), its help and its bounds."""
+    metadata = {
+        "help": help,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "below": below,
+        "choices": choices,
+        "positional": positional,
+    }
+    return (
+        field(metadata=metadata)
+        if default is MISSING
+        else field(default=default, metadata=metadata)
+    )
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Config:
+    """Base of all configurations: every value is checked when one is made."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name), flag(item.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by their YAML names."""
+        return dataclasses.asdict(self)
+
+
+def _check(item: dataclasses.Field, value: Any, name: str) -> None:
+    """Compare a value with its field's bounds and choices."""
+    rules = item.metadata
+    if value is None:
+        return
+    if rules["choices"] and value not in rules["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if rules["at_least"] is not None and value < rules["at_least"]:
+        raise UserError(f"{name} must be at least {rules['at_least']}, not {value}")
+    if rules["above"] is not None and value <= rules["above"]:
+        raise UserError(f"{name} must be above {rules['above']:g}, not {value}")
+    if rules["below"] is not None and value >= rules["below"]:
+        raise UserError(f"{name} must be below {rules['below']:g}, not {value}")
+    if rules["at_most"] is not None and value > rules["at_most"]:
+        raise UserError(f"{name} must be at most {rules['at_most']:g}, not {value}")

@@ -1,0 +1,1 @@
+"""Rows to token ids to batches; the formats and chat templates are mlx-lm's."""

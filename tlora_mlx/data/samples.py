@@ -1,0 +1,68 @@
+"""What data comes down to: samples of token ids, in splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from tlora_mlx.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One row as the model sees it.
+
+    Attributes:
+        tokens: token ids.
+        first_target: the first position that counts as a target: after a masked prompt, else 1.
+        row: where it comes from: its line in the file, or its row in the data set, from 1 on.
+    """
+
+    tokens: list[int]
+    first_target: int
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's samples, and what was done to rows that did not fit.
+
+    Attributes:
+        left_out: rows with no token to learn from: empty, or the completion was cut away whole.
+        truncated: samples that were cut to the maximal length.
+        where: what their rows are numbered in: "DIR/train.jsonl, line".
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    left_out: int = 0
+    truncated: int = 0
+    where: str = "row"
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Training and validation samples, drawn from ``train`` without replacement; at least one each.
+
+    Raises:
+        UserError: there are not two samples.
+    """
+    if len(train) < 2:
+        raise UserError("--val-split needs at least two training samples")
+    number = min(max(1, round(share * len(train))), len(train) - 1)
+    chosen = set(np.random.default_rng(seed).choice(len(train), number, replace=False).tolist())
+    parts = [[], []]
+    for i, sample in enumerate(train.samples):
+        parts[i in chosen].append(sample)
+    return replace(train, samples=parts[0]), Split(parts[1], where=train.where)
+
+
+def draw_samples(samples: Sequence[Sample], number: int, seed: int) -> Sequence[Sample]:
+    """So many samples drawn at random without replacement; all of them if there are fewer."""
+    if len(samples) <= number:
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), number, replace=False)
+    return [samples[i] for i in sorted(chosen.tolist())]

@@ -1,0 +1,1 @@
+"""Several processes under ``mlx.launch``: what they tell each other, and who is gone."""

@@ -1,0 +1,47 @@
+"""A prompt completed by the base model and by the adapter, as text that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TextIO
+
+from mlx_lm.generate import stream_generate
+
+from tlora_mlx.adapters.loading import load_adapter
+from tlora_mlx.config.usage_options import GenerateCommand
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.layers import adapters_off
+
+
+def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, Iterator[str]]]:
+    """Whose completion it is, and its parts as they come: base model, then adapter, greedily.
+
+    The chat template is used where there is one.
+
+    Args:
+        config: the options; the prompt ``-`` is read from ``stdin``.
+        stdin: text.
+
+    Raises:
+        UserError: the adapter or its base model cannot be loaded, or there is no prompt.
+    """
+    base = load_adapter(config.run, trust_remote_code=config.trust_remote_code)
+    try:
+        text = stdin.read() if config.prompt == "-" else config.prompt
+    except UnicodeDecodeError:
+        raise UserError("--prompt -: standard input is not UTF-8 text") from None
+    if not text:
+        raise UserError("--prompt -: standard input is empty")
+    prompt: str | list[int] = text
+    if base.tokenizer.has_chat_template:
+        prompt = base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True
+        )
+
+    def parts() -> Iterator[str]:
+        for part in stream_generate(base.model, base.tokenizer, prompt, config.max_tokens):
+            yield part.text
+
+    with adapters_off(base.model):
+        yield f"base model {base.name}", parts()
+    yield f"with the adapter {config.run}", parts()

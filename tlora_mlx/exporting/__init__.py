@@ -1,1 +1,0 @@
-"""From a run directory to the formats that other tools read."""

@@ -1,1 +1,0 @@
-"""From the adapters of other tools to the form of a run."""

@@ -1,0 +1,143 @@
+"""The quantized MLX model that a run was trained on, its weights read row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.delta import float32
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.experts import stack_and_number
+from tlora_mlx.models.weights import ModelWeights
+from tlora_mlx.storage.safetensors import FLOATS, TensorFile
+
+
+class StoredWeight:
+    """A weight of a conversion: quantized, with its scales (and biases), or not.
+
+    Attributes:
+        shape: of the dense weight; (experts, out, in) for stacked ones.
+        rows: how many there are, all leading dimensions together.
+        dtype: the format's code of the dense weight: that of the scales, which is what the model
+            computes in; bfloat16 where they are no floats (mxfp4, mxfp8, nvfp4).
+        parts: its tensors' names.
+        modules: the adapted modules that it holds, with their first row and the one after the last:
+            itself, or some of its experts.
+
+    Args:
+        base: the conversion.
+        name: the module's name.
+
+    Raises:
+        UserError: the tensors do not fit each other or the settings.
+    """
+
+    def __init__(self, base: ModelWeights, name: str):
+        self._base = base
+        self.name = name
+        self.modules: dict[str, tuple[int, int]] = {}
+        parts = [f"{name}.{part}" for part in ("weight", "scales", "biases")]
+        self.parts = [part for part in parts if part in base.file_of]
+        weight = base.file_of[parts[0]].entries[parts[0]]
+        self.shape, self.dtype, self._settings = weight.shape, weight.dtype, {}
+        if parts[1] in base.file_of:
+            scales = base.file_of[parts[1]].entries[parts[1]]
+            self._settings = settings = _settings(base, name)
+            try:
+                width = scales.shape[-1] * settings["group_size"]
+                if weight.shape[:-1] != scales.shape[:-1] or math.prod(weight.shape[:-1]) < 1:
+                    raise ValueError
+                if weight.shape[-1] * 32 != width * settings["bits"]:
+                    raise ValueError
+                self.dense(base.file_of, 0, 1)
+            except (ValueError, TypeError, IndexError, RuntimeError):  # MLX checks the rest
+                raise UserError(
+                    f"{name} of model {base.name} is not quantized as its config.json says: weight "
+                    f"{weight.shape} and scales {scales.shape}, with {settings}"
+                ) from None
+            self.shape = (*weight.shape[:-1], width)
+            self.dtype = scales.dtype if scales.dtype in FLOATS else "BF16"
+        self.rows = math.prod(self.shape[:-1])
+
+    def pieces(self) -> Iterator[tuple[int, int, str | None]]:
+        """All rows in order, as (start, stop, the adapted module whose they are)."""
+        position = 0
+        for name, (start, stop) in sorted(self.modules.items(), key=lambda item: item[1]):
+            if position < start:
+                yield position, start, None
+            yield start, stop, name
+            position = stop
+        if position < self.rows:
+            yield position, self.rows, None
+
+    def dense(self, files: Mapping[str, TensorFile], start: int, stop: int) -> np.ndarray:
+        """Some rows, (stop - start, in) float32, as stored in these files by tensor name."""
+        parts = [files[part].rows(part, start, stop) for part in self.parts]
+        if not self._settings:
+            return float32(parts[0])
+        return float32(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
+
+    def stored(self, values: np.ndarray) -> list[np.ndarray]:
+        """Rows as the parts would hold them: cast, and quantized by the same settings."""
+        cast = mx.array(values).astype(getattr(mx, FLOATS[self.dtype]))
+        parts = mx.quantize(cast, **self._settings) if self._settings else [cast]
+        return [np.array(part.view(mx.uint8)) for part in parts]
+
+
+def _settings(base: ModelWeights, name: str) -> dict[str, Any]:
+    """How a module is quantized: its own settings, or the model's."""
+    table = base.config["quantization"]
+    own = table.get(name)
+    table = own if isinstance(own, dict) else table
+    named = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
+    return {"mode": "affine", **named}
+
+
+def read_conversion(adapter: Adapter, option: str) -> tuple[ModelWeights, dict[str, StoredWeight]]:
+    """The quantized model that a run was trained on, and its adapted weights by module name.
+
+    That of experts is their stacked layer's.
+
+    Raises:
+        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run.
+    """
+    base = ModelWeights(adapter.model)
+    table = base.config.get("quantization")
+    if not isinstance(table, dict) or not all(
+        type(table.get(key)) is int and table[key] > 0 for key in ("group_size", "bits")
+    ):
+        raise UserError(
+            f"{option} is for runs on a quantized MLX model, and {base.name} is none; leave it out"
+        )
+    odd = [tensor for tensor in base.file_of if tensor.endswith(".global_scale")]
+    if odd:
+        raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
+    weights: dict[str, StoredWeight] = {}
+    faults: dict[str, None] = {}  # each once, in order
+    for name, module in adapter.adapted().items():
+        layer, number = stack_and_number(name)
+        if f"{layer}.weight" not in base.file_of:
+            faults[f"it has no {layer}.weight"] = None
+            continue
+        if layer not in weights:
+            weights[layer] = StoredWeight(base, layer)
+        weight, shape = weights[layer], (module.out_features, module.in_features)
+        found, experts = weight.shape, 1
+        if number is not None:
+            experts, *found = weight.shape
+        if tuple(found) != shape or (number or 0) >= experts:
+            faults[f"{layer} has shape {weight.shape}, {name} was trained on {shape}"] = None
+        elif weight.dtype not in FLOATS:
+            faults[f"{layer} has dtype {weight.dtype}, not {', '.join(FLOATS)}"] = None
+        first = (number or 0) * module.out_features
+        weight.modules[name] = first, first + module.out_features
+    if faults:
+        raise UserError(
+            f"run {adapter.label} cannot be merged into model {base.name}: {'; '.join(faults)}"
+        )
+    return base, weights

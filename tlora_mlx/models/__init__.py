@@ -1,0 +1,1 @@
+"""Base models: where their files are, how they are loaded, what their modules are called."""

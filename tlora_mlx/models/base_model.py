@@ -1,0 +1,166 @@
+"""Loading the base model with mlx-lm, each failure told in one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+import yaml
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.models.compatibility import older_settings
+from tlora_mlx.models.model_directory import (
+    DESCRIPTION,
+    find_model,
+    is_quantized,
+    read_model_config,
+    weight_files,
+)
+from tlora_mlx.storage.safetensors import TensorFile, check_safetensors
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+# One of these is there wherever transformers finds a tokenizer.
+TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as mlx-lm loads it.
+
+    Attributes:
+        model: its modules.
+        tokenizer: mlx-lm's wrapper of it.
+        name: the Hub repository, or the absolute path of the directory.
+        original: the repository that readers of an exported adapter should load: ``name`` itself,
+            or, for a quantized conversion, what its model card says it was made from; None where
+            that is not known.
+        config: the contents of ``config.json``.
+        path: the directory on this machine.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    name: str
+    original: str | None
+    config: dict[str, Any]
+    path: Path
+
+    def description(self) -> Description:
+        """What ``describe_base_model`` says of it."""
+        return Description(self.name, self.original, self.config["model_type"], self.model)
+
+    def fingerprint(self) -> str:
+        """A digest of ``config.json`` and of 4 KiB from the middle of every weight tensor."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for path in weight_files(self.path, self.name):
+            file = TensorFile(path, "a weight file of the model")
+            digest.update(file.header)
+            with path.open("rb") as weights:
+                for entry in file.entries.values():
+                    middle = (entry.start + entry.stop - 2 * file.data_start) // 2
+                    weights.seek(file.data_start + max(0, middle - 2048))
+                    digest.update(weights.read(4096))
+        return digest.hexdigest()
+
+
+def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
+    """Load a model directory or Hub repository.
+
+    Args:
+        name: the directory, or the repository.
+        trust_remote_code: let the repository run its own code.
+
+    Returns:
+        The model in evaluation mode, with its tokenizer.
+
+    Raises:
+        UserError: it does not exist, is not whole, or is of a kind that mlx-lm does not load.
+    """
+    from mlx_lm.utils import load
+
+    name, path = find_model(name)
+    config = read_model_config(path, name)
+    for file in weight_files(path, name):
+        check_safetensors(file, "a weight file of the model")
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
+    trust = {"trust_remote_code": trust_remote_code}
+    if config.get("model_file") and not trust_remote_code:
+        raise UserError(
+            f"model {name} runs code of its own ({config['model_file']}); pass --trust-remote-code "
+            "if you trust it"
+        )
+    # mlx-lm before 0.32 runs a model's own code unasked, and has no such argument.
+    known = trust if "trust_remote_code" in inspect.signature(load).parameters else {}
+    try:
+        model, tokenizer = load(
+            str(path), tokenizer_config=trust, model_config=older_settings(config), **known
+        )
+    except (Exception, SystemExit) as error:
+        # mlx-lm and transformers raise whatever their parts raise; olmo's ends the process.
+        raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
+    model.eval()
+    return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, from the first two lines: mlx-lm puts the tensors' names on the second."""
+    lines = str(error).strip().splitlines()[:2] or [type(error).__name__]
+    text = " ".join(line.strip() for line in lines)
+    text = text if len(text) <= 300 else text[:300] + " …"
+    return f"'{text}' is missing" if isinstance(error, KeyError) else text
+
+
+def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
+    """The full-precision model's name: from the card of a quantized model, else the model's own."""
+    from huggingface_hub import metadata_load
+
+    if not is_quantized(config):
+        return name
+    try:
+        base = (metadata_load(path / "README.md") or {}).get("base_model")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) and base else None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a base model's ``config.json`` and card say of it.
+
+    Attributes:
+        name: as in ``BaseModel``; so is ``original``.
+        model: its modules; those of ``describe_base_model`` never make their weights.
+    """
+
+    name: str
+    original: str | None
+    model_type: str
+    model: nn.Module
+
+
+def describe_base_model(name: str) -> Description:
+    """Describe a model directory or Hub repository without its weights.
+
+    Raises:
+        UserError: it is not found, has no configuration, or is of a kind that mlx-lm does not load.
+    """
+    from mlx_lm.utils import _get_classes
+
+    name, path = find_model(name, DESCRIPTION)
+    config = read_model_config(path, name)
+    try:
+        model_class, arguments_class = _get_classes(config)
+        # MLX is lazy: nobody asks for the values that the weights start with.
+        model = model_class(arguments_class.from_dict({**config, **older_settings(config)}))
+    except (Exception, SystemExit) as error:  # whatever the model's own code raises
+        raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error
+    return Description(name, _original(name, path, config), config["model_type"], model)

@@ -1,0 +1,139 @@
+"""Exporting, from the options to the result: read or combine, write, prove, add a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.mlx_lm import MLX_LM
+from tlora_mlx.adapters.peft import PEFT
+from tlora_mlx.adapters.proof import Proof
+from tlora_mlx.adapters.run import RUN
+from tlora_mlx.adapters.source import read_source
+from tlora_mlx.config.export_options import ExportCommand
+from tlora_mlx.merging.dense import export_merged
+from tlora_mlx.merging.dequantize import export_dequantized
+from tlora_mlx.merging.requantize import export_requantized
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.publishing.card import write_card
+from tlora_mlx.publishing.hub import check_base, check_push
+from tlora_mlx.publishing.instructions import EXPORTS
+from tlora_mlx.storage.files import user_path
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        directory: the new directory.
+        proof: what reading it back has shown.
+        how_to_load: two lines for the user.
+    """
+
+    directory: Path
+    proof: Proof
+    how_to_load: str
+
+
+def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
+    """Export as configured, without pushing.
+
+    Args:
+        config: the options of ``tlora export``.
+        observer: is told of the progress.
+
+    Returns:
+        The directory, the proof of what was written, and how to load it.
+
+    Raises:
+        UserError: the adapter, the options or the output directory are not right, or it could not
+            be pushed to ``config.push_to``.
+        RunError: it could not be written, or reading it back shows something else.
+    """
+    target = _TARGETS[config.format]
+    adapter = read_source(config, config.base_model, observer)
+    if config.push_to is not None:
+        _check_push(config, adapter)
+    output = user_path(config.output or f"{adapter.directory}-{config.format}")
+    proof = target.write(adapter, output, config, observer)
+    if config.format in EXPORTS:
+        write_card(output, adapter, config.format, config.base_model, config.push_to)
+    return ExportResult(output, proof, target.how_to_load(output, config))
+
+
+def _check_push(config: ExportCommand, adapter: Adapter) -> None:
+    """Check that a push can be tried, before the work starts."""
+    check_push(config.push_to)
+    base = config.base_model or adapter.original
+    if base and EXPORTS[config.format].names_base:
+        check_base(base)
+
+
+def _write_peft(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
+    return PEFT.write(adapter, output, config.dtype, config.base_model, config.layout)
+
+
+def _how_to_load_peft(output: Path, config: ExportCommand) -> str:
+    return (
+        f"{config.layout} PEFT adapter in {output}; load it with\n"
+        f"  PeftModel.from_pretrained(base_model, {str(output)!r})"
+    )
+
+
+def _write_mlx_lm(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
+    return MLX_LM.write(adapter, output, config.dtype, config.base_model)
+
+
+def _how_to_load_mlx_lm(output: Path, _: ExportCommand) -> str:
+    return (
+        f"mlx-lm adapter in {output}; try it with\n"
+        f"  mlx_lm.generate --model … --adapter-path {str(output)!r} --prompt …"
+    )
+
+
+def _write_merged(
+    adapter: Adapter, output: Path, config: ExportCommand, observer: Observer
+) -> Proof:
+    if config.dequantize:
+        return export_dequantized(adapter, output, observer=observer)
+    if config.quantize:
+        return export_requantized(adapter, output, observer=observer)
+    return export_merged(adapter, output, base_model=config.base_model, observer=observer)
+
+
+def _how_to_load_merged(output: Path, config: ExportCommand) -> str:
+    loader = "mlx_lm.load" if config.quantize else "AutoModelForCausalLM.from_pretrained"
+    return f"merged model in {output}; load it with\n  {loader}({str(output)!r})"
+
+
+def _write_run(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
+    # Without --base-model: a run keeps the base model that it was read or combined with.
+    return RUN.write(adapter, output, config.dtype)
+
+
+def _how_to_load_run(output: Path, _: ExportCommand) -> str:
+    return f"run directory in {output}; try it with\n  tlora generate {output} --prompt TEXT"
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What ``--format`` chooses.
+
+    Attributes:
+        write: writes the adapter into a new directory and reads it back.
+        how_to_load: two lines for the user.
+    """
+
+    write: Callable[[Adapter, Path, ExportCommand, Observer], Proof]
+    how_to_load: Callable[[Path, ExportCommand], str]
+
+
+_TARGETS = {
+    "peft": _Target(_write_peft, _how_to_load_peft),
+    "mlx-lm": _Target(_write_mlx_lm, _how_to_load_mlx_lm),
+    "merged": _Target(_write_merged, _how_to_load_merged),
+    "run": _Target(_write_run, _how_to_load_run),
+}

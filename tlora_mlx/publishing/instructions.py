@@ -1,0 +1,236 @@
+"""The kinds of export, as their model cards present them: library, relation and loading code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from shlex import quote
+from typing import Any, ClassVar
+
+from tlora_mlx.storage.files import read_json
+
+TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+
+
+@dataclass(frozen=True)
+class Export(ABC):
+    """An exported directory, with the names that its readers use for it and for its base model.
+
+    The class attributes are those of an adapter; ``MergedExport`` overrides them.
+
+    Sources: base_model_relation, library_name and tags are the Hub's metadata of a model card
+    (https://huggingface.co/docs/hub/model-cards).
+
+    Attributes:
+        directory: the exported files.
+        name: the Hub repository, or else the directory's name.
+        base: the base model that it is for.
+        trained_on: the model that it was trained on: the base, or a conversion of it.
+        relation: its ``base_model_relation``.
+        tags: its own ``tags``, in addition to those that every export has.
+        names_base: whether its configuration names a base model, which readers then load.
+        config_file: the name of its configuration.
+        download: the directory into which the card's commands download it.
+    """
+
+    directory: Path
+    name: str
+    base: str
+    trained_on: str
+
+    relation: ClassVar[str] = "adapter"
+    tags: ClassVar[tuple[str, ...]] = ("lora",)
+    names_base: ClassVar[bool] = True
+    config_file: ClassVar[str] = "adapter_config.json"
+    download: ClassVar[str] = "adapter"
+
+    @property
+    @abstractmethod
+    def library(self) -> str:
+        """The Hub's ``library_name``.
+
+        Raises:
+            UserError: the configuration, if it decides, is missing or not JSON.
+        """
+
+    @abstractmethod
+    def loading(self) -> list[str]:
+        """Markdown blocks that show how to load it, one or more per reader.
+
+        Raises:
+            UserError: the configuration, if it decides, is missing or not JSON.
+        """
+
+    def described(self, base: str) -> str:
+        """The start of a sentence: what it is, whoever trained the adapter.
+
+        Args:
+            base: the base model, in Markdown.
+        """
+        return f"A LoRA adapter of {base}"
+
+    def described_as_trained(self, base: str, method: str) -> str:
+        """The start of a sentence, up to "with TOOL": what it is, trained by a named method.
+
+        Args:
+            base: the base model, in Markdown.
+            method: the method, in Markdown.
+        """
+        return f"A {method} adapter of {base}, trained"
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_json(self.directory / self.config_file, "the export's configuration")
+
+    @property
+    def _is_on_hub(self) -> bool:
+        return "/" in self.name
+
+    @property
+    def _local(self) -> str:
+        """Its path in shell commands; for one on the Hub, where ``_download_blocks`` puts it."""
+        return self.download if self._is_on_hub else quote(self.name)
+
+    def _download_blocks(self) -> list[str]:
+        """For readers that take only a directory; nothing if the export is one already."""
+        if not self._is_on_hub:
+            return []
+        command = f"hf download {self.name} --local-dir {self._local}"
+        return ["What follows takes a directory:\n", _code("bash", command)]
+
+
+class PeftExport(Export):
+    """An adapter for PEFT and, in the portable layout, for all that read PEFT's format."""
+
+    @property
+    def library(self) -> str:
+        """PEFT, in both layouts."""
+        return "peft"
+
+    def loading(self) -> list[str]:
+        """PEFT, mlx-lm after merging and, if all modules have one rank, vLLM and llama.cpp.
+
+        Sources: ggml-org/llama.cpp ``convert_lora_to_gguf.py`` takes the base model from the
+        adapter's configuration; vLLM refuses an adapter whose rank is above ``--max-lora-rank``.
+        """
+        return [
+            "PEFT:\n",
+            _code(
+                "python",
+                "from peft import PeftModel",
+                TRANSFORMERS,
+                "",
+                f"model = AutoModelForCausalLM.from_pretrained({self.base!r})",
+                f"model = PeftModel.from_pretrained(model, {self.name!r})",
+                f"tokenizer = AutoTokenizer.from_pretrained({self.base!r})",
+            ),
+            "mlx-lm, after PEFT has merged it:\n",
+            _code(
+                "python",
+                'model.merge_and_unload().save_pretrained("merged")',
+                'tokenizer.save_pretrained("merged")',
+            ),
+            _code("bash", 'mlx_lm.generate --model merged --prompt "…"'),
+            *self._single_rank_readers(),
+        ]
+
+    def _single_rank_readers(self) -> list[str]:
+        if self._config["rank_pattern"]:
+            return [
+                "vLLM and llama.cpp ignore `rank_pattern` and `alpha_pattern` without a word: they "
+                "need the same run's export by `--layout portable`.\n"
+            ]
+        return [
+            *self._download_blocks(),
+            "vLLM:\n",
+            _code(
+                "bash",
+                f"vllm serve {quote(self.base)} --enable-lora --max-lora-rank {self._config['r']} "
+                f"--lora-modules tuned={self._local}",
+            ),
+            "llama.cpp, beside the base model as GGUF:\n",
+            _code(
+                "bash",
+                f"python convert_lora_to_gguf.py {self._local} --outfile adapter.gguf",
+                "llama-cli -m base.gguf --lora adapter.gguf",
+            ),
+        ]
+
+
+class MlxLmExport(Export):
+    """An adapter for mlx-lm's ``--adapter-path``."""
+
+    @property
+    def library(self) -> str:
+        """MLX: nothing else reads mlx-lm's adapters."""
+        return "mlx"
+
+    def loading(self) -> list[str]:
+        """mlx-lm, on the model that the adapter was trained on."""
+        options = f"--model {quote(self.trained_on)} --adapter-path {self._local}"
+        return [
+            *self._download_blocks(),
+            "mlx-lm:\n",
+            _code("bash", f'mlx_lm.generate {options} --prompt "…"', f"mlx_lm.server {options}"),
+            "PEFT, vLLM and llama.cpp read the same run's export by `--format peft`.\n",
+        ]
+
+
+class MergedExport(Export):
+    """A whole model with the adapter in its weights; only MLX reads one that is quantized."""
+
+    relation = "finetune"
+    tags = ()
+    names_base = False
+    config_file = "config.json"
+    download = "model"
+
+    @property
+    def library(self) -> str:
+        """transformers, or MLX for a model in MLX's own quantization."""
+        return "mlx" if "quantization" in self._config else "transformers"
+
+    def described(self, base: str) -> str:
+        """With the base model first."""
+        return f"{base} with a LoRA adapter"
+
+    def described_as_trained(self, base: str, method: str) -> str:
+        """With the base model first."""
+        return f"{base}, fine-tuned by {method}"
+
+    def loading(self) -> list[str]:
+        """transformers, vLLM, mlx-lm and llama.cpp; mlx-lm alone for a quantized model."""
+        command = f'mlx_lm.generate --model {quote(self.name)} --prompt "…"'
+        mlx_lm = ["mlx-lm:\n", _code("bash", command)]
+        if "quantization" in self._config:
+            return mlx_lm
+        return [
+            "transformers:\n",
+            _code(
+                "python",
+                TRANSFORMERS,
+                "",
+                f"model = AutoModelForCausalLM.from_pretrained({self.name!r})",
+                f"tokenizer = AutoTokenizer.from_pretrained({self.name!r})",
+            ),
+            "vLLM:\n",
+            _code("bash", f"vllm serve {quote(self.name)}"),
+            *mlx_lm,
+            *self._download_blocks(),
+            "llama.cpp:\n",
+            _code("bash", f"python convert_hf_to_gguf.py {self._local} --outfile model.gguf"),
+        ]
+
+
+# By the name that ``tlora export --format`` has for them; a run directory is nothing to publish.
+EXPORTS: dict[str, type[Export]] = {
+    "peft": PeftExport,
+    "mlx-lm": MlxLmExport,
+    "merged": MergedExport,
+}
+
+
+def _code(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```\n"])

@@ -1,0 +1,139 @@
+"""The report of a run: what its directory holds, collected and written as one page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.loading import load_adapter
+from tlora_mlx.adapters.run import read_run
+from tlora_mlx.config.usage_options import ReportCommand
+from tlora_mlx.data.reading import load_data
+from tlora_mlx.data.samples import split_off
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.evaluation.evaluate import RESULTS, SUMMARY
+from tlora_mlx.evaluation.subject import Subject
+from tlora_mlx.method.layers import adapters_off
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.reporting.charts import is_finite
+from tlora_mlx.reporting.page import Completion, Evaluation, page
+from tlora_mlx.runs.metrics import read_lines
+from tlora_mlx.runs.run_directory import ENERGIES, EVALUATIONS, METRICS
+from tlora_mlx.storage.files import read_json, user_path, write_text
+
+# How many answers of each evaluation are shown.
+SHOWN = 3
+
+
+def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
+    """Write a run as one HTML page.
+
+    Args:
+        config: the options.
+        observer: is told of samples as they are generated.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the run is not whole, or its data is gone and samples are asked for.
+        RunError: the page cannot be written.
+    """
+    run = read_run(config.run)
+    output = user_path(config.output or run.directory / "report.html")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output} must be a file in a directory that exists")
+    reports = read_lines(run.directory / METRICS)
+    energies = _read_energies(run.directory / ENERGIES)
+    evaluations = read_evaluations(run.directory / EVALUATIONS)
+    samples = generated(run, config, observer) if config.samples else []
+    write_text(output, page(run, reports, energies, evaluations, samples))
+    return output
+
+
+def _read_energies(path: Path) -> dict[str, float]:
+    """The captured energies by module; none where there is no such file."""
+    if not path.exists():
+        return {}
+    energies = read_json(path, "the captured energies")
+    if not isinstance(energies, dict) or not all(is_finite(value) for value in energies.values()):
+        raise UserError(f"{path} holds no energies; delete it")
+    return energies
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """What ``tlora evaluate`` left in the run directory, by name.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    found = []
+    for place in sorted(path.glob("[!.]*/")):
+        summary = read_json(place / SUMMARY, "an evaluation's summary")
+        try:
+            for key in ("task", "data", "rows"):
+                summary[key]
+            for who in ("base", "adapter"):
+                summary["metrics"][who].items()
+            samples = [_shown(line) for line in read_lines(place / RESULTS)[:SHOWN]]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"the evaluation {place} is not as tlora evaluate wrote it ({first_line(error)}); "
+                "delete it and evaluate again"
+            ) from None
+        found.append(Evaluation(summary, [sample for sample in samples if sample]))
+    return found
+
+
+def _shown(line: dict[str, Any]) -> Completion | None:
+    """A line of the results as a sample, where something was written."""
+    answers = []
+    for who in ("base", "adapter"):
+        output = line[who]
+        answers.append(output["answers"][0] if "answers" in output else output.get("response"))
+    if None in answers:
+        return None
+    right = line.get("answer")
+    return Completion(
+        line["prompt"] if "prompt" in line else line["turns"][0],
+        *answers,
+        right if isinstance(right, str) else None,
+    )
+
+
+def generated(run: Adapter, config: ReportCommand, observer: Observer) -> list[Completion]:
+    """Prompts of the run's validation data (or training data, where there is none), continued by
+    base model and adapter.
+    """
+    base = load_adapter(run, trust_remote_code=config.trust_remote_code)
+    stored = run.config.get
+    data = load_data(
+        run.config["data"],
+        base.tokenizer,
+        stored("max_seq_length"),
+        stored("mask_prompt"),
+        stored("format"),
+        stored("max_samples"),
+    )
+    split = data["valid"]
+    if stored("val_split"):
+        _, split = split_off(data["train"], stored("val_split"), stored("seed"))
+    rows = (split if split.samples else data["train"]).samples
+    step = max(len(rows) / config.samples, 1)
+    chosen = [rows[int(i * step)] for i in range(min(config.samples, len(rows)))]
+    # A text without prompt is continued from its middle.
+    cuts = [s.first_target if s.first_target > 1 else -(-len(s.tokens) // 2) for s in chosen]
+    prompts = [s.tokens[:cut] for s, cut in zip(chosen, cuts, strict=True)]
+    subject = Subject(
+        base, "base model", stored("format"), len(prompts), config.max_tokens, observer
+    )
+    with adapters_off(base.model):
+        before = subject.complete(prompts)
+    after = replace(subject, title="adapter").complete(prompts)
+    decode = base.tokenizer.decode
+    return [
+        Completion(decode(prompt), b, a, decode(sample.tokens[cut:], skip_special_tokens=True))
+        for sample, cut, prompt, b, a in zip(chosen, cuts, prompts, before, after, strict=True)
+    ]

@@ -1,0 +1,74 @@
+"""Where a training run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tlora_mlx.errors import UserError
+
+
+@dataclass
+class Window:
+    """Sums since the last report."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        iteration: optimizer updates done, those included that were skipped.
+        batches: micro-batches taken from the data; with the seed it gives epoch and order.
+        validated: the iteration of the last validation; -1 before the first.
+        skipped: updates left out since they were not finite.
+        stale: validations in a row that did not improve on ``best_loss``.
+        trained_tokens: tokens that counted in the loss so far.
+        seconds: spent in updates.
+    """
+
+    iteration: int = 0
+    batches: int = 0
+    validated: int = -1
+    skipped: int = 0
+    stale: int = 0
+    finished: bool = False
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    first_val_loss: float | None = None
+    best_loss: float | None = None
+    best_iteration: int | None = None
+    test_loss: float | None = None
+    window: Window = field(default_factory=Window)
+
+    def count(self, loss: float, tokens: int, seconds: float) -> None:
+        """Count one update in: its summed loss, the tokens that it is over, and its time."""
+        self.trained_tokens += tokens
+        self.seconds += seconds
+        self.window.loss += loss
+        self.window.tokens += tokens
+        self.window.seconds += seconds
+        self.window.updates += 1
+
+    @property
+    def kept_iteration(self) -> int:
+        """The iteration whose adapter is kept: of the lowest validation loss, or the last."""
+        return self.iteration if self.best_iteration is None else self.best_iteration
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Progress:
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises:
+            UserError: it is another version's.
+        """
+        data = {key: value for key, value in data.items() if key != "val_loss"}  # up to 0.1
+        if data.keys() != {item.name for item in fields(cls)}:
+            raise UserError("its state is another version's")
+        return cls(**{**data, "window": Window(**data["window"])})

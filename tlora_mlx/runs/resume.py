@@ -1,0 +1,107 @@
+"""When a run may be resumed: the same options, and the same model, data and plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from tlora_mlx.config.option import flag
+from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.errors import UserError
+from tlora_mlx.observer import Observer
+from tlora_mlx.runs.checkpoint import Checkpoint, read_checkpoint
+from tlora_mlx.runs.run_directory import CHECKPOINTS, CONFIG, PLAN
+from tlora_mlx.storage.files import file_digest, read_json
+
+# What a run computes does not depend on these. Model, data and plan are compared by content,
+# wherever they are now; an adapter to start from is not read again.
+MAY_CHANGE_ON_RESUME = {
+    "adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every",
+    "report_to", "skip_nonfinite", "trust_remote_code", "from_adapter",
+}  # fmt: skip
+
+
+def check_options(path: Path, config: TrainConfig) -> None:
+    """See that a run is resumed with the options that it was started with.
+
+    Raises:
+        UserError: some differ; all are named.
+    """
+    stored = read_json(path / CONFIG, "the run's configuration")
+    differing = [
+        f"{flag(name)} {value} (it has {stored.get(name)})"
+        for name, value in _binding_options(config, stored).items()
+        if value != stored.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--resume continues {path} as it was started, and these differ: "
+            f"{', '.join(differing)}; leave them out, or start another run"
+        )
+
+
+def _binding_options(config: TrainConfig, stored: Mapping[str, object]) -> dict[str, object]:
+    """The options that a resumed run must have as they are."""
+    # A given plan or adapter brings its own rank and alpha.
+    given = stored.get("plan") or stored.get("from_adapter")
+    free = MAY_CHANGE_ON_RESUME | ({"rank", "alpha", "max_rank"} if given else set())
+    return {name: value for name, value in config.to_dict().items() if name not in free}
+
+
+def own_fingerprints(path: Path, config: TrainConfig) -> dict[str, str]:
+    """Digests of what the directory itself says of the run: it may be edited or damaged.
+
+    Raises:
+        UserError: the rank plan is missing.
+    """
+    if not (path / PLAN).is_file():
+        raise UserError(f"the run's rank plan is missing: there is no {path / PLAN}")
+    options = json.dumps(_binding_options(config, config.to_dict()))
+    return {
+        "options": hashlib.sha256(options.encode()).hexdigest(),
+        "rank plan": file_digest(path / PLAN),
+    }
+
+
+def check_fingerprints(path: Path, now: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """See that model, data and plan are what the run was started with.
+
+    Raises:
+        UserError: some changed; all are named.
+    """
+    changed = [name for name, value in now.items() if checkpoint.fingerprints.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{path} cannot be resumed: its {' and '.join(changed)} changed since it was "
+            "started; bring back what it was, or start another run"
+        )
+
+
+def checkpoint_directories(path: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    found = (path / CHECKPOINTS).glob("*")
+    return sorted(p for p in found if p.name.isdigit() and p.is_dir())
+
+
+def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; None where there is none.
+
+    Damaged ones, and what was half-written, are removed.
+    """
+    found = None
+    directories = checkpoint_directories(path)
+    for directory in reversed(directories):
+        try:
+            found = read_checkpoint(directory)
+            break
+        except UserError as error:
+            observer.note(f"checkpoint {directory.name} is skipped: {error}")
+            shutil.rmtree(directory)
+    for left in (*path.glob(".*.part"), *path.glob(f"{CHECKPOINTS}/.*.part")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if directories and not found:
+        observer.note("no checkpoint is whole, so the run begins again")
+    return found

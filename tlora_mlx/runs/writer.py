@@ -1,0 +1,219 @@
+"""Writing a run directory: locked while it is in use, whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.models.base_model import BaseModel
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.runs.checkpoint import Checkpoint, TrainingState, save_checkpoint
+from tlora_mlx.runs.external import ExternalReports
+from tlora_mlx.runs.lock import RunLock
+from tlora_mlx.runs.progress import Progress
+from tlora_mlx.runs.recorder import Recorder
+from tlora_mlx.runs.resume import (
+    check_fingerprints,
+    check_options,
+    checkpoint_directories,
+    newest_checkpoint,
+    own_fingerprints,
+)
+from tlora_mlx.runs.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, ENERGIES, METRICS, PLAN
+from tlora_mlx.storage.files import read_json, replace_file, user_path, write_json
+from tlora_mlx.storage.safetensors import TensorFile, write_tensors
+from tlora_mlx.version import __version__
+
+
+class RunWriter(Recorder):
+    """Writes one run's directory; as a context manager, holds it alone until it is left.
+
+    Args:
+        path: the directory; nothing is made before ``create``.
+        config: the run's options. With ``resume`` it may hold a run already, with the same ones.
+        observer: is told of damaged checkpoints, and of trackers that fail.
+
+    Raises (on entering):
+        UserError: the directory holds another run, is in use, or is no directory.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, observer: Observer = SILENT):
+        self.path, self.config, self._observer = path, config, observer
+        self._lock = RunLock(path)
+        self._fingerprints: dict[str, str] = {}
+        self._external: ExternalReports | None = None
+        self._found = self._created = False
+
+    def __enter__(self) -> RunWriter:
+        self._found = self.path.exists()
+        if self._found and not self.path.is_dir():
+            raise UserError(f"--adapter-path {self.path} is a file; choose a directory")
+        if self._found:
+            try:
+                self._hold()
+            except UserError:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._created and not (self.path / PLAN).exists():  # it ended before there was a run
+            (self.path / METRICS).unlink(missing_ok=True)
+            with suppress(OSError):  # others put something there
+                self._found or self.path.rmdir()
+        self._lock.release()
+
+    def _hold(self) -> None:
+        """Lock the directory, then see that it is free or may be resumed."""
+        self._lock.acquire()
+        held = [n for n in (CONFIG, PLAN, ADAPTERS, CHECKPOINTS) if (self.path / n).exists()]
+        if not self._created and (self.path / METRICS).exists():
+            held += [METRICS] if (self.path / METRICS).stat().st_size else []
+        if held and not self.config.resume:
+            raise UserError(
+                f"--adapter-path {self.path} holds another run ({', '.join(held)}); continue it "
+                "with --resume, choose another directory or delete that one"
+            )
+        if CONFIG in held:
+            check_options(self.path, self.config)
+
+    def create(self) -> None:
+        """Make the directory and see that it can be written to, before anything takes long.
+
+        Raises:
+            UserError: another process has taken it in the meantime.
+            RunError: it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            self._created = True
+            (self.path / METRICS).write_text("")
+        except OSError as error:
+            raise RunError(
+                f"cannot write to --adapter-path {self.path}: {error.strerror}"
+            ) from None
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, as ``resume.newest_checkpoint`` finds it."""
+        return newest_checkpoint(self.path, self._observer)
+
+    def rewind(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> RankPlan:
+        """Take the directory back to where the checkpoint was made, and read the run's plan.
+
+        Args:
+            checkpoint: to resume from.
+            fingerprints: of the model and the data as they are now.
+
+        Raises:
+            UserError: model, data or plan are not what the run was started with; all are named.
+        """
+        self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
+        check_fingerprints(self.path, self._fingerprints, checkpoint)
+        metrics = self.path / METRICS
+        reports = metrics.read_bytes() if metrics.exists() else b""
+        if len(reports) != checkpoint.metrics_bytes:
+            kept = reports[: checkpoint.metrics_bytes]
+            replace_file(metrics, lambda staging: staging.write_bytes(kept))
+        return RankPlan.from_dict(read_json(self.path / PLAN, "the run's rank plan"))
+
+    def start(
+        self,
+        base: BaseModel,
+        plan: RankPlan,
+        fingerprints: Mapping[str, str],
+        energies: Mapping[str, float],
+    ) -> None:
+        """Write the plan, the captured energies by module and the configuration.
+
+        From here on the directory is a run's.
+        """
+        write_json(self.path / PLAN, plan.to_dict())
+        write_json(self.path / ENERGIES, dict(energies))
+        self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
+        data = user_path(self.config.data)
+        write_json(
+            self.path / CONFIG,
+            {
+                "fine_tune_type": "tlora",
+                "model_type": base.config["model_type"],
+                "base_model": base.original,
+                "versions": {
+                    "tlora_mlx": __version__,
+                    **{package: version(package) for package in ("mlx", "mlx-lm", "transformers")},
+                },
+                **{k: v for k, v in self.config.to_dict().items() if k != "resume"},
+                "model": base.name,
+                "data": str(data.resolve()) if data.exists() else self.config.data,
+                "rank": plan.rank,
+                "alpha": plan.alpha,
+            },
+        )
+
+    def report_to_others(self) -> None:
+        """Let reports go to what ``--report-to`` names too.
+
+        Raises:
+            UserError: it is not known, not installed, or not set up.
+        """
+        self._external = ExternalReports(self.path, self.config, self._observer)
+
+    def report(self, metrics: Mapping[str, float | None]) -> None:
+        """Append one report to ``metrics.jsonl``.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            with (self.path / METRICS).open("a") as file:
+                file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / METRICS}: {error.strerror}") from None
+        if self._external:
+            self._external.report(metrics)
+
+    def checkpoint(self, state: TrainingState) -> None:
+        """Save all that the rest of the run depends on; remove what is older than is kept.
+
+        Raises:
+            RunError: it could not be written; the checkpoints before are whole.
+        """
+        with (self.path / METRICS).open("rb+") as reports:
+            os.fsync(reports.fileno())
+            metrics_bytes = reports.seek(0, os.SEEK_END)
+        directory = self.path / CHECKPOINTS / f"{state.progress.iteration:07d}"
+        save_checkpoint(directory, Checkpoint(state, self._fingerprints, metrics_bytes))
+        for old in checkpoint_directories(self.path)[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def finish(self, tensors: Mapping[str, mx.array], iteration: int) -> None:
+        """Write the adapter, A and B, complete by itself.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        metadata = {"format": "mlx", "iteration": str(iteration)}
+        write_tensors(self.path / ADAPTERS, tensors, metadata)
+
+    def is_finished(self, progress: Progress) -> bool:
+        """Whether training is done and the adapter that it ended with is written.
+
+        An earlier adapter may be there, from an interruption.
+        """
+        if not progress.finished:
+            return False
+        try:
+            file = TensorFile(self.path / ADAPTERS, "the run's adapter")
+        except UserError:  # missing or damaged: to be written again
+            return False
+        return file.metadata.get("iteration") == str(progress.kept_iteration)

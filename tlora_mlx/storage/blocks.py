@@ -1,0 +1,122 @@
+"""Large files in blocks: read and written at offsets, from several threads; floats as bits."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tlora_mlx.errors import RunError
+from tlora_mlx.storage.safetensors import TensorFile
+
+
+class Scratch(threading.local):
+    """Arrays that each thread uses over and over: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Any], np.ndarray] = {}
+
+    def array(self, key: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of this shape, with whatever it held before."""
+        size = int(np.prod(shape))
+        kept = self._kept.get((key, dtype))
+        if kept is None or kept.size < size:
+            kept = self._kept[key, dtype] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
+
+
+class OpenFile:
+    """A file by its descriptor, read and written at offsets, from several threads."""
+
+    def __init__(self, path: Path, size: int | None = None, patch: bool = False):
+        """Open for reading, or make a new file of ``size`` bytes, or ``patch`` one that exists."""
+        flags = os.O_RDWR if patch else os.O_RDONLY
+        if size is not None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._path, self._descriptor = path, os.open(path, flags, 0o644)
+        # The kernel lets one thread at a time write a file, and has the others spin.
+        self._writing = threading.Lock()
+        if size is not None:
+            os.ftruncate(self._descriptor, size)
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, into: np.ndarray) -> np.ndarray:
+        """Fill a contiguous array from ``offset`` on; returns it."""
+        rest = memoryview(into.reshape(-1).view(np.uint8))
+        while rest:
+            count = os.preadv(self._descriptor, [rest], offset)
+            if not count:
+                raise RunError(f"{self._path} has become shorter while it was read")
+            rest, offset = rest[count:], offset + count
+        return into
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Write a contiguous array at ``offset``."""
+        rest = memoryview(data.reshape(-1).view(np.uint8))
+        with self._writing:
+            while rest:
+                count = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[count:], offset + count
+
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        os.fsync(self._descriptor)
+
+
+def segments(file: TensorFile, touched: Collection[str]) -> Iterator[tuple[str | None, int, int]]:
+    """The whole file as (name, start, stop): tensors of ``touched``, and whatever is between."""
+    position = 0
+    for name, entry in file.by_offset():
+        if name in touched:
+            if position < entry.start:
+                yield None, position, entry.start
+            yield name, entry.start, entry.stop
+            position = entry.stop
+    if position < file.size:
+        yield None, position, file.size
+
+
+def decode(stored: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Stored floats (uint16 is bfloat16) as float32, into ``out``."""
+    if stored.dtype == np.uint16:
+        bits = out.view(np.uint32)
+        np.copyto(bits, stored)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(out, stored)
+    return out
+
+
+def encode(values: np.ndarray, out: np.ndarray, scratch: Scratch) -> np.ndarray:
+    """Finite float32 values as stored floats, into ``out``, rounded to nearest, ties to even."""
+    if out.dtype == np.uint16:
+        bits = values.view(np.uint32)
+        rounded = scratch.array("rounded", values.shape, np.uint32)
+        np.right_shift(bits, 16, out=rounded)
+        np.bitwise_and(rounded, 1, out=rounded)
+        np.add(rounded, 0x7FFF, out=rounded)
+        np.add(rounded, bits, out=rounded)
+        np.right_shift(rounded, 16, out=rounded)
+        np.copyto(out, rounded, casting="unsafe")
+    else:
+        np.copyto(out, values, casting="same_kind")
+    return out
+
+
+BLOCK = 1 << 18  # entries that are worked on at a time: they stay in a core's cache
+
+
+def blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of a matrix that hold about ``BLOCK`` entries each."""
+    step = max(1, BLOCK // max(1, width))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

@@ -1,0 +1,139 @@
+"""Files and directories that are written whole or not at all: staged, synced, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlora_mlx.errors import RunError, UserError, first_line
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as the user gave it, ``~`` replaced; one with an unknown user's home is left as is."""
+    return Path(os.path.expanduser(text))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path``, sync it, and rename it to ``path``.
+
+    Raises:
+        RunError: it could not be written (disk full, no permission); ``path`` is as it was before.
+    """
+    staging = path.with_name(f".{path.name}.part")
+    try:
+        write(staging)
+        _sync(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    except BaseException as error:  # Ctrl-C too
+        staging.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or first_line(error)
+            raise RunError(f"cannot write {path}: {reason}; what was there is unchanged") from None
+        raise
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill beside ``path``; it becomes ``path`` when the block ends without error.
+
+    Raises:
+        UserError: ``path`` exists and is not an empty directory.
+        RunError: it could not be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; choose another directory or delete it")
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        staging.chmod(0o755)
+        yield staging
+        _sync(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    replace_file(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file whole, in the order of ``data``."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing, unreadable or not JSON; the sentence begins with ``what``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair can be escaped, and never written again
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing: there is no {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
+        raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        UserError: it cannot be read or is not YAML; the sentence has ``what`` and the line.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{what} {path} is not valid YAML{line}: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file whole, into a directory that is made where it does not exist."""
+    target.parent.mkdir(exist_ok=True)
+    replace_file(target, lambda staging: shutil.copyfile(source, staging))

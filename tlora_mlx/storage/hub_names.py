@@ -1,0 +1,21 @@
+"""Which names can be a repository's on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def can_be_repository(name: str) -> bool:
+    """Whether the Hub's client takes ``name`` for a repository: NAME or OWNER/NAME."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` can be a repository of the Hub, and is no directory of this machine."""
+    return can_be_repository(name) and not Path(name).exists()

@@ -1,0 +1,235 @@
+"""The safetensors format: one table of dtypes, one parser and one writer of headers.
+
+The safetensors package checks every file that is read. What it does not offer, and is here: the
+place of a tensor in its file, reading some rows of one, and writing bfloat16 from MLX.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.storage.files import replace_file
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class Dtype(NamedTuple):
+    """A dtype of the format.
+
+    Attributes:
+        size: bytes per entry.
+        name: MLX's; None where MLX does not support it.
+        bits: numpy's type of the same bits, of those that are worked on in numpy.
+    """
+
+    size: int
+    name: str | None
+    bits: type | None = None
+
+
+# By the codes of huggingface/safetensors (safetensors/src/tensor.rs, Dtype).
+DTYPES = {
+    "F64": Dtype(8, None),
+    "I64": Dtype(8, "int64"),
+    "U64": Dtype(8, "uint64"),
+    "F32": Dtype(4, "float32", np.float32),
+    "I32": Dtype(4, "int32"),
+    "U32": Dtype(4, "uint32"),
+    "F16": Dtype(2, "float16", np.float16),
+    "BF16": Dtype(2, "bfloat16", np.uint16),
+    "I16": Dtype(2, "int16"),
+    "U16": Dtype(2, "uint16"),
+    "I8": Dtype(1, "int8"),
+    "U8": Dtype(1, "uint8", np.uint8),
+    "BOOL": Dtype(1, "bool_"),
+    "F8_E4M3": Dtype(1, None),
+    "F8_E5M2": Dtype(1, None),
+}
+# The floats that weights and adapters are computed with, by code: their names in MLX and PEFT.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def code_of(dtype: mx.Dtype) -> str:
+    """The format's code of a dtype of MLX."""
+    name = str(dtype).removeprefix("mlx.core.")
+    return next(code for code, known in DTYPES.items() if known.name == name)
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: the format's code, such as ``BF16``.
+        start: offset of its first byte in the file.
+        stop: offset after its last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile(Mapping[str, "mx.array"]):
+    """The tensors of a safetensors file by name; each access reads one anew and keeps nothing.
+
+    Attributes:
+        path: the file.
+        header: the header's bytes, JSON, without the 8 bytes of its length before them.
+        entries: where each tensor lies, in the header's order.
+        metadata: the header's ``__metadata__``.
+        data_start: offset of the first byte after the header.
+        size: of the file, in bytes.
+
+    Args:
+        path: the file.
+        what: the beginning of the sentence where it is not right.
+
+    Raises:
+        UserError: it is missing, cut short, or its header is not right: not JSON, of absurd size,
+            with tensors that overlap, leave gaps or do not have their shape's size (the safetensors
+            package's own checks).
+    """
+
+    def __init__(self, path: Path, what: str):
+        check_safetensors(path, what)
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.header = file.read(length)
+        self.data_start = 8 + length
+        header = json.loads(self.header)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.entries = {
+            name: StoredTensor(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(self.data_start + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+        }
+        self.size = max((entry.stop for entry in self.entries.values()), default=self.data_start)
+
+    def by_offset(self) -> list[tuple[str, StoredTensor]]:
+        """Names and entries in the order in which the tensors lie in the file."""
+        return sorted(self.entries.items(), key=lambda item: item[1].start)
+
+    def __getitem__(self, name: str) -> mx.array:
+        import mlx.core as mx
+
+        entry = self.entries[name]
+        if not math.prod(entry.shape):
+            return mx.zeros(entry.shape, self._dtype(name))
+        return self._read(name, entry.start, entry.stop).reshape(entry.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Some rows of a tensor as a matrix, (stop - start, last dimension)."""
+        entry = self.entries[name]
+        width = entry.shape[-1]
+        row = (entry.stop - entry.start) // math.prod(entry.shape[:-1])
+        values = self._read(name, entry.start + start * row, entry.start + stop * row)
+        return values.reshape(stop - start, width)
+
+    def _read(self, name: str, start: int, stop: int) -> mx.array:
+        import mlx.core as mx
+
+        stored = np.fromfile(self.path, np.uint8, count=stop - start, offset=start)
+        return mx.array(stored).view(self._dtype(name))
+
+    def _dtype(self, name: str) -> mx.Dtype:
+        import mlx.core as mx
+
+        code = self.entries[name].dtype
+        if code not in DTYPES or DTYPES[code].name is None:
+            raise UserError(f"{name} in {self.path} has dtype {code}, which MLX does not support")
+        return getattr(mx, DTYPES[code].name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a Mapping's own reads the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def tensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where each tensor starts in it, in order.
+
+    Order and alignment follow huggingface/safetensors (``tensor.rs::prepare``): wide dtypes first,
+    then by name, the header padded with spaces to a multiple of 8 bytes.
+
+    Args:
+        tensors: the format's dtype code and the shape by name.
+        metadata: the header's ``__metadata__``.
+    """
+    sizes = {n: DTYPES[code].size * math.prod(shape) for n, (code, shape) in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].size, name)):
+        code, shape = tensors[name]
+        start, end = end, end + sizes[name]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    starts = {n: 8 + len(text) + header[n]["data_offsets"][0] for n in header if n in sizes}
+    return len(text).to_bytes(8, "little") + text, starts
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole, tensor by tensor; the same tensors give the same bytes.
+
+    MLX's own writer does not report a full disk, and the safetensors package takes no bfloat16 from
+    MLX.
+    """
+    import mlx.core as mx
+
+    described = {name: (code_of(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
+    header, starts = tensors_header(described, metadata)
+
+    def write(staging: Path) -> None:
+        with staging.open("wb") as file:
+            file.write(header)
+            for name in starts:
+                file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
+
+    replace_file(path, write)
+
+
+def read_tensors(path: Path, what: str) -> dict[str, mx.array]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: it is missing or no whole safetensors file; the sentence begins with ``what``.
+    """
+    import mlx.core as mx
+
+    check_safetensors(path, what)
+    return dict(mx.load(str(path), format="safetensors"))
+
+
+def check_safetensors(path: Path, what: str) -> None:
+    """Raise a UserError unless ``path`` is a safetensors file whose header fits its size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing: there is no {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{what} is damaged or cut short: {path}: {first_line(error)}; "
+            "copy or download it again"
+        ) from None

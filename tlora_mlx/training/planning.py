@@ -1,0 +1,195 @@
+"""The rank plan of a run: calibrated, read from a file, or allocated anew; and A with it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from rich.filesize import decimal
+
+from tlora_mlx.config.training_options import PlanCommand, PlanConfig, TrainConfig
+from tlora_mlx.data.batches import batches_in_order
+from tlora_mlx.data.samples import Split, draw_samples
+from tlora_mlx.distributed.collectives import from_each, from_first, is_first
+from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.method.allocation import RankPlan, plan_ranks
+from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.initialise import Budget, Initialisation, calibrate_and_plan, initialise
+from tlora_mlx.method.layers import Linear, linear_shape
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.reporting.pictures import can_draw, draw_plan
+from tlora_mlx.storage.files import read_json, user_path, write_json
+from tlora_mlx.training.setup import Setup, prepare
+
+
+def plan(config: PlanCommand, observer: Observer = SILENT) -> RankPlan:
+    """Calibrate and allocate as configured, or allocate anew from an earlier plan.
+
+    Args:
+        config: the options; nothing is written to ``config.output``.
+        observer: is told how it goes.
+
+    Returns:
+        Ranks and scales of all target modules.
+
+    Raises:
+        UserError: the configuration, the model or the data are not right.
+        RunError: it failed while running.
+    """
+    if config.sensitivities:
+        return reallocate(read_plan(config.sensitivities), config)
+    setup = prepare(config, observer)
+    batches = calibration_batches(config, setup.data["train"])
+    with _failures():
+        _, found = calibrate_and_plan(
+            setup.base.model, setup.targets, batches, budget(config), observer=observer
+        )
+    return found
+
+
+def plan_output(config: PlanCommand) -> Path:
+    """Where the plan goes, seen before anything takes long.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    output = user_path(config.output)
+    fits = output.parent.is_dir() and (output.is_file() or not output.exists())
+    if is_first() and not fits:
+        raise UserError(f"--output {output} must be a file in a directory that exists")
+    if output.suffix == ".png":
+        raise UserError(f"--output {output} is the plan's JSON; the picture goes beside it as .png")
+    return output
+
+
+def write_plan(plan: RankPlan, output: Path) -> list[Path]:
+    """Write a plan as JSON and, with matplotlib, as a picture; returns the files.
+
+    Under ``mlx.launch`` the first process alone does.
+    """
+    if not is_first():
+        return []
+    write_json(output, plan.to_dict())
+    return [output] + ([draw_plan(plan, output.with_suffix(".png"))] if can_draw() else [])
+
+
+def reallocate(earlier: RankPlan, config: PlanCommand) -> RankPlan:
+    """Allocate anew, by another rank, alpha or cap, from an earlier plan's sensitivities.
+
+    Raises:
+        UserError: the sensitivities are of no use.
+    """
+    sensitivities = {name: module.sensitivity for name, module in earlier.modules.items()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in earlier.modules.items()}
+    try:
+        return plan_ranks(sensitivities, shapes, config.rank, config.alpha, config.max_rank)
+    except ValueError as error:
+        raise UserError(f"the rank plan {config.sensitivities} is not right: {error}") from None
+
+
+def budget(config: PlanConfig) -> Budget:
+    """What the options allocate ranks by."""
+    return Budget(config.rank, config.alpha, config.max_rank)
+
+
+def calibration_batches(config: PlanConfig, train: Split) -> list[Batch]:
+    """The calibration samples in batches: under ``mlx.launch``, this process's share of them."""
+    samples = draw_samples(train.samples, config.calibration_samples, config.seed)
+    batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
+    return [batch for batch in batches if batch]
+
+
+def plan_from_first(mine: RankPlan | None) -> RankPlan | None:
+    """The first process's plan, to all under ``mlx.launch``; the others' is ignored."""
+    data = from_first(mine and mine.to_dict())
+    return data and RankPlan.from_dict(data)
+
+
+def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPlan:
+    """Read a plan and, where targets are given, check it against them.
+
+    Raises:
+        UserError: it is no plan, or does not fit the model; all faults in one message.
+    """
+    data = read_json(user_path(path), "the rank plan")
+    faults = RankPlan.faults(data)
+    modules = data.get("modules") if isinstance(data, dict) else None
+    if isinstance(modules, dict) and targets is not None:
+        faults += _misfits(modules, targets)
+    if not faults and not RankPlan.from_dict(data).adapted():
+        faults = ["no module has a rank above 0"]
+    if faults:
+        raise UserError(f"the rank plan {path} is not right: {'; '.join(faults)}")
+    return RankPlan.from_dict(data)
+
+
+def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> Iterator[str]:
+    """What keeps a plan's modules, as its JSON has them, from being these targets."""
+    for name, module in modules.items():
+        if name not in targets:
+            yield f"{name} is no target module of the model"
+        elif isinstance(module, dict):
+            shape = linear_shape(targets[name])
+            rank, *found = (module.get(key) for key in ("rank", "out_features", "in_features"))
+            if None not in found and tuple(found) != shape:
+                yield f"{name} has shape {shape} in the model, {tuple(found)} in the plan"
+            elif type(rank) is int and rank > min(shape):
+                yield f"{name} has rank {rank}, above min{shape}"
+
+
+def plan_and_initialise(
+    config: TrainConfig, setup: Setup, observer: Observer = SILENT
+) -> Initialisation:
+    """The rank plan, and A of every adapted module.
+
+    Raises:
+        UserError: the plan that was given does not fit, or a module cannot be calibrated.
+        RunError: a statistic is not finite.
+    """
+    given, targets = None, setup.targets
+    if config.plan:  # the first process's file counts; the others need not have it
+        given = plan_from_first(read_plan(config.plan, targets) if is_first() else None)
+        targets = {name: targets[name] for name in targets if name in given.modules}
+    start, model_memory = time.perf_counter(), mx.get_active_memory()
+    mx.reset_peak_memory()
+    allowed = config.calibration_memory or default_memory()
+    with _failures():
+        found = initialise(
+            setup.base.model,
+            targets,
+            calibration_batches(config, setup.data["train"]),
+            budget(config),
+            plan=given,
+            covariance=config.covariance,
+            memory=min(from_each(int(allowed * 1e9))),
+            seed=config.seed,
+            observer=observer,
+        )
+    seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory
+    observer.note(f"initialised in {seconds:.1f} s, peak memory {decimal(peak)} above the model")
+    mx.reset_peak_memory()
+    return found
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Within the block, what the method raises becomes one of the two ways that a command fails."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UserError(f"{error}; leave it out with --target-modules") from None
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def default_memory() -> float:
+    """GB: a quarter of what Metal recommends for the GPU; elsewhere, of the machine's memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    total = recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / 4e9

@@ -1,0 +1,232 @@
+"""A training run from its options to the finished adapter, and its resumption."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.binding import drop_zero_ranks
+from tlora_mlx.adapters.registry import bind_to_model, read_adapter
+from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.data.samples import Split
+from tlora_mlx.distributed.collectives import from_first, is_first
+from tlora_mlx.errors import Interrupted, RunError, UserError, first_line, interruption_code
+from tlora_mlx.method.layers import attach
+from tlora_mlx.models.base_model import BaseModel
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.reporting.pictures import can_draw, draw_losses
+from tlora_mlx.runs.checkpoint import Checkpoint, checkpoint_from_first
+from tlora_mlx.runs.metrics import read_lines
+from tlora_mlx.runs.progress import Progress
+from tlora_mlx.runs.run_directory import LOSSES, METRICS
+from tlora_mlx.runs.writer import RunWriter
+from tlora_mlx.storage.files import user_path
+from tlora_mlx.training.best import BestAdapter
+from tlora_mlx.training.loop import Training
+from tlora_mlx.training.planning import plan_and_initialise, plan_from_first
+from tlora_mlx.training.setup import Setup, prepare
+from tlora_mlx.training.step import make_optimizer
+from tlora_mlx.training.validation import evaluate
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    Attributes:
+        directory: the run directory, which holds ``adapter_config.json``, ``rank_plan.json``,
+            ``adapters.safetensors``, ``metrics.jsonl`` and ``checkpoints/``.
+        progress: iterations, tokens, time and losses.
+        test_loss: after training; None where it was not asked for, or is not finite.
+        was_finished: the run was finished before, so nothing was done.
+    """
+
+    directory: Path
+    progress: Progress
+    test_loss: float | None = None
+    was_finished: bool = False
+
+    def summary(self) -> list[str]:
+        """Updates, time, tokens and losses, in a few lines."""
+        progress, seconds = self.progress, round(self.progress.seconds)
+        lines = [
+            f"trained {progress.iteration} iterations on {progress.trained_tokens:,} tokens in "
+            f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            + (f", {progress.skipped} updates left out as not finite" if progress.skipped else "")
+        ]
+        if progress.best_loss is not None and progress.first_val_loss is not None:
+            lines.append(
+                f"validation loss {progress.first_val_loss:.4f} before, {progress.best_loss:.4f} "
+                f"after iteration {progress.best_iteration}, whose adapter is kept"
+            )
+        if progress.test_loss is not None or self.test_loss is not None:
+            losses = (
+                "nan" if x is None else f"{x:.4f}" for x in (progress.test_loss, self.test_loss)
+            )
+            lines.append("test loss {} before, {} after".format(*losses))
+        return lines
+
+
+def train(config: TrainConfig, observer: Observer = SILENT) -> TrainingResult:
+    """Train an adapter as configured; under ``mlx.launch``, together with the other processes.
+
+    Each of them has its share of every batch and the same weights; the first one alone writes.
+
+    Args:
+        config: the options.
+        observer: is told how it goes.
+
+    Returns:
+        The run directory, and what training came to.
+
+    Raises:
+        UserError: the configuration, the model or the data are not right.
+        RunError: it failed while running.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; everything was saved.
+    """
+    path = user_path(config.adapter_path)
+    if not is_first():
+        return _train(config, path, None, observer)
+    with RunWriter(path, config, observer) as writer:
+        return _train(config, path, writer, observer)
+
+
+def _train(
+    config: TrainConfig, path: Path, writer: RunWriter | None, observer: Observer
+) -> TrainingResult:
+    """The run as one process sees it; ``writer`` is the first process's."""
+    stored = writer.newest_checkpoint() if writer and config.resume else None
+    checkpoint = checkpoint_from_first(stored)
+    if checkpoint:
+        progress = checkpoint.state.progress
+        if from_first(writer and writer.is_finished(progress)):
+            return TrainingResult(path, progress, was_finished=True)
+    setup = prepare(config, observer)
+    if config.test and not setup.data["test"].samples:
+        raise UserError(f"--test needs samples in {config.data}/test.jsonl, and there are none")
+    if config.early_stop and not setup.data["valid"].samples:
+        raise UserError("--early-stop needs validation data: valid.jsonl, or --val-split")
+    if checkpoint:
+        training = _resume(config, setup, checkpoint, writer, observer)
+    else:
+        training = _begin(config, setup, writer, observer)
+    again = f"python -m tlora_mlx.train --adapter-path {quote(str(path))} --resume"
+    try:
+        training.fit()
+        training.best.restore(training.model)
+        test_loss = _test_loss(training, setup.data["test"])
+        training.finish()  # last: it says that the run is finished
+    except Interrupted as interruption:
+        training.finish()
+        raise Interrupted(
+            f"{interruption}; everything is saved, continue with: {again}", interruption.exit_code
+        ) from None
+    except RunError as error:
+        raise RunError(f"{error}; to continue from the last checkpoint: {again}") from None
+    except KeyboardInterrupt as stop:  # where no step waits for it to be finished
+        raise Interrupted(
+            f"interrupted; continue from the last checkpoint: {again}", interruption_code(stop)
+        ) from None
+    if writer:
+        _draw_losses(path, observer)
+    return TrainingResult(path, training.progress, test_loss)
+
+
+def _begin(
+    config: TrainConfig, setup: Setup, writer: RunWriter | None, observer: Observer
+) -> Training:
+    """A new run: the plan and A are found or taken over, and the directory is made."""
+    base, fingerprints = setup.base, setup.fingerprints()
+    given = _from_adapter(config.from_adapter, base, observer) if config.from_adapter else None
+    if writer:
+        writer.report_to_others()
+        writer.create()
+    if given:
+        plan, tensors, energies = given.plan, given.tensors, {}
+    else:
+        start = plan_and_initialise(config, setup, observer)
+        plan, tensors, energies = start.plan, start.a, start.energies
+    attach(base.model, plan, tensors)
+    training = Training(
+        base.model,
+        make_optimizer(config, base.model),
+        setup.data["train"],
+        setup.data["valid"],
+        config,
+        recorder=writer,
+        observer=observer,
+    )
+    training.progress.test_loss = _test_loss(training, setup.data["test"])
+    if writer:
+        writer.start(base, plan, fingerprints, energies)
+    training.save()
+    return training
+
+
+def _resume(
+    config: TrainConfig,
+    setup: Setup,
+    checkpoint: Checkpoint,
+    writer: RunWriter | None,
+    observer: Observer,
+) -> Training:
+    """A run as its checkpoint left it."""
+    state, fingerprints = checkpoint.state, setup.fingerprints()
+    plan = plan_from_first(writer.rewind(checkpoint, fingerprints) if writer else None)
+    observer.note(f"continuing after iteration {state.progress.iteration}")
+    if writer:
+        writer.report_to_others()
+    model = setup.base.model
+    attach(model, plan, state.adapters)
+    return Training(
+        model,
+        make_optimizer(config, model, state.optimizer),
+        setup.data["train"],
+        setup.data["valid"],
+        config,
+        progress=state.progress,
+        best=BestAdapter(state.best),
+        recorder=writer,
+        observer=observer,
+    )
+
+
+def _from_adapter(path: str, base: BaseModel, observer: Observer) -> Adapter:
+    """The adapter that training starts from, on the base model.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the model; all faults in one message.
+    """
+    adapter = read_adapter(path)
+    if adapter.base and adapter.base not in (base.name, base.original):
+        observer.note(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
+    adapter = drop_zero_ranks(bind_to_model(adapter, base.description()))
+    observer.planned(adapter.plan)
+    return adapter
+
+
+def _test_loss(training: Training, split: Split) -> float | None:
+    """The loss on the test split, reported; None where it is not wanted, or not finite."""
+    if not training.config.test:
+        return None
+    iteration = training.progress.iteration
+    loss = evaluate(
+        training.model, split, training.config, "testing", -1, observer=training.observer
+    )
+    if not math.isfinite(loss):
+        training.observer.note(f"the test loss of iteration {iteration} is not finite")
+        loss = None
+    training.recorder.report({"iteration": iteration, "test_loss": loss})
+    return loss
+
+
+def _draw_losses(path: Path, observer: Observer) -> None:
+    """Draw the losses as ``loss.png``, where matplotlib is installed and the reports are whole."""
+    try:
+        if can_draw():
+            draw_losses(read_lines(path / METRICS), path / LOSSES)
+    except (RunError, UserError, ValueError) as error:
+        observer.note(f"{LOSSES} is not drawn: {first_line(error)}")

@@ -1,0 +1,140 @@
+"""From options to what training needs: the base model, its target modules, and the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tlora_mlx.config.option import flag
+from tlora_mlx.config.training_options import PlanConfig
+from tlora_mlx.data.reading import load_data
+from tlora_mlx.data.samples import Split, split_off
+from tlora_mlx.distributed.collectives import from_each, from_first, processes
+from tlora_mlx.errors import UserError
+from tlora_mlx.method.layers import Linear, target_linears
+from tlora_mlx.models.base_model import BaseModel, load_base_model
+from tlora_mlx.models.names import unexportable
+from tlora_mlx.observer import SILENT, Observer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What training and planning work on.
+
+    Attributes:
+        data: the splits ``train``, ``valid`` and ``test``.
+        targets: the target modules by full name.
+    """
+
+    base: BaseModel
+    data: dict[str, Split]
+    targets: dict[str, Linear]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a resumed run must find again: digests of model and tokenized samples."""
+        return {"model": self.base.fingerprint()} | {
+            f"{name} data": _digest(self.data[name]) for name in ("train", "valid")
+        }
+
+
+def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
+    """Load the base model and the data, and find the target modules.
+
+    Args:
+        config: the options.
+        observer: is told what the splits hold, and what to be warned of.
+
+    Raises:
+        UserError: any of them is not as the configuration says.
+    """
+    if limit := mx.device_info().get("max_recommended_working_set_size"):
+        mx.set_wired_limit(limit)  # keeps large models resident on Metal, as mlx-lm does
+    base = load_base_model(config.model, config.trust_remote_code)
+    blocks = len(base.model.layers)
+    if config.num_layers > blocks:
+        raise UserError(f"--num-layers {config.num_layers}: the model has only {blocks} blocks")
+    try:
+        targets = target_linears(
+            base.model, config.num_layers, config.target_modules, config.target_experts
+        )
+    except ValueError as error:
+        raise UserError(f"--target-modules, --target-experts: {error}") from None
+    if reason := unexportable(base.config["model_type"], targets):
+        if not config.allow_unexportable:
+            raise UserError(f"{reason}; train all the same with --allow-unexportable")
+        observer.note(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
+    data = load_data(
+        config.data,
+        base.tokenizer,
+        config.max_seq_length,
+        config.mask_prompt,
+        config.format,
+        config.max_samples,
+    )
+    if config.val_split:
+        if data["valid"].samples:
+            raise UserError(f"--val-split: {config.data} has a validation split already")
+        data["train"], data["valid"] = split_off(data["train"], config.val_split, config.seed)
+    for name, split in data.items():
+        if text := _described(name, split, config.max_seq_length):
+            observer.note(text)
+    setup = Setup(base, data, targets)
+    if processes() > 1:
+        _compare_processes(config, setup, observer)
+    if config.grad_checkpoint:
+        _enable_grad_checkpoint(base.model)
+    return setup
+
+
+def _digest(split: Split) -> str:
+    samples: list[Any] = [sample[:2] for sample in split.samples]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+
+
+def _compare_processes(config: PlanConfig, setup: Setup, observer: Observer) -> None:
+    """See that all processes have the same model, data and options, wherever these are."""
+    options = {k: v for k, v in config.to_dict().items() if k not in ("model", "data")}
+    mine: Mapping[str, Any] = {
+        **setup.fingerprints(),
+        "test data": _digest(setup.data["test"]),
+        **{f"option {flag(name)}": value for name, value in options.items()},
+    }
+    first = from_first(mine)
+    faults = from_each([name for name in mine if mine[name] != first[name]])
+    for number, names in enumerate(faults):
+        if names:
+            raise UserError(
+                f"process {number} has another {' and another '.join(names)} than the first; all "
+                "need the same model, data and options"
+            )
+    if config.batch_size < processes():
+        observer.note(
+            f"warning: --batch-size {config.batch_size} is shared out to {processes()} processes, "
+            "so some have nothing to do"
+        )
+
+
+def _described(name: str, split: Split, max_seq_length: int) -> str:
+    """What a split holds, in one line; empty for a split without rows."""
+    if not (split.samples or split.left_out):
+        return ""
+    text = f"{name}: {len(split)} samples"
+    if split.truncated:
+        text += f", {split.truncated} of them cut to {max_seq_length} tokens"
+    if split.left_out:
+        text += f"; {split.left_out} rows left out, since no token of theirs counts in the loss"
+    return text
+
+
+def _enable_grad_checkpoint(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass (mlx-lm's own way)."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    for block in {type(block): block for block in model.layers}.values():
+        grad_checkpoint(block)
