@@ -1,0 +1,122 @@
+"""What ``import tlora_mlx`` offers: spelt out and typed, its functions not hidden by commands."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+
+from helpers.paths import ROOT
+
+import tlora_mlx
+
+
+def spelt_out():
+    """The imports that editors and type checkers read: module by name."""
+    tree = ast.parse((ROOT / "tlora_mlx/__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    for node in block.body:
+        for alias in node.names:
+            assert alias.asname == alias.name
+            yield alias.name, node.module
+
+
+def test_editors_see_what_python_gives():
+    assert {name: f"tlora_mlx.{module}" for name, module in tlora_mlx._MODULE_OF.items()} == dict(
+        spelt_out()
+    )
+    assert set(dir(tlora_mlx)) == {"__version__", *dict(spelt_out())}
+    for name, module in spelt_out():
+        assert getattr(tlora_mlx, name) is getattr(import_module(module), name)
+
+
+def test_a_command_of_the_same_name_hides_no_function():
+    code = (
+        "import tlora_mlx.train, tlora_mlx.export, sys\n"
+        "from tlora_mlx import train, export, plan\n"
+        "from tlora_mlx.train import main\n"
+        "print(train.__module__, export.__module__, plan.__module__, main.__module__)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = "tlora_mlx.training.session tlora_mlx.publishing.export tlora_mlx.training.planning"
+    assert result.stdout.strip() == f"{expected} tlora_mlx.train", result.stderr
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, tlora_mlx; print(sorted({'mlx', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_what_could_be_confused_is_given_by_name():
+    """After the adapter and the place to write, options are keywords."""
+    for name in tlora_mlx.__all__:
+        thing = getattr(tlora_mlx, name)
+        if inspect.isfunction(thing) and name.startswith(("export_", "load_adapter")):
+            parameters = list(inspect.signature(thing).parameters.values())
+            options = [p for p in parameters if p.name not in ("adapter", "output")]
+            assert all(p.kind is p.KEYWORD_ONLY for p in options), name
+
+
+def test_a_path_is_taken_wherever_an_adapter_is(run_path, tmp_path):
+    by_path = tlora_mlx.export_peft(str(run_path), tmp_path / "path")
+    by_adapter = tlora_mlx.export_peft(tlora_mlx.read_run(run_path), tmp_path / "adapter")
+    for file in sorted(by_path.directory.iterdir()):
+        assert file.read_bytes() == (by_adapter.directory / file.name).read_bytes()
+    base = tlora_mlx.load_adapter(run_path)
+    assert base.model.layers[0].self_attn.q_proj["lora_b"].any().item()
+
+
+def test_library_functions_print_nothing(model_path, data_path, tmp_path, capsys):
+    """The observer is silent unless another is given."""
+    config = tlora_mlx.TrainConfig(
+        model=str(model_path),
+        data=str(data_path),
+        adapter_path=str(tmp_path / "run"),
+        iters=2,
+        rank=2,
+        batch_size=4,
+    )
+    result = tlora_mlx.train(config)
+    assert result.progress.iteration == 2
+    tlora_mlx.export_peft(result.directory, tmp_path / "peft")
+    tlora_mlx.export_merged(result.directory, tmp_path / "merged")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "")
+
+
+def test_an_observer_is_told(model_path, data_path, tmp_path):
+    class Listener(tlora_mlx.Observer):
+        def __init__(self):
+            self.plans, self.losses, self.notes = [], [], []
+
+        def planned(self, plan):
+            self.plans.append(plan)
+
+        def reported(self, metrics):
+            self.losses.append(metrics.get("train_loss"))
+
+        def note(self, text):
+            self.notes.append(text)
+
+    listener = Listener()
+    config = tlora_mlx.TrainConfig(
+        model=str(model_path),
+        data=str(data_path),
+        adapter_path=str(tmp_path / "run"),
+        iters=2,
+        rank=2,
+        batch_size=4,
+        steps_per_report=1,
+    )
+    result = tlora_mlx.train(config, listener)
+    assert listener.plans == [tlora_mlx.read_run(result.directory).plan]
+    assert len([loss for loss in listener.losses if loss]) == 2
+    assert any(note.startswith("train: 13 samples") for note in listener.notes)
+
+
+def test_types_are_shipped():
+    assert (ROOT / "tlora_mlx/py.typed").exists()
+    assert "py.typed" in (ROOT / "pyproject.toml").read_text()
