@@ -114,7 +114,7 @@ def test_the_command(run_path, model_path, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["peft"]  # nothing half-written beside it
     again = tlora("export", run_path, "--output", out)
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_refusals(model_path, tmp_path):

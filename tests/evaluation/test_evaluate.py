@@ -248,6 +248,6 @@ def test_an_array_of_rows_and_a_default_place(tlora_here, model_path, data_path,
     place = run / "evaluations" / "math-sums"
     assert len((place / "results.jsonl").read_text().splitlines()) == 2
     again = tlora_here("evaluate", run, *flags)
-    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
     data.write_text("{}")
     assert "no array of rows" in tlora_here("evaluate", run, *flags).stderr

@@ -160,7 +160,7 @@ def test_the_command(tlora_here, run_path, model_path, tmp_path):
     assert np.abs(logits_of(base_model(out)) - mlx_logits(run_path)).max() < 1e-4
     again = tlora_here("export", run_path, "--format", "merged", "--output", out)
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def big_run(place, layers):

@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         beside.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunError, match="No space left on device; what was there is unchanged"):
+    with pytest.raises(RunError, match="No space left on device; any existing file is unchanged"):
         replace_file(path, fail)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -58,7 +58,7 @@ def test_a_new_directory_is_whole_or_not_there(tmp_path):
     with new_directory(tmp_path / "b" / "a") as beside:
         (beside / "file").write_text("whole")
     assert [p.name for p in (tmp_path / "b" / "a").iterdir()] == ["file"]
-    with pytest.raises(UserError, match="exists already"), new_directory(tmp_path / "b"):
+    with pytest.raises(UserError, match="already exists"), new_directory(tmp_path / "b"):
         pass
 
 

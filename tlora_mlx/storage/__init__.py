@@ -1,1 +1,1 @@
-"""The disk: files that are written whole or not at all, and safetensors."""
+"""Files on disk: atomic writes, safetensors, and large files in blocks."""

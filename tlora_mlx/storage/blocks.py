@@ -1,4 +1,4 @@
-"""Large files in blocks: read and written at offsets, from several threads; floats as bits."""
+"""Large files, read and written in blocks by several threads; stored floats to float32 and back."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tlora_mlx.storage.safetensors import TensorFile
 
 
 class Scratch(threading.local):
-    """Arrays that each thread uses over and over: fresh memory costs more than the arithmetic."""
+    """Arrays that each thread reuses: allocating memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, Any], np.ndarray] = {}
 
     def array(self, key: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array of this shape, with whatever it held before."""
+        """An array of this shape; its contents are arbitrary."""
         size = int(np.prod(shape))
         kept = self._kept.get((key, dtype))
         if kept is None or kept.size < size:
@@ -30,15 +30,15 @@ class Scratch(threading.local):
 
 
 class OpenFile:
-    """A file by its descriptor, read and written at offsets, from several threads."""
+    """An open file that several threads read and write at offsets."""
 
     def __init__(self, path: Path, size: int | None = None, patch: bool = False):
-        """Open for reading, or make a new file of ``size`` bytes, or ``patch`` one that exists."""
+        """Open for reading, create a file of ``size`` bytes, or ``patch`` an existing one."""
         flags = os.O_RDWR if patch else os.O_RDONLY
         if size is not None:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._path, self._descriptor = path, os.open(path, flags, 0o644)
-        # The kernel lets one thread at a time write a file, and has the others spin.
+        # The kernel lets only one thread at a time write to a file; the others would spin.
         self._writing = threading.Lock()
         if size is not None:
             os.ftruncate(self._descriptor, size)
@@ -50,12 +50,12 @@ class OpenFile:
         os.close(self._descriptor)
 
     def read(self, offset: int, into: np.ndarray) -> np.ndarray:
-        """Fill a contiguous array from ``offset`` on; returns it."""
+        """Fill a contiguous array with the bytes from ``offset`` on; returns it."""
         rest = memoryview(into.reshape(-1).view(np.uint8))
         while rest:
             count = os.preadv(self._descriptor, [rest], offset)
             if not count:
-                raise RunError(f"{self._path} has become shorter while it was read")
+                raise RunError(f"{self._path} got shorter while it was being read")
             rest, offset = rest[count:], offset + count
         return into
 
@@ -68,12 +68,12 @@ class OpenFile:
                 rest, offset = rest[count:], offset + count
 
     def sync(self) -> None:
-        """Wait until the disk has it."""
+        """Wait until everything is on disk."""
         os.fsync(self._descriptor)
 
 
 def segments(file: TensorFile, touched: Collection[str]) -> Iterator[tuple[str | None, int, int]]:
-    """The whole file as (name, start, stop): tensors of ``touched``, and whatever is between."""
+    """The whole file as (name, start, stop): the ``touched`` tensors and (None) what is between."""
     position = 0
     for name, entry in file.by_offset():
         if name in touched:
@@ -112,7 +112,7 @@ def encode(values: np.ndarray, out: np.ndarray, scratch: Scratch) -> np.ndarray:
     return out
 
 
-BLOCK = 1 << 18  # entries that are worked on at a time: they stay in a core's cache
+BLOCK = 1 << 18  # entries processed at a time: few enough to stay in a core's cache
 
 
 def blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:

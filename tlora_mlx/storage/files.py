@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all: staged, synced, renamed."""
+"""Atomic writes: files and directories are staged, synced and renamed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tlora_mlx.errors import RunError, UserError, first_line
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as the user gave it, ``~`` replaced; one with an unknown user's home is left as is."""
+    """The user's path with ``~`` expanded; ``~NAME`` of an unknown user is left as it is."""
     return Path(os.path.expanduser(text))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, sync it, and rename it to ``path``.
+    """Have ``write`` create a file next to ``path``, sync it, and rename it to ``path``.
 
     Raises:
-        RunError: it could not be written (disk full, no permission); ``path`` is as it was before.
+        RunError: it could not be written (disk full, no permission); ``path`` is unchanged.
     """
     staging = path.with_name(f".{path.name}.part")
     try:
@@ -36,20 +36,22 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         staging.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = error.strerror or first_line(error)
-            raise RunError(f"cannot write {path}: {reason}; what was there is unchanged") from None
+            raise RunError(
+                f"cannot write {path}: {reason}; any existing file is unchanged"
+            ) from None
         raise
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill beside ``path``; it becomes ``path`` when the block ends without error.
+    """A staging directory to fill; it is renamed to ``path`` when the block ends without an error.
 
     Raises:
         UserError: ``path`` exists and is not an empty directory.
         RunError: it could not be written.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another directory or delete it")
+        raise UserError(f"{path} already exists; choose another directory or delete it")
     staging = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +77,12 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically."""
     replace_file(path, lambda staging: staging.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole, in the order of ``data``."""
+    """Write a JSON file atomically, with its keys in the order of ``data``."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -88,19 +90,19 @@ def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing, unreadable or not JSON; the sentence begins with ``what``.
+        UserError: it is missing, unreadable or not JSON; the message begins with ``what``.
     """
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair can be escaped, and never written again
+        if "\\u" in text:  # a lone surrogate can be read when escaped, but not written again
             json.dumps(data, ensure_ascii=False).encode()
         return data
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers with too many digits
         raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
 
 
@@ -108,7 +110,7 @@ def read_yaml(path: Path, what: str) -> Any:
     """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read or is not YAML; the sentence has ``what`` and the line.
+        UserError: it cannot be read or is not YAML; the message names ``what`` and the line.
     """
     import yaml
 
@@ -134,6 +136,6 @@ def file_digest(path: Path) -> str:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file whole, into a directory that is made where it does not exist."""
+    """Copy a file atomically, into a directory that is created if it does not exist."""
     target.parent.mkdir(exist_ok=True)
     replace_file(target, lambda staging: shutil.copyfile(source, staging))

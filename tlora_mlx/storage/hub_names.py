@@ -1,4 +1,4 @@
-"""Which names can be a repository's on the Hugging Face Hub."""
+"""Which names are valid for a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def can_be_repository(name: str) -> bool:
-    """Whether the Hub's client takes ``name`` for a repository: NAME or OWNER/NAME."""
+    """Whether the Hub's client accepts ``name`` for a repository: NAME or OWNER/NAME."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -17,5 +17,5 @@ def can_be_repository(name: str) -> bool:
 
 
 def is_repository(name: str) -> bool:
-    """Whether ``name`` can be a repository of the Hub, and is no directory of this machine."""
+    """Whether ``name`` can be a Hub repository, and does not exist as a path on this machine."""
     return can_be_repository(name) and not Path(name).exists()

@@ -1,7 +1,7 @@
-"""The safetensors format: one table of dtypes, one parser and one writer of headers.
+"""The safetensors format: one table of dtypes, one header parser and one header writer.
 
-The safetensors package checks every file that is read. What it does not offer, and is here: the
-place of a tensor in its file, reading some rows of one, and writing bfloat16 from MLX.
+The safetensors package checks every file that is read. This module adds what that package does not
+offer: a tensor's offsets in its file, reading only some of its rows, and writing MLX's bfloat16.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Dtype(NamedTuple):
 
     Attributes:
         size: bytes per entry.
-        name: MLX's; None where MLX does not support it.
-        bits: numpy's type of the same bits, of those that are worked on in numpy.
+        name: MLX's name; None if MLX does not support it.
+        bits: numpy's type with the same bits, for the dtypes that are processed in numpy.
     """
 
     size: int
@@ -35,7 +35,7 @@ class Dtype(NamedTuple):
     bits: type | None = None
 
 
-# By the codes of huggingface/safetensors (safetensors/src/tensor.rs, Dtype).
+# The codes are those of huggingface/safetensors (safetensors/src/tensor.rs, Dtype).
 DTYPES = {
     "F64": Dtype(8, None),
     "I64": Dtype(8, "int64"),
@@ -53,18 +53,18 @@ DTYPES = {
     "F8_E4M3": Dtype(1, None),
     "F8_E5M2": Dtype(1, None),
 }
-# The floats that weights and adapters are computed with, by code: their names in MLX and PEFT.
+# The float dtypes of weights and adapters, by code: their names in MLX and PEFT.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def code_of(dtype: mx.Dtype) -> str:
-    """The format's code of a dtype of MLX."""
+    """The format's code for an MLX dtype."""
     name = str(dtype).removeprefix("mlx.core.")
     return next(code for code, known in DTYPES.items() if known.name == name)
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in its file.
+    """Where a tensor is in its file.
 
     Attributes:
         dtype: the format's code, such as ``BF16``.
@@ -79,22 +79,22 @@ class StoredTensor(NamedTuple):
 
 
 class TensorFile(Mapping[str, "mx.array"]):
-    """The tensors of a safetensors file by name; each access reads one anew and keeps nothing.
+    """The tensors of a safetensors file by name; each access reads the disk and caches nothing.
 
     Attributes:
         path: the file.
-        header: the header's bytes, JSON, without the 8 bytes of its length before them.
-        entries: where each tensor lies, in the header's order.
+        header: the header's JSON bytes, without the 8 bytes before them that hold their length.
+        entries: where each tensor is, in the header's order.
         metadata: the header's ``__metadata__``.
         data_start: offset of the first byte after the header.
-        size: of the file, in bytes.
+        size: the file's size in bytes.
 
     Args:
         path: the file.
-        what: the beginning of the sentence where it is not right.
+        what: how error messages begin.
 
     Raises:
-        UserError: it is missing, cut short, or its header is not right: not JSON, of absurd size,
+        UserError: it is missing or cut short, or its header is invalid: not JSON, absurdly long, or
             with tensors that overlap, leave gaps or do not have their shape's size (the safetensors
             package's own checks).
     """
@@ -119,7 +119,7 @@ class TensorFile(Mapping[str, "mx.array"]):
         self.size = max((entry.stop for entry in self.entries.values()), default=self.data_start)
 
     def by_offset(self) -> list[tuple[str, StoredTensor]]:
-        """Names and entries in the order in which the tensors lie in the file."""
+        """Names and entries, in the order of the tensors' offsets."""
         return sorted(self.entries.items(), key=lambda item: item[1].start)
 
     def __getitem__(self, name: str) -> mx.array:
@@ -153,7 +153,7 @@ class TensorFile(Mapping[str, "mx.array"]):
         return getattr(mx, DTYPES[code].name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # a Mapping's own reads the tensor
+        return name in self.entries  # Mapping's own version would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -165,13 +165,13 @@ class TensorFile(Mapping[str, "mx.array"]):
 def tensors_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and where each tensor starts in it, in order.
+    """The first bytes of a safetensors file, and the offset of each tensor, in file order.
 
     Order and alignment follow huggingface/safetensors (``tensor.rs::prepare``): wide dtypes first,
     then by name, the header padded with spaces to a multiple of 8 bytes.
 
     Args:
-        tensors: the format's dtype code and the shape by name.
+        tensors: the format's dtype code and the shape, by name.
         metadata: the header's ``__metadata__``.
     """
     sizes = {n: DTYPES[code].size * math.prod(shape) for n, (code, shape) in tensors.items()}
@@ -188,10 +188,10 @@ def tensors_header(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole, tensor by tensor; the same tensors give the same bytes.
+    """Write a safetensors file atomically, tensor by tensor; equal tensors give equal bytes.
 
-    MLX's own writer does not report a full disk, and the safetensors package takes no bfloat16 from
-    MLX.
+    MLX's own writer does not report a full disk, and the safetensors package does not accept
+    bfloat16 from MLX.
     """
     import mlx.core as mx
 
@@ -211,7 +211,7 @@ def read_tensors(path: Path, what: str) -> dict[str, mx.array]:
     """Read a safetensors file.
 
     Raises:
-        UserError: it is missing or no whole safetensors file; the sentence begins with ``what``.
+        UserError: it is missing, damaged or cut short; the message begins with ``what``.
     """
     import mlx.core as mx
 
