@@ -261,7 +261,7 @@ def test_dare_by_the_command_repeats_with_its_seed(adapters, tlora_here, tmp_pat
 def test_what_cannot_be_combined(model_path, adapters, tmp_path):
     a, b, c = (resolve_adapter(adapters / name) for name in "abc")
     with pytest.raises(
-        UserError, match=r"linear needs equal ranks, and .*v_proj has the ranks 4, 3"
+        UserError, match=r"linear needs equal ranks, but .*v_proj has the ranks 4, 3"
     ):
         combine([a, c], [1, 1], Combination("linear"))
     other = make_run(tmp_path / "other", model_path, lambda i, shape: 2, base_model="some/where")
@@ -289,7 +289,7 @@ def test_what_cannot_be_combined(model_path, adapters, tmp_path):
         (["RUN", "--adapter", "a:1"], "give either RUN or --adapter"),
         (["--adapter", "a:1"], "--output must be given with --adapter"),
         (["--adapter", "a:x", "--output", "o"], "--adapter a:x: the weight after the colon is no"),
-        (["--adapter", "a:inf", "--output", "o"], "is no finite number"),
+        (["--adapter", "a:inf", "--output", "o"], "is not a finite number"),
         (["--adapter", "a:1", "--output", "o"], "adapter directory a does not exist"),
         (
             ["--adapter", "a", "--output", "o", "--combine", "ties"],

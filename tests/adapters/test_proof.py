@@ -1,4 +1,4 @@
-"""What is written wrongly is found when it is read back, and nothing is left of it."""
+"""Reading an export back finds what was written wrongly, and then nothing is left behind."""
 
 from functools import partial
 
@@ -16,9 +16,10 @@ from helpers.exports import (
 )
 from helpers.models import save_model
 
-from tlora_mlx import RunError, read_run
+from tlora_mlx import Proof, RunError, read_run
 from tlora_mlx.adapters import mlx_lm as our_mlx_lm
 from tlora_mlx.adapters import peft
+from tlora_mlx.adapters.proof import Errors
 from tlora_mlx.storage.safetensors import write_tensors
 
 ADAPTERS = {
@@ -34,9 +35,18 @@ MODELS = {
 }
 
 
+def test_summary_names_the_worst_module_unless_every_error_is_zero(tmp_path):
+    proof = Proof(tmp_path, {"q_proj": Errors(delta=3.0), "v_proj": Errors()})
+    assert proof.summary() == "verified 2 modules: max absolute error 0 (relative 0)"
+    proof.add("v_proj", Errors(largest=0.5, squares=0.25, delta=1.0))
+    assert proof.summary() == (
+        "verified 2 modules: max absolute error 0.5 in v_proj (relative 0.25)"
+    )
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """On a 4-bit conversion, its original known."""
+    """A run on a 4-bit conversion whose original is known."""
     place = tmp_path_factory.mktemp("proof")
     original = save_model(place / "model", hidden_size=64, intermediate_size=96)
     mlx_lm.convert(str(original), str(place / "4bit"), quantize=True, q_bits=4, q_group_size=32)
@@ -64,7 +74,7 @@ def test_an_adapter_that_was_written_wrongly(kind, fault, run, tmp_path, monkeyp
         write_tensors(path, tensors, metadata)
 
     export(run, tmp_path / "right")
-    assert "read back: the deltas of 10 modules are there" in capsys.readouterr().out
+    assert "verified 10 modules: max absolute error" in capsys.readouterr().out
     monkeypatch.setattr(module, "write_tensors", corrupted)
     with pytest.raises(RunError, match=r"what was written for model\.layers\.1\.self_attn"):
         export(run, tmp_path / "out")
@@ -75,7 +85,7 @@ def test_an_adapter_that_was_written_wrongly(kind, fault, run, tmp_path, monkeyp
 def test_a_model_that_was_written_wrongly(kind, run, tmp_path, monkeypatch, capsys):
     """Each of many blocks is corrupted in turn, adapted or not."""
     MODELS[kind](run, tmp_path / "right")
-    assert "read back" in capsys.readouterr().out
+    assert "verified 10 modules" in capsys.readouterr().out
     finds_every_wrong_write(
         partial(MODELS[kind], run),
         tmp_path,

@@ -178,16 +178,22 @@ def test_another_base_for_another_tools_adapter(model_path, plain, tmp_path):
         ({"use_dora": True, "modules_to_save": ["lm_head"]}, "uses use_dora, modules_to_save"),
         ({"bias": "all"}, "uses bias all"),
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
-        ({"target_parameters": ["mlp.experts.up"]}, "uses target_parameters that are no linear"),
+        ({"target_parameters": ["mlp.experts.up"]}, "uses target_parameters other than linear"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights pissa_niter_4"),
         ({"peft_type": "IA3"}, "is a PEFT adapter of type IA3, not LORA"),
         ({"peft_type": None, "r": 8}, "of type None, not LORA"),
         ({"r": 0}, "has no 'r' and 'lora_alpha' above 0"),
         ({"lora_alpha": 10**400}, "has no 'r' and 'lora_alpha' above 0"),
         ({"lora_alpha": "16"}, "has no 'r' and 'lora_alpha' above 0"),
-        ({"rank_pattern": {"(": 4}}, r"has '\(' in its 'rank_pattern', which is no regular expr"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "'alpha_pattern' that is no table of numbers above"),
-        ({"rank_pattern": {"0.*q_proj": 5}}, "layers.0.self_attn.q_proj has rank 4, and 5 by the"),
+        (
+            {"rank_pattern": {"(": 4}},
+            r"has '\(' in its 'rank_pattern', which is not a regular",
+        ),
+        (
+            {"alpha_pattern": {"q_proj": "x"}},
+            "'alpha_pattern' that is not a table of numbers",
+        ),
+        ({"rank_pattern": {"0.*q_proj": 5}}, "layers.0.self_attn.q_proj has rank 4, but 5 in the"),
     ],
 )
 def test_what_peft_adapters_are_refused(plain, tmp_path, changes, message):
@@ -215,15 +221,15 @@ def test_what_tensors_are_refused(plain, tmp_path):
     refused("q_proj.lora_a is not finite", {f"{q}.lora_A.weight": mx.full((4, 48), mx.nan)})
     refused(r"q_proj.lora_a is of shape \(48, 0\)", {f"{q}.lora_A.weight": mx.zeros((0, 48))})
     refused("of dtype uint64", {f"{q}.lora_A.weight": mx.zeros((4, 48), mx.uint64)})
-    refused("of shape .* no linear layer's", {f"{q}.lora_A.weight": mx.zeros((1, 1, 4, 48))})
+    refused("of shape .* not a linear layer's", {f"{q}.lora_A.weight": mx.zeros((1, 1, 4, 48))})
     magnitude = {f"{q}.lora_magnitude_vector": mx.zeros(48)}
-    refused("no LoRA of a linear layer: .*lora_magnitude_vector", magnitude)
+    refused("not LoRA matrices of a linear layer: .*lora_magnitude_vector", magnitude)
     embedding = {"base_model.model.model.embed_tokens.lora_embedding_A": mx.zeros((4, 300))}
-    refused("no LoRA of a linear layer: .*lora_embedding_A", embedding)
-    refused("holds no tensor", without=tensors)
+    refused("not LoRA matrices of a linear layer: .*lora_embedding_A", embedding)
+    refused("has no tensors", without=tensors)
     nothing = {key: mx.zeros(tensors[key].shape) for key in tensors if "lora_A" in key}
     write_tensors(file, tensors | nothing, {})
-    with pytest.raises(UserError, match="does nothing: A is zero in all of its modules"):
+    with pytest.raises(UserError, match="has no effect: A is zero in all of its modules"):
         drop_zero_ranks(resolve_adapter(path))
     write_tensors(file, tensors, {})
     file.write_bytes(file.read_bytes()[:-40])
@@ -243,14 +249,14 @@ def test_what_mlx_lm_adapters_are_refused(model_path, tmp_path):
     for changes, message in (
         ({"fine_tune_type": "dora"}, "is of type dora"),
         ({"lora_parameters": None}, "no 'lora_parameters' with 'rank' and 'scale'"),
-        ({"lora_parameters": {"rank": 2, "scale": 1.0}}, "configuration has rank 2, and .* has 3"),
+        ({"lora_parameters": {"rank": 2, "scale": 1.0}}, "configuration has rank 2, but .* has 3"),
     ):
         broken = shutil.copytree(path, tmp_path / "broken", dirs_exist_ok=True)
         edit(broken, **changes)
         with pytest.raises(UserError, match=message):
             read_adapter(broken)
     write_json(path / "adapter_config.json", {"model": "x"})
-    with pytest.raises(UserError, match="is no run, PEFT adapter or mlx-lm adapter"):
+    with pytest.raises(UserError, match="is not a run, PEFT adapter or mlx-lm adapter"):
         read_adapter(path)
     with pytest.raises(UserError, match="does not exist"):
         read_adapter(tmp_path / "nothing")
@@ -373,7 +379,7 @@ def test_going_on_from_an_adapter_refuses(model_path, data_path, plain, tlora_he
     assert_one_sentence(result, 2, f"the adapter {plain} does not fit model {wide}")
     other = make_run(tmp_path / "other", model_path, lambda i, shape: 2, model_type="qwen2")
     result = tlora_here(*start, "--from-adapter", other)
-    assert_one_sentence(result, 2, f"the run {other} is of family 'qwen2', and {model_path} of")
+    assert_one_sentence(result, 2, f"the run {other} is of family 'qwen2', but {model_path} is")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,1 +1,1 @@
-"""LoRA adapters: one type for all, a format for each tool that has them, proofs of writing."""
+"""LoRA adapters: one type for all, a format for each tool, and proofs of what was written."""

@@ -1,4 +1,4 @@
-"""What every adapter comes down to: a pair of matrices and a scale per module."""
+"""What every adapter boils down to: a pair of matrices and a scale per module."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tlora_mlx.storage.safetensors import FLOATS
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter, checked, wherever it came from.
+    """A validated LoRA adapter, whichever tool it came from.
 
     Attributes:
-        plan: rank, effective scale and shape per module; another tool's has no sensitivities (0).
+        plan: rank, effective scale and shape per module; sensitivities are 0 if another tool made
+            the adapter.
         tensors: ``NAME.lora_a`` (in, rank) and ``NAME.lora_b`` (rank, out) per adapted module, in
-            the dtype of the file; a run's are read when they are asked for.
-        source: the format that it was read from, by name; ``combined`` where it was made of
-            several.
-        directory: where it is on this machine; None where it is in no directory.
-        config: what its ``adapter_config.json`` says, or says that it was made from.
-        model: the model to load it on: a directory or Hub repository; None where it is not known.
-        original: the full-precision model behind that one, if it is known.
-        model_type: the family of the model that it is bound to; None as long as its modules have
-            the names of another tool.
+            the dtype of the file; those of a run are read on demand.
+        source: the name of the format that it was read from, or ``combined``.
+        directory: where it is on this machine; None if it was not read from a directory.
+        config: the content of its ``adapter_config.json``, or a record of what it was made from.
+        model: the model to load it on, a directory or Hub repository; None if unknown.
+        original: the full-precision model behind that one, if known.
+        model_type: the family of the model that it is bound to; None while its modules still have
+            another tool's names.
     """
 
     plan: RankPlan
@@ -50,25 +50,25 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """How messages refer to it."""
         return str(self.directory) if self.directory else "the combined adapter"
 
     def adapted(self) -> dict[str, ModulePlan]:
         """The modules that have an adapter.
 
         Raises:
-            UserError: none has.
+            UserError: there are none.
         """
         if modules := self.plan.adapted():
             return modules
-        raise UserError(f"no module of {self.label} has an adapter, so there is nothing to export")
+        raise UserError(f"{self.label} adapts no module, so there is nothing to export")
 
     def base_on_hugging_face(self, base_model: str | None, advice: str) -> str:
         """The full-precision model that an export is for, under Hugging Face's names.
 
         Args:
-            base_model: what the user says that it is; the adapter's own where it is None.
-            advice: what to do where that is not known.
+            base_model: what the user says it is; if None, what the adapter says.
+            advice: what to do if neither says.
 
         Raises:
             UserError: the family or a module has no known Hugging Face name, or the base model is
@@ -90,7 +90,7 @@ def plan_of(
     alpha: float,
     scale_of: Callable[[str, int], float],
 ) -> RankPlan:
-    """The plan that tensors follow: ranks and shapes are theirs, first layer first.
+    """The plan that matches an adapter's tensors, in the order of the layers.
 
     Args:
         path: the file, for messages.
@@ -100,8 +100,8 @@ def plan_of(
         scale_of: the effective scale of a module, by name and rank.
 
     Raises:
-        UserError: there is no tensor, one of a pair is missing, or a pair does not fit, is of no
-            floating dtype or not finite; all faults in one message.
+        UserError: there are no tensors, one of a pair is missing, a pair does not fit together, or
+            a tensor has no float dtype or is not finite; all faults in one message.
     """
     faults = [f"{key} is {_fault(value)}" for key, value in tensors.items() if _fault(value)]
     modules = {}
@@ -117,20 +117,20 @@ def plan_of(
                     a.shape[1], scale_of(name, a.shape[1]), 0.0, b.shape[1], a.shape[0]
                 )
     if not tensors:
-        faults.append("it holds no tensor")
+        faults.append("it has no tensors")
     if faults:
-        raise UserError(f"the adapter {path} is not right: {'; '.join(faults)}")
+        raise UserError(f"the adapter {path} is invalid: {'; '.join(faults)}")
     return RankPlan(rank, alpha, modules)
 
 
 def _fault(tensor: mx.array) -> str | None:
     if tensor.ndim != 2:
-        return f"of shape {tuple(tensor.shape)}, and no linear layer's"
+        return f"of shape {tuple(tensor.shape)}, not a linear layer's"
     if tensor.size == 0:
-        return f"of shape {tuple(tensor.shape)}, and empty"
+        return f"of shape {tuple(tensor.shape)}, which is empty"
     if str(tensor.dtype).removeprefix("mlx.core.") not in FLOATS.values():
         dtype = str(tensor.dtype).removeprefix("mlx.core.")
-        return f"of dtype {dtype}, and no float of 16 or 32 bits"
+        return f"of dtype {dtype}, not a 16-bit or 32-bit float"
     if not mx.isfinite(tensor).all().item():
         return "not finite"
     return None

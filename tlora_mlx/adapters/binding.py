@@ -1,4 +1,4 @@
-"""An adapter on a model: under MLX's module names, and checked against the model's shapes."""
+"""Binding an adapter to a model: MLX's module names, and a check of the shapes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tlora_mlx.models.base_model import Description
 
 
 def check_fit(adapter: Adapter, base: Description) -> None:
-    """See that an adapter under MLX's names is one of this model.
+    """Check that an adapter with MLX's module names belongs to this model.
 
     Raises:
-        UserError: it is of another family, or does not fit; all faults in one message.
+        UserError: its family or its shapes differ; all faults in one message.
     """
     if adapter.model_type != base.model_type:
         raise UserError(
-            f"the run {adapter.label} is of family '{adapter.model_type}', and {base.name} of "
+            f"the run {adapter.label} is of family '{adapter.model_type}', but {base.name} is of "
             f"family '{base.model_type}'"
         )
     if faults := adapter_faults(adapter.plan, adapter.tensors, linear_shapes(base.model)):
@@ -34,21 +34,21 @@ def check_fit(adapter: Adapter, base: Description) -> None:
 
 
 def take_over(adapter: Adapter, base: Description, names: Mapping[str, str | None]) -> Adapter:
-    """Another tool's adapter under MLX's names, on a model.
+    """Rename the modules of another tool's adapter to MLX's names, and bind it to a model.
 
     Args:
-        adapter: as it was read.
+        adapter: as read, with its own tool's names.
         base: the model, with or without its weights.
-        names: the MLX name of each of its modules; None where it is not known.
+        names: the MLX name of each of its modules; None if unknown.
 
     Raises:
-        UserError: a name is not known, or the adapter does not fit the model; all faults in one
+        UserError: a name is unknown, or the adapter does not fit the model; all faults in one
             message.
     """
     if unknown := [theirs for theirs, known in names.items() if known is None]:
         raise UserError(
-            f"the adapter {adapter.label} cannot be taken over: the MLX names of these modules "
-            f"of family '{base.model_type}' are not known: {', '.join(unknown)}"
+            f"the adapter {adapter.label} cannot be used: the MLX names of these modules of "
+            f"family '{base.model_type}' are not known: {', '.join(unknown)}"
         )
     modules = {names[name]: module for name, module in adapter.plan.modules.items()}
     tensors = {
@@ -72,10 +72,10 @@ def take_over(adapter: Adapter, base: Description, names: Mapping[str, str | Non
 def drop_zero_ranks(adapter: Adapter) -> Adapter:
     """The adapter without the ranks whose row of A is zeros, such as a portable export's padding.
 
-    They do nothing, and with A frozen never could.
+    They have no effect, and with A frozen they never could.
 
     Raises:
-        UserError: nothing is left.
+        UserError: no rank is left.
     """
     modules, tensors = dict(adapter.plan.modules), {}
     for name, module in adapter.plan.adapted().items():
@@ -88,16 +88,17 @@ def drop_zero_ranks(adapter: Adapter) -> Adapter:
             tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     if not tensors:
         raise UserError(
-            f"the adapter {adapter.label} does nothing: A is zero in all of its modules"
+            f"the adapter {adapter.label} has no effect: A is zero in all of its modules"
         )
     return replace(adapter, plan=replace(adapter.plan, modules=modules), tensors=tensors)
 
 
 def add_rank_zero_modules(plan: RankPlan, model: nn.Module) -> RankPlan:
-    """The plan with rank 0 for all that has an adapted module's last name, in the same blocks.
+    """Add modules of rank 0 to a plan, so that every adapted block has every adapted kind.
 
-    A run's plan has these modules anyway; another tool's adapter says only what it adapts. Readers
-    of an export need them: some drop a kind of module that is not in every block.
+    A kind is the last part of a module's name. A run's plan has these modules already; another
+    tool's adapter lists only what it adapts. Readers of an export need them: some drop a kind of
+    module that is missing from any block.
     """
     kinds = {name.rpartition(".")[2] for name in plan.modules}
     blocks = {_block(name) for name in plan.modules}
@@ -111,5 +112,5 @@ def add_rank_zero_modules(plan: RankPlan, model: nn.Module) -> RankPlan:
 
 
 def _block(name: str) -> str:
-    """Up to the first number: model.layers.3 of model.layers.3.self_attn.q_proj."""
+    """The name up to its first number: model.layers.3 of model.layers.3.self_attn.q_proj."""
     return re.match(r"(.*?\.\d+)?", name)[0]

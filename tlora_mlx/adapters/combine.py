@@ -1,20 +1,20 @@
 """Several adapters into one, by the combination types of PEFT's ``add_weighted_adapter``.
 
 Names and semantics are PEFT's (``tuners/lora/model.py``, ``utils/merge_utils.py``): each module is
-combined over the adapters that have it, and what comes out has scale 1.
+combined over the adapters that have it, and the result has scale 1.
 
-- ``cat``: A and B stacked; the weighted sum of the deltas, exactly; ranks add up.
-- ``svd``: that sum, cut to its largest singular values: the closest there is of that rank.
-- ``linear``: A and B each summed with square roots of the weights. Cheap, but no sum of deltas:
-  A of one adapter meets B of another. Ranks must be equal.
-- ``ties``: A and B each pruned to the largest entries, then those kept that have the majority's
-  sign. Ranks must be equal.
-- ``dare_linear``, ``dare_ties``: A and B each pruned at random and scaled up, then summed, or by
-  majority. Ranks must be equal.
-- ``ties_svd``, ``dare_linear_svd``, ``dare_ties_svd``: the same on the deltas themselves, cut as
-  by ``svd``. Ranks may differ.
+- ``cat``: A and B are stacked, which gives exactly the weighted sum of the deltas; ranks add up.
+- ``svd``: that sum truncated to its largest singular values, the best approximation of that rank.
+- ``linear``: A and B are summed separately, with the square roots of the weights. Cheap, but not
+  the sum of the deltas: A of one adapter meets B of another. Ranks must be equal.
+- ``ties``: A and B are each pruned to the largest entries; of those, the entries that have the
+  majority's sign are kept. Ranks must be equal.
+- ``dare_linear``, ``dare_ties``: A and B are each pruned at random and scaled up, then summed or
+  combined by majority. Ranks must be equal.
+- ``ties_svd``, ``dare_linear_svd``, ``dare_ties_svd``: the same on the deltas themselves, then
+  truncated as by ``svd``. Ranks may differ.
 
-Where PEFT takes ``linear`` for a single adapter, whatever was asked for, this does what was asked.
+For a single adapter PEFT always uses ``linear``; this does what was asked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.subspace import top_right_vectors
 from tlora_mlx.observer import Advance, no_advance
 
-# What adapters of different ranks can be combined by.
+# The types that can combine adapters of different ranks.
 ANY_RANK = ("cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd")
 
 
@@ -43,10 +43,10 @@ class Combination:
 
     Attributes:
         type: one of PEFT's names, above.
-        density: the share of entries that TIES and DARE keep; not used by the others.
-        svd_rank: the rank that ``svd`` and ``…_svd`` cut to; None: the largest of the adapters'.
-        majority_sign: ``total`` (the sign of the sum) or ``frequency`` (of the sum of signs).
-        seed: of DARE's random choice.
+        density: the share of entries that TIES and DARE keep; other types ignore it.
+        svd_rank: the rank that ``svd`` and ``…_svd`` truncate to; None: the adapters' largest.
+        majority_sign: ``total`` (the sign of the sum) or ``frequency`` (that of the sum of signs).
+        seed: for DARE's random choice.
     """
 
     type: str = "cat"
@@ -75,30 +75,30 @@ def combine(
     """One adapter from several, on the first one's base model.
 
     Args:
-        adapters: what ``resolve_adapter`` gave.
-        weights: one each; negative ones subtract.
-        combination: how.
-        base_model: says that all of them are adapters of this model, whatever they name.
-        advance: called at each module.
+        adapters: from ``resolve_adapter``.
+        weights: one per adapter; an adapter with a negative weight is subtracted.
+        combination: how to combine them.
+        base_model: treat them all as adapters of this model, whatever their configurations say.
+        advance: called for each module.
 
     Returns:
-        An adapter whose A and B, float32, have weights and scales folded in: every scale is 1.
+        An adapter with float32 A and B, into which weights and scales are folded: every scale is 1.
 
     Raises:
-        UserError: they are of different base models (both are named), a module's shapes differ, or
-            its ranks do where they must be equal (all such modules are named), or a sum overflows.
+        UserError: the base models differ (both are named), a module's shapes differ, its ranks
+            differ but must be equal (all such modules are named), or a sum overflows.
     """
     _refuse_other_bases(adapters, base_model)
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.plan.modules))
     parts = {name: _parts(adapters, weights, name) for name in names}
     shapes = {name: _shapes(adapters, name) for name in names}
     if faults := [f"{n} has the shapes {_list(s)}" for n, s in shapes.items() if len(set(s)) > 1]:
-        raise UserError(f"the adapters do not fit each other: {'; '.join(faults)}")
+        raise UserError(f"the adapters do not match: {'; '.join(faults)}")
     ranks = {name: [part.a.shape[1] for part in parts[name]] for name in names}
     unequal = [f"{name} has the ranks {_list(r)}" for name, r in ranks.items() if len(set(r)) > 1]
     if unequal and combination.type not in ANY_RANK:
         raise UserError(
-            f"--combine {combination.type} needs equal ranks, and {'; '.join(unequal)}; use one of "
+            f"--combine {combination.type} needs equal ranks, but {'; '.join(unequal)}; use one of "
             f"{', '.join(ANY_RANK)}"
         )
     largest = max(module.rank for adapter in adapters for module in adapter.plan.modules.values())
@@ -140,10 +140,10 @@ def combine_module(
     """A (in, rank) and B (rank, out) of one module, whose delta is (A B)ᵀ: scale 1.
 
     Args:
-        parts: of the adapters that have the module; at least one.
-        combination: how they are combined.
-        largest: the rank that ``svd`` cuts to where the combination names none.
-        key: of DARE's random choice.
+        parts: one for each adapter that has the module; at least one.
+        combination: how to combine them.
+        largest: the rank that ``svd`` truncates to if the combination names none.
+        key: for DARE's random choice.
 
     Raises:
         ValueError: a sum is not finite.
@@ -152,11 +152,11 @@ def combine_module(
     if kind in ("cat", "svd"):
         a = mx.concatenate([part.a for part in parts], axis=1)
         b = mx.concatenate([part.weight * part.scale * part.b for part in parts])
-        return (a, b) if kind == "cat" else _cut(a, b, rank)
+        return (a, b) if kind == "cat" else _truncate(a, b, rank)
     if kind.endswith("_svd"):
         deltas = [part.scale * (part.a @ part.b) for part in parts]
         weights = [part.weight for part in parts]
-        return _cut_dense(_merge(deltas, weights, combination, key), rank)
+        return _truncate_dense(_merge(deltas, weights, combination, key), rank)
     weights = [part.weight * part.scale for part in parts]
     roots = [math.sqrt(abs(weight)) for weight in weights]
     # The sign goes to A alone: on both sides it would cancel out.
@@ -172,7 +172,7 @@ def _merge(
     combination: Combination,
     key: mx.array,
 ) -> mx.array:
-    """Tensors of one shape into one: pruned, and summed with their weights or by majority."""
+    """Merge tensors of one shape: prune them, then take their weighted sum or the majority."""
     kind, density = combination.type, combination.density
     if kind.startswith("ties"):
         tensors = [keep_largest(tensor, density) for tensor in tensors]
@@ -183,7 +183,7 @@ def _merge(
     weighted = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]
     if "ties" not in kind:
         return sum(weighted)
-    # The majority is asked without weights, as in PEFT.
+    # The vote ignores the weights, as in PEFT.
     votes = sum(map(mx.sign, tensors) if combination.majority_sign == "frequency" else tensors)
     majority = mx.where(votes >= 0, 1, -1)
     agrees = [mx.sign(tensor) == majority for tensor in tensors]
@@ -214,10 +214,10 @@ def random_mask(shape: Sequence[int], density: float, key: mx.array) -> mx.array
     return mx.random.bernoulli(density, shape, key=key)
 
 
-def _cut(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """A B cut to its ``rank`` largest singular values; A's columns are orthonormal.
+def _truncate(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """A·B truncated to its ``rank`` largest singular values; A's columns are orthonormal.
 
-    By QR of the factors: only a matrix of their rank is decomposed.
+    With a QR of each factor, only a small matrix of their rank is decomposed.
     """
     _check_finite(a, b)
     q_a, r_a = linalg.qr(a)
@@ -226,8 +226,8 @@ def _cut(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
     return q_a @ u[:, :rank], s[:rank, None] * (vt[:rank] @ q_b.T)
 
 
-def _cut_dense(delta: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """The same for a delta (in, out) that is dense."""
+def _truncate_dense(delta: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """The same for a dense delta (in, out)."""
     _check_finite(delta)
     a = top_right_vectors(delta.T, min(rank, *delta.shape)).T
     return a, a.T @ delta
@@ -263,7 +263,7 @@ def _list(items: Sequence[object]) -> str:
 
 
 def _refuse_other_bases(adapters: Sequence[Adapter], base_model: str | None) -> None:
-    """All adapters must be of one model, by name or by ``base_model``'s word, and of one family."""
+    """Refuse different families and, unless ``base_model`` is given, different models."""
     first = adapters[0]
     for other in adapters[1:]:
         same_family = first.model_type == other.model_type
@@ -271,5 +271,5 @@ def _refuse_other_bases(adapters: Sequence[Adapter], base_model: str | None) -> 
             raise UserError(
                 f"adapters of different base models cannot be combined: {first.label} is of "
                 f"{first.base} ({first.model_type}), {other.label} of {other.base} "
-                f"({other.model_type}); where both names mean one model, say so with --base-model"
+                f"({other.model_type}); if both names mean the same model, pass it as --base-model"
             )

@@ -35,12 +35,12 @@ class Delta(NamedTuple):
 
 
 def float32(tensor: mx.array) -> np.ndarray:
-    """An array of MLX as numpy's, in float32."""
+    """Convert an MLX array to a float32 numpy array."""
     return np.array(tensor.astype(mx.float32))
 
 
 def adapter_delta(adapter: Adapter, name: str) -> Delta | None:
-    """Δ of one of the adapter's modules; None where it has no adapter."""
+    """Δ of a module; None if the module is not adapted."""
     module = adapter.plan.modules[name]
     if not module.rank:
         return None

@@ -1,4 +1,4 @@
-"""Exports of an adapter as an adapter, for Python: a path is taken wherever an adapter is."""
+"""The Python functions that export an adapter as an adapter; each also takes a directory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def export_peft(
     """Write an adapter as a directory that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        adapter: what was read, or the directory of a run, a PEFT or an mlx-lm adapter.
-        output: directory to make; must not exist, or be empty.
+        adapter: an adapter, or the directory of a run, a PEFT adapter or an mlx-lm adapter.
+        output: directory to create; must be new or empty.
         layout: ``portable``: one rank and scale for all modules, right in every reader;
-            ``compact``: exact ranks by ``rank_pattern`` and ``alpha_pattern``.
+            ``compact``: exact ranks, through ``rank_pattern`` and ``alpha_pattern``.
         dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
-        base_model: the ``base_model_name_or_path`` for readers; the adapter's own where it is None.
+        base_model: the ``base_model_name_or_path`` for readers; None: the adapter's own.
 
     Returns:
-        The proof: what was written was read back, and the deltas compared.
+        The result of reading the export back and comparing its deltas.
 
     Raises:
         UserError: as ``PeftFormat.write``, or the adapter cannot be read.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     resolved = resolve_adapter(adapter, base_model)
     return PEFT.write(resolved, Path(output), dtype, base_model, layout)
@@ -52,16 +52,16 @@ def export_mlx_lm(
 
     Args:
         adapter: as for ``export_peft``.
-        output: directory to make; must not exist, or be empty.
+        output: directory to create; must be new or empty.
         dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
-        base_model: the model that the adapter names as its own; the run's where it is None.
+        base_model: the model that the export names as its base; None: the adapter's own.
 
     Returns:
-        The proof: what was written was read back, and the deltas compared.
+        The result of reading the export back and comparing its deltas.
 
     Raises:
         UserError: as ``MlxLmFormat.write``, or the adapter cannot be read.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     return MLX_LM.write(resolve_adapter(adapter, base_model), Path(output), dtype, base_model)
 
@@ -73,14 +73,14 @@ def export_run(
 
     Args:
         adapter: as for ``export_peft``.
-        output: directory to make; must not exist, or be empty.
+        output: directory to create; must be new or empty.
         dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
 
     Returns:
-        The proof: what was written was read back, and the deltas compared.
+        The result of reading the export back and comparing its deltas.
 
     Raises:
-        UserError: the adapter cannot be read, a value overflows ``dtype``, or ``output`` is taken.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        UserError: the adapter cannot be read, a value overflows ``dtype``, or ``output`` exists.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     return RUN.write(resolve_adapter(adapter), Path(output), dtype)

@@ -1,4 +1,4 @@
-"""What a format of adapters does: it recognises a directory, reads it, and writes one."""
+"""What an adapter format does: recognise a directory, read it, and write one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CONFIG = "adapter_config.json"
 
 
 class AdapterFormat(ABC):
-    """One tool's way to keep a LoRA adapter in a directory.
+    """How one tool stores a LoRA adapter in a directory.
 
     Attributes:
-        name: what commands and configurations call it.
-        title: what it is called in sentences.
+        name: its name in commands and configurations.
+        title: its name in sentences.
     """
 
     name: ClassVar[str]
@@ -26,14 +26,14 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether a directory with this ``adapter_config.json`` is of this format."""
+        """Whether a directory with this ``adapter_config.json`` has this format."""
 
     @abstractmethod
     def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """Read a directory that was recognised, under the module names that it uses itself.
+        """Read a directory that was recognised, keeping its own module names.
 
         Raises:
-            UserError: it is not whole, or more than LoRA on linear layers.
+            UserError: it is incomplete, or more than LoRA on linear layers.
         """
 
     @abstractmethod
@@ -43,17 +43,17 @@ class AdapterFormat(ABC):
         """Write an adapter that is bound to a model, and read it back.
 
         Args:
-            adapter: what to write.
-            output: directory to make; must not exist, or be empty.
+            adapter: the adapter.
+            output: directory to create; must be new or empty.
             dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
-            base_model: the model that the export names as its own; the adapter's where it is None.
+            base_model: the model that the export names as its base; None: the adapter's own.
 
         Raises:
             UserError: a value overflows ``dtype``, the format cannot express the adapter, or
-                ``output`` is taken.
-            RunError: it could not be written, or not as it should be; nothing is left of it.
+                ``output`` exists.
+            RunError: writing failed, or what was read back differs; nothing is left behind.
         """
 
     def mlx_names(self, adapter: Adapter, model_type: str) -> dict[str, str | None]:
-        """The MLX name of each of the adapter's modules; None where it is not known."""
+        """The MLX name of each of the adapter's modules; None if unknown."""
         return {name: name for name in adapter.plan.modules}

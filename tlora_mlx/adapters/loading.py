@@ -15,16 +15,16 @@ def load_adapter(adapter: Adapter | str | Path, *, trust_remote_code: bool = Fal
     """Load an adapter's base model with the adapter attached.
 
     Args:
-        adapter: a run, a PEFT LoRA adapter or an mlx-lm adapter: what was read, or its directory.
-            It is loaded on the base model that it names.
-        trust_remote_code: let the model's repository run its own code.
+        adapter: a run, a PEFT LoRA adapter or an mlx-lm adapter, or its directory. It is loaded on
+            the base model that it names.
+        trust_remote_code: allow code from the model's repository to run.
 
     Returns:
-        The base model in evaluation mode, whose adapted layers are ``TLoRALinear``, or
+        The base model in evaluation mode; its adapted layers are ``TLoRALinear``, or
         ``TLoRASwitchLinear`` for experts.
 
     Raises:
-        UserError: the adapter or its base model cannot be loaded, or they do not fit each other.
+        UserError: the adapter or its base model cannot be loaded, or they do not fit together.
     """
     adapter = resolve_adapter(adapter)
     base = load_base_model(adapter.model, trust_remote_code)

@@ -1,4 +1,4 @@
-"""mlx-lm's adapters: one rank and one scale for all of their modules."""
+"""mlx-lm's adapters: one rank and one scale for all modules."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ ADAPTERS = "adapters.safetensors"
 
 
 class MlxLmFormat(AdapterFormat):
-    """An adapter directory as mlx-lm takes it for ``--adapter-path``.
+    """An adapter directory for mlx-lm's ``--adapter-path``.
 
-    mlx-lm knows one rank and one scale for all modules (ml-explore/mlx-lm 0.32.2,
-    ``mlx_lm/tuner/utils.py``: ``load_adapters``, ``linear_to_lora_layers``).
+    mlx-lm supports one rank and one scale for all modules (ml-explore/mlx-lm 0.32.2,
+        ``mlx_lm/tuner/utils.py``: ``load_adapters``, ``linear_to_lora_layers``).
     """
 
     name = "mlx-lm"
     title = "mlx-lm adapter"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """By the keys that mlx-lm's trainer writes."""
+        """Check for the keys that mlx-lm's trainer writes."""
         return "lora_parameters" in config or "fine_tune_type" in config
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """Read an adapter whose tensors are those that mlx-lm would expect; no DoRA, no experts."""
+        """Read a LoRA adapter whose tensors match its configuration; not DoRA, not experts."""
         kind = config.get("fine_tune_type", "lora")
         if kind != "lora":
             raise UserError(
-                f"the mlx-lm adapter {directory} is of type {kind}; only lora can be taken over"
+                f"the mlx-lm adapter {directory} is of type {kind}; only lora is supported"
             )
         parameters = config.get("lora_parameters")
         parameters = parameters if isinstance(parameters, dict) else {}
@@ -55,21 +55,21 @@ class MlxLmFormat(AdapterFormat):
         unknown = [key for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
         if unknown:
             raise UserError(
-                f"the mlx-lm adapter {path} has tensors that are no LoRA of a linear layer: "
-                f"{', '.join(sorted(unknown))}"
+                f"the mlx-lm adapter {path} has tensors that are not LoRA matrices of a linear "
+                f"layer: {', '.join(sorted(unknown))}"
             )
         stacks = sorted({key.rpartition(".")[0] for key, t in tensors.items() if t.ndim == 3})
         if stacks:
             raise UserError(
-                f"the mlx-lm adapter {directory} adapts stacks of experts, which cannot be taken "
-                f"over: {', '.join(stacks)}"
+                f"the mlx-lm adapter {directory} adapts stacks of experts, which is not "
+                f"supported: {', '.join(stacks)}"
             )
         plan = plan_of(path, tensors, rank, rank * scale, lambda name, of_tensor: scale)
         differing = [f"{name} has {m.rank}" for name, m in plan.modules.items() if m.rank != rank]
         if differing:
             raise UserError(
-                f"the mlx-lm adapter {directory} does not fit itself: its configuration has rank "
-                f"{rank}, and {', '.join(differing)}"
+                f"the mlx-lm adapter {directory} is inconsistent: its configuration has rank "
+                f"{rank}, but {', '.join(differing)}"
             )
         model = config.get("model")
         model = model if isinstance(model, str) else None
@@ -81,10 +81,10 @@ class MlxLmFormat(AdapterFormat):
         """Write an adapter for mlx-lm's own ``generate``, ``server`` and ``fuse``.
 
         Every module is padded with zeros to the largest rank, and its scale is folded into B in
-        float32: mlx-lm's is 1. ``keys`` are names inside a block, looked for in the last
-        ``num_layers`` blocks, which is the run's own option. Modules of rank 0 are zeros. Experts
-        are stacked as mlx-lm has them, lora_a (experts, rank, in) and lora_b (experts, out, rank)
-        (``mlx_lm/tuner/lora.py``, ``LoRASwitchLinear``).
+        float32, so that mlx-lm's scale is 1. ``keys`` are names within a block; mlx-lm looks for
+        them in the last ``num_layers`` blocks, which is an option of the run. Modules of rank 0 are
+        zeros. Experts are stacked as in mlx-lm: lora_a (experts, rank, in) and lora_b (experts,
+        out, rank) (``mlx_lm/tuner/lora.py``, ``LoRASwitchLinear``).
         """
         modules = adapter.plan.modules
         rank = max(module.rank for module in adapter.adapted().values())
@@ -110,7 +110,7 @@ MLX_LM = MlxLmFormat()
 
 
 def _padded(adapter: Adapter, rank: int) -> dict[str, mx.array]:
-    """The tensors at one rank, with the scales in B, float32; experts stacked."""
+    """The tensors padded to one rank, with the scales in B, float32; experts stacked."""
     tensors: dict[str, mx.array] = {}
     stacks: dict[str, dict[int, tuple[mx.array, mx.array]]] = {}
     for name, module in adapter.plan.modules.items():
@@ -137,13 +137,13 @@ def _inside_block(name: str) -> str:
 
 
 def _expert(tensors: TensorFile, key: str, number: int) -> np.ndarray:
-    """One expert's matrix of a stack, (experts, rows, columns)."""
+    """One expert's matrix from a stack (experts, rows, columns)."""
     rows = tensors.entries[key].shape[1]
     return float32(tensors.rows(key, number * rows, (number + 1) * rows))
 
 
 def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
-    """Read the adapter back by mlx-lm's rule: scale · B A with one scale and rank."""
+    """Read the adapter back as mlx-lm does: scale · B A with one scale and rank."""
     parameters = read_json(path / CONFIG, "the adapter's configuration")["lora_parameters"]
     rank, scale = parameters["rank"], parameters["scale"]
     tensors = TensorFile(path / ADAPTERS, "the adapter")

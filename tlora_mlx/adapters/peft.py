@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: what their configuration says of each pair of matrices."""
+"""PEFT's LoRA adapters, and what their configuration says about each pair of matrices."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYOUTS = {"portable": portable, "compact": compact}
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Options under which an adapter is more than scale · B A, or sits on more than linear layers
+# Options that make an adapter more than scale · B A, or put it on more than linear layers
 # (huggingface/peft, tuners/lora/config.py).
 MORE_THAN_LORA = (
     "use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices",
@@ -42,30 +42,30 @@ MORE_THAN_LORA = (
     "arrow_config", "kasa_config",
 )  # fmt: skip
 
-# Initialisations that change the base's weights, which the file does not hold (…/lora/layer.py).
+# Initialisations that change the base's weights, which the file lacks (…/lora/layer.py).
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PeftFormat(AdapterFormat):
-    """An adapter directory as ``PeftModel.from_pretrained`` loads it."""
+    """An adapter directory for ``PeftModel.from_pretrained``."""
 
     name = "peft"
     title = "PEFT LoRA adapter"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """By the key that every PEFT configuration has."""
+        """Check for the key that every PEFT configuration has."""
         return "peft_type" in config
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """Read plain LoRA of linear layers, its tensors those of its ranks and patterns.
+        """Read plain LoRA on linear layers, with tensors that match its ranks and patterns.
 
-        ``fan_in_fan_out`` needs no care: it says how the base stores W; A and B are as usual.
+        ``fan_in_fan_out`` is ignored: it says how the base stores W, and A and B are as usual.
         """
         _refuse_more_than_lora(directory, config)
         if not (directory / ADAPTERS).exists() and (directory / "adapter_model.bin").exists():
             raise UserError(
                 f"the PEFT adapter {directory} is a pickle file, adapter_model.bin, which can run "
-                "code; load it with PEFT where you trust it, and save it with save_pretrained"
+                "code; if you trust it, load it with PEFT and save it again with save_pretrained"
             )
         rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's defaults
         if type(rank) is not int or rank < 1 or not is_number(alpha):
@@ -79,14 +79,14 @@ class PeftFormat(AdapterFormat):
                 unknown.append(key)
         if unknown:
             raise UserError(
-                f"the PEFT adapter {directory / ADAPTERS} has tensors that are no LoRA of a "
-                f"linear layer: {', '.join(sorted(unknown))}"
+                f"the PEFT adapter {directory / ADAPTERS} has tensors that are not LoRA matrices "
+                f"of a linear layer: {', '.join(sorted(unknown))}"
             )
 
         parameters = config.get("target_parameters") or []
 
         def target(module: str) -> str:
-            """What PEFT matches patterns with: for a weight that is targeted itself, its name."""
+            """The name that PEFT matches patterns with: the weight's, if that is the target."""
             weight = f"{module}.weight"
             return weight if any(f".{weight}".endswith(f".{p}") for p in parameters) else module
 
@@ -96,14 +96,12 @@ class PeftFormat(AdapterFormat):
 
         plan = plan_of(directory / ADAPTERS, tensors, rank, alpha, scale_of)
         differing = [
-            f"{name} has rank {module.rank}, and {expected} by the configuration"
+            f"{name} has rank {module.rank}, but {expected} in the configuration"
             for name, module in plan.modules.items()
             if module.rank != (expected := ranks.of(target(name), rank))
         ]
         if differing:
-            raise UserError(
-                f"the PEFT adapter {directory} does not fit itself: {'; '.join(differing)}"
-            )
+            raise UserError(f"the PEFT adapter {directory} is inconsistent: {'; '.join(differing)}")
         base = config.get("base_model_name_or_path")
         base = base if isinstance(base, str) and base else None
         return Adapter(plan, tensors, self.name, directory, config, original=base)
@@ -116,17 +114,17 @@ class PeftFormat(AdapterFormat):
         base_model: str | None = None,
         layout: str = "portable",
     ) -> Proof:
-        """Write an adapter for PEFT and, in the portable layout, for all who read its format.
+        """Write an adapter for PEFT and, in the portable layout, for every reader of its format.
 
         ``portable``: every module is padded with zeros to one rank R, ``r = lora_alpha = R``, and
         its scale is folded into B in float32, so that each reader's formula (``lora_alpha / r``, or
-        over the tensor's rank) gives 1. Modules of rank 0 are zeros, so that no reader misses one.
-        ``compact``: exact ranks with ``rank_pattern`` and ``alpha_pattern``, which PEFT alone
-        reads; modules of rank 0 are left out.
+        ``lora_alpha`` over the tensor's rank) gives 1. Modules of rank 0 are zeros, so that no
+        reader misses one. ``compact``: exact ranks with ``rank_pattern`` and ``alpha_pattern``,
+        which only PEFT reads; modules of rank 0 are left out.
 
         Raises:
-            UserError: also: the family or a module has no known Hugging Face name, the original of
-                a quantized base is not known, or the largest rank is above 512 (portable).
+            UserError: in addition, the family or a module has no known Hugging Face name, the
+                original of a quantized base is unknown, or a rank exceeds 512 (portable).
         """
         base_model = adapter.base_on_hugging_face(
             base_model, "name the full-precision Hub repository with --base-model"
@@ -136,7 +134,7 @@ class PeftFormat(AdapterFormat):
         config = {
             "base_model_name_or_path": base_model,
             "bias": "none",
-            # Of Conv1D's weights (in, out): PEFT transposes what it merges; A and B stay.
+            # For Conv1D's weights (in, out): PEFT transposes what it merges, not A and B.
             "fan_in_fan_out": FAMILIES[adapter.model_type].transposed,
             "inference_mode": True,
             "init_lora_weights": True,
@@ -154,7 +152,7 @@ class PeftFormat(AdapterFormat):
             return _prove(adapter, staging, dtype, output)
 
     def mlx_names(self, adapter: Adapter, model_type: str) -> dict[str, str | None]:
-        """From the names of transformers."""
+        """Convert from the names of transformers."""
         return {name: mlx_name(model_type, name) for name in adapter.plan.modules}
 
 
@@ -167,27 +165,27 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
     used = [key for key in MORE_THAN_LORA if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         used.append(f"bias {bias}")
-    # A linear layer's weight targeted as a parameter is that layer; stacks of experts are none.
+    # Targeting a linear layer's weight as a parameter is fine; stacks of experts are not.
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(str(p).endswith(".weight") for p in parameters):
-        used.append("target_parameters that are no linear layer's weight")
+        used.append("target_parameters other than linear layers' weights")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         used.append(
-            f"init_lora_weights {start} (PEFT's save_pretrained makes plain LoRA of it with "
+            f"init_lora_weights {start} (PEFT's save_pretrained converts it to plain LoRA with "
             "path_initial_model_for_weight_conversion)"
         )
     if used:
         raise UserError(
-            f"the PEFT adapter {path} is more than LoRA matrices on linear layers, which is all "
-            f"that can be taken over: it uses {', '.join(used)}"
+            f"the PEFT adapter {path} is more than LoRA matrices on linear layers, and nothing "
+            f"else is supported: it uses {', '.join(used)}"
         )
 
 
 class Patterns:
-    """A table of regular expressions, each with the value of the modules that it matches.
+    """A table of regular expressions, each with the value for the modules that it matches.
 
-    A pattern matches a module's whole name, or its end after a dot; the first that matches counts.
+    A pattern matches a module's whole name, or its end after a dot; the first match wins.
 
     Source: huggingface/peft, ``utils/other.py::get_pattern_key``.
     """
@@ -198,7 +196,7 @@ class Patterns:
         table = config.get(key) or {}
         if not isinstance(table, dict) or not all(map(is_right, table.values())):
             raise UserError(
-                f"the PEFT adapter {path} has a '{key}' that is no table of numbers above 0"
+                f"the PEFT adapter {path} has a '{key}' that is not a table of numbers above 0"
             )
         self._values = []
         for pattern, value in table.items():
@@ -206,28 +204,28 @@ class Patterns:
                 self._values.append((re.compile(rf"(.*\.)?({pattern})$"), value))
             except (re.error, RecursionError, OverflowError) as error:
                 raise UserError(
-                    f"the PEFT adapter {path} has '{pattern}' in its '{key}', which is no regular "
-                    f"expression: {error}"
+                    f"the PEFT adapter {path} has '{pattern}' in its '{key}', which is not a "
+                    f"regular expression: {error}"
                 ) from None
 
     def of(self, module: str, default: Any) -> Any:
-        """The value of a module, or the default where no pattern matches its name."""
+        """The value for a module, or the default if no pattern matches its name."""
         return next((value for regex, value in self._values if regex.match(module)), default)
 
 
 def _patterns(path: Path, config: Mapping[str, Any]) -> tuple[Patterns, Patterns]:
-    """The ranks and the alphas of modules that differ from the configuration's own."""
+    """The ranks and the alphas of the modules that differ from the configuration's defaults."""
     ranks = Patterns(path, config, "rank_pattern", lambda value: type(value) is int and value > 0)
     return ranks, Patterns(path, config, "alpha_pattern", is_number)
 
 
 def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
-    """Read the adapter back by PEFT's rule: lora_alpha over r, unless a pattern matches."""
+    """Read the adapter back as PEFT does: lora_alpha over r, unless a pattern matches."""
     config = read_json(path / CONFIG, "the adapter's configuration")
     ranks, alphas = _patterns(path, config)
     tensors = TensorFile(path / ADAPTERS, "the adapter")
 
-    @lru_cache(maxsize=4)  # all experts of a block are in one pair
+    @lru_cache(maxsize=4)  # all experts of a block share one pair
     def factor(key: str) -> np.ndarray:
         return float32(tensors[key])
 

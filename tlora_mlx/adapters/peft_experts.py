@@ -1,9 +1,9 @@
-"""Experts' adapters as PEFT has them: one for each parameter that holds all experts of a block.
+"""Experts' adapters in PEFT: one for each parameter that holds all experts of a block.
 
 Such an adapter (peft/tuners/lora/layer.py, ParamWrapper) has lora_A (experts · rank, in), expert
 after expert, and lora_B (out, rank · experts), with the experts side by side within each rank. Gate
-and up are one parameter: an expert's two adapters follow each other in the rank, and their B
-in the rows that are theirs.
+and up are one parameter: the two adapters of an expert use consecutive ranks, and their B have
+separate rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.models.names import HFWeight, Rows, hf_weight
 
-# What PEFT calls the module inside of the one that it wraps.
+# PEFT's name for the module that it wraps.
 INNER = ".base_layer"
 
 
@@ -26,11 +26,11 @@ class Stack:
     """The adapters of one parameter's experts.
 
     Attributes:
-        weight: where one of the experts is.
+        weight: the place of one of the experts.
         experts: how many there are.
         shape: (out, in) of an expert's part of the parameter.
         parts: how many parts the parameter's rows have: 2 for gate and up.
-        adapters: by (rows, expert): A (rank, in) and B (out, rank) with its scale, float32.
+        adapters: by (rows, expert): A (rank, in) and scale · B (out, rank), float32.
     """
 
     weight: HFWeight
@@ -40,7 +40,7 @@ class Stack:
     adapters: dict[tuple[Rows | None, int], tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def least_rank(self) -> int:
-        """The least rank of the whole that every expert's parts fit in."""
+        """The smallest rank that holds every expert's parts."""
         ranks = [0] * self.experts
         for (_, expert), (a, _) in self.adapters.items():
             ranks[expert] += a.shape[0]
@@ -61,7 +61,7 @@ class Stack:
 
 
 def expert_stacks(adapter: Adapter) -> dict[str, Stack]:
-    """The adapter's experts by the full name of their parameter; empty where none is a target."""
+    """The adapter's experts by the full name of their parameter; empty if none is a target."""
     stacks: dict[str, Stack] = {}
     for name, module in adapter.plan.modules.items():
         weight = hf_weight(adapter.model_type, name)
@@ -85,12 +85,12 @@ def stacked_tensors(stacks: Mapping[str, Stack], rank: int | None) -> dict[str, 
 
     Args:
         stacks: from ``expert_stacks``.
-        rank: of every adapter; each one's least where it is None.
+        rank: the rank of all of them; None: the smallest that each allows.
     """
     tensors = {}
     for stack in stacks.values():
         key = f"base_model.model.{stack.weight.module}"
-        # PEFT wraps a module once for each of its parameters, down_proj last, so outermost.
+        # PEFT wraps a module once for each of its parameters; down_proj comes last, so outermost.
         if stack.weight.parameter != "down_proj" and f"{stack.weight.module}.down_proj" in stacks:
             key += INNER
         a, b = stack.tensors(rank or stack.least_rank())
@@ -100,7 +100,7 @@ def stacked_tensors(stacks: Mapping[str, Stack], rank: int | None) -> dict[str, 
 
 
 def stack_module(weight: HFWeight, keys: Collection[str]) -> str:
-    """The module by whose name a file with these keys has an expert's adapter."""
+    """The module name under which a file with these keys stores an expert's adapter."""
     inner = f"{weight.module}{INNER}"
     is_inner = weight.parameter != "down_proj" and f"base_model.model.{inner}.lora_A.weight" in keys
     return inner if is_inner else weight.module
@@ -109,7 +109,7 @@ def stack_module(weight: HFWeight, keys: Collection[str]) -> str:
 def expert_part(
     weight: HFWeight, a: np.ndarray, b: np.ndarray, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One expert's A (rank, in) and B (its rows, rank), of those of all: ``Stack.tensors``."""
+    """One expert's A (rank, in) and B (its rows, rank), cut from what ``Stack.tensors`` made."""
     experts = len(a) // rank
     part = b[:, weight.number :: experts]
     rows = weight.rows.slice(len(b)) if weight.rows else slice(None)

@@ -1,4 +1,4 @@
-"""The two layouts of a PEFT adapter: one that every reader gets right, and PEFT's own."""
+"""The two layouts of a PEFT adapter: one that all readers get right, and one for PEFT alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _hf_names(adapter: Adapter) -> dict[str, str]:
-    """MLX module name -> Hugging Face module name, of all target modules but experts."""
+    """MLX module name -> Hugging Face module name, for all target modules except experts."""
     model_type = adapter.model_type
     weights = {name: hf_weight(model_type, name) for name in adapter.plan.modules}
     return {name: weight.module for name, weight in weights.items() if not weight.parameter}
@@ -28,7 +28,7 @@ def _hf_names(adapter: Adapter) -> dict[str, str]:
 def targets_and_parameters(
     adapter: Adapter, hf_names: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """Which of these modules PEFT is told of as modules, and the weights of the others; sorted."""
+    """Split modules into those that PEFT targets as modules and as parameters; both sorted."""
     as_parameters = FAMILIES[adapter.model_type].as_parameters
     modules, parameters = [], []
     for name in sorted(hf_names):
@@ -89,7 +89,7 @@ def portable(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
         int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in [*names.values(), *stacks]
     }
     if min(blocks) > 0:
-        # The last blocks alone (--num-layers): PEFT would make adapters in the others too.
+        # Only the last blocks (--num-layers): otherwise PEFT would adapt the others too.
         pattern = prefix.rsplit(".", 1)[-1]
         config |= {"layers_to_transform": sorted(blocks), "layers_pattern": pattern}
     return tensors, config
@@ -104,7 +104,7 @@ def compact(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
         a_key, b_key = tensor_keys(names[name])
         tensors[a_key] = adapter.tensors[f"{name}.lora_a"].T
         tensors[b_key] = adapter.tensors[f"{name}.lora_b"].T
-        # PEFT matches r"(.*\.)?(key)$": anchored and escaped, so that layers.1 is not layers.11's.
+        # PEFT matches r"(.*\.)?(key)$": anchored and escaped, to tell layers.1 from layers.11.
         [[target]] = filter(None, targets_and_parameters(adapter, [names[name]]))
         pattern = f"^{re.escape(target)}$"
         ranks[pattern] = module.rank

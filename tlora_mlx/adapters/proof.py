@@ -1,4 +1,4 @@
-"""Proof of an export: what was written is read back, and its deltas are compared."""
+"""Proof of an export: read back what was written, and compare the deltas."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tlora_mlx.adapters.delta import Delta, adapter_delta
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.storage.blocks import blocks
 
-# Rounding to a dtype of p significant bits is off by at most 2^-p of the value, or by half of the
+# Rounding to a dtype with p significant bits is off by at most 2^-p of the value, or by half the
 # smallest subnormal number.
 ROUNDING = {"float32": (2.0**-24, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
 
-# Sums in float32 may be taken in another order when they are taken again.
+# A float32 sum that is recomputed may add its terms in another order.
 NOISE = 2.0**-20
 
 
 @dataclass
 class Errors:
-    """How far Δ as written is from the adapter's Δ in one module, or in some rows of it.
+    """How far the written Δ is from the adapter's Δ in a module, or in some of its rows.
 
     Attributes:
-        largest: the largest |written - Δ| of an entry.
+        largest: the largest |written - Δ| of any entry.
         squares: Σ (written - Δ)².
         delta: Σ Δ².
         along: Σ written · Δ.
@@ -41,7 +41,7 @@ class Errors:
 
     @staticmethod
     def of(error: np.ndarray, delta: np.ndarray) -> Errors:
-        """From ``written - delta`` and ``delta``, float32 of one shape."""
+        """Measure ``written - delta`` and ``delta``, float32 of the same shape."""
         error, delta = error.reshape(-1), delta.reshape(-1)
         squares = float(delta @ delta)
         along = squares + float(error @ delta)
@@ -64,64 +64,64 @@ class Errors:
 
     @property
     def surviving(self) -> float:
-        """⟨written, Δ⟩ / ‖Δ‖²: the share of Δ that is in what was written."""
+        """⟨written, Δ⟩ / ‖Δ‖²: the share of Δ that was written."""
         return self.along / self.delta if self.delta else 1.0
 
 
 @dataclass
 class Proof:
-    """What reading an export back has shown: the result of every writer.
+    """What reading an export back has shown; every writer returns one.
 
     Attributes:
-        directory: what was written.
-        modules: by full name, how far each one's Δ is from the adapter's.
+        directory: the export.
+        modules: each module's errors, by its full name.
     """
 
     directory: Path
     modules: dict[str, Errors] = field(default_factory=dict)
 
     def add(self, name: str, errors: Errors) -> None:
-        """Count rows of a module in."""
+        """Add the errors of some rows of a module."""
         self.modules[name] = self.modules.get(name, Errors()) + errors
 
     @property
     def total(self) -> Errors:
-        """All modules together."""
+        """The errors of all modules together."""
         return sum(self.modules.values(), Errors())
 
     def worst(self, key: Callable[[Errors], float]) -> str:
-        """The module with the largest of something."""
+        """The module with the largest value of ``key``."""
         return max(self.modules, key=lambda name: key(self.modules[name]))
 
     def summary(self) -> str:
         """One line for the user."""
         if not self.modules:
-            return "read back: no module has an adapter"
-        total, worst = self.total, self.worst(lambda errors: errors.relative)
+            return "nothing to verify: no module has an adapter"
+        total = self.total
+        worst = f" in {self.worst(lambda errors: errors.largest)}" if total.largest else ""
         return (
-            f"read back: the deltas of {len(self.modules)} modules are there, largest error "
-            f"{total.largest:.2g} in {self.worst(lambda errors: errors.largest)}; relative to the "
-            f"delta {total.relative:.2g} overall, {self.modules[worst].relative:.2g} in {worst}"
+            f"verified {len(self.modules)} modules: max absolute error {total.largest:.2g}{worst} "
+            f"(relative {total.relative:.2g})"
         )
 
 
 def prove_adapter(
     adapter: Adapter, read: Callable[[str], Delta | None], dtype: str, output: Path
 ) -> Proof:
-    """Compare an adapter that was read back with the one that was written, module by module.
+    """Compare an adapter that was read back with the original, module by module.
 
-    Where the factors are the same, so is their product. Else it is formed, and an entry may be off
-    by what rounding every entry of A and B to ``dtype`` can come to.
+    If the factors are equal, so is their product. Otherwise it is computed, and its entries may
+    differ by as much as rounding A and B to ``dtype`` can cause.
 
     Args:
-        adapter: what was written.
-        read: Δ of a module by its MLX name, by the format's own reading rule; None where the file
-            has no adapter for it.
-        dtype: of the written tensors.
-        output: the name that the directory gets.
+        adapter: the original.
+        read: gives a module's Δ, by its MLX name, as readers of the format compute it; None if
+            the file has no adapter for it.
+        dtype: that of the written tensors.
+        output: the final name of the directory.
 
     Raises:
-        RunError: a module's Δ is another.
+        RunError: a module's Δ differs.
     """
     unit, least = ROUNDING[dtype]
     proof = Proof(output)
@@ -138,7 +138,7 @@ def prove_adapter(
             if expected is not None:
                 proof.add(name, Errors())
             continue
-        # |Σ b·a| ≤ ‖b‖ ‖a‖, and what a rounding to dtype's subnormal numbers may add to it.
+        # |Σ b·a| ≤ ‖b‖ ‖a‖, plus what rounding to dtype's subnormal numbers may add.
         b = np.sqrt(np.square(wanted.b).sum(axis=1, keepdims=True))
         a = np.sqrt(np.square(wanted.a).sum(axis=0, keepdims=True))
         floor = least * max(1.0, abs(module.scale)) * math.sqrt(wanted.b.shape[1])
@@ -155,7 +155,7 @@ def prove_adapter(
 
 
 def _same(found: Delta, wanted: Delta) -> bool:
-    """Whether the factors are the same, but for a padding with zeros."""
+    """Whether the factors are the same, apart from padding with zeros."""
     rank = wanted.b.shape[1]
     padding = found.b[:, rank:].any() and found.a[rank:].any()
     same = np.array_equal(found.b[:, :rank], wanted.b) and np.array_equal(found.a[:rank], wanted.a)
@@ -165,14 +165,14 @@ def _same(found: Delta, wanted: Delta) -> bool:
 def compare_merged(
     name: str, weight: np.ndarray, merged: np.ndarray, delta: np.ndarray, dtype: str
 ) -> Errors:
-    """Compare W + Δ as it was written with W and Δ; rounding to ``dtype`` is allowed.
+    """Compare the written W + Δ with W and Δ; rounding to ``dtype`` is allowed.
 
     Args:
-        name: of the weight.
-        weight: W, float32; it, and the next two, are overwritten.
+        name: the weight's name.
+        weight: W, float32; this and the next two arrays are overwritten.
         merged: what was written, as float32.
         delta: Δ.
-        dtype: of what was written.
+        dtype: that of the written weight.
 
     Raises:
         UserError: W + Δ is not finite.
@@ -197,10 +197,10 @@ def compare_merged(
 
 
 def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:
-    """The tensors in a dtype that is called ``float32``, ``float16`` or ``bfloat16``.
+    """Cast tensors to the dtype named ``float32``, ``float16`` or ``bfloat16``.
 
     Raises:
-        UserError: values overflow it; all such tensors are named.
+        UserError: values overflow; all such tensors are named.
     """
     cast = {key: value.astype(getattr(mx, dtype)) for key, value in tensors.items()}
     overflown = [key for key, value in cast.items() if not mx.isfinite(value).all().item()]
@@ -210,8 +210,8 @@ def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.arr
 
 
 def mismatch_error(name: str) -> RunError:
-    """The error where a module was not written as it should be."""
+    """The error for a module that was not written correctly."""
     return RunError(
-        f"what was written for {name} is not what the adapter holds, so nothing is kept of it; "
-        "look for a failing disk or memory, and export again"
+        f"what was written for {name} differs from the adapter, so the export was deleted; check "
+        "the disk and the memory, and export again"
     )

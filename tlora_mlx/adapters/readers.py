@@ -1,7 +1,7 @@
-"""By which scale each reader would take an adapter, and which of them get it wrong.
+"""The scale that each reader would apply to an adapter, and which of them get it wrong.
 
-Readers disagree on ranks and scales that differ per module, and on rsLoRA, without a word. The
-rules are from their sources: huggingface/peft ``tuners/lora/layer.py``; vllm-project/vllm
+Readers silently disagree on ranks and scales that differ per module, and on rsLoRA. The rules are
+from their sources: huggingface/peft ``tuners/lora/layer.py``; vllm-project/vllm
 ``vllm/lora/peft_helper.py``; sgl-project/sglang ``python/sglang/srt/lora/lora.py``; ggml-org's
 llama.cpp ``src/llama-adapter.h``; NVIDIA/TensorRT-LLM ``tensorrt_llm/lora_manager.py``;
 huggingface/text-generation-inference ``server/text_generation_server/adapters/lora.py``;
@@ -23,12 +23,12 @@ from tlora_mlx.adapters.peft_layouts import PORTABLE_RANKS
 
 @dataclass(frozen=True)
 class Reading:
-    """How one reader takes an adapter.
+    """How one reader interprets an adapter.
 
     Attributes:
-        scales: the effective scale per adapted module, 0 where the reader drops it; empty where it
-            does not load the adapter.
-        fault: what is wrong with that, in a few words; None where the reader is right.
+        scales: the effective scale per adapted module, 0 if the reader drops the module; empty if
+            it does not load the adapter.
+        fault: what is wrong, in a few words; None if the reader is right.
     """
 
     reader: str
@@ -41,10 +41,10 @@ class _Rule(NamedTuple):
 
     Attributes:
         over_tensor: ``lora_alpha`` is divided by the tensor's own rank, not the configuration's.
-        rslora: ``use_rslora`` is known.
+        rslora: the reader supports ``use_rslora``.
         one_rank: all tensors must have the configuration's rank.
         names_only: ``target_modules`` must be a list of names.
-        whole_kinds: a kind of module that is missing in one block is dropped in all.
+        whole_kinds: a kind of module that is missing from one block is dropped in all.
     """
 
     over_tensor: bool
@@ -63,13 +63,13 @@ RULES = {
 }
 
 
-# By the format: who reads it exactly as it is meant, and where patterns may be ignored.
+# By format: the readers that read it exactly as meant, and the formats with patterns to ignore.
 OWN_READERS = {"peft": ("PEFT",), "mlx-lm": ("mlx-lm",)}
 PATTERN_SOURCES = {"peft"}
 
 
 def readings(adapter: Adapter) -> list[Reading]:
-    """How each reader of the adapter's format takes it; a run has no reader but this package."""
+    """How each reader of the adapter's format interprets it; only this package reads runs."""
     meant = {name: module.scale for name, module in adapter.plan.adapted().items()}
     own = [Reading(reader, meant, None) for reader in OWN_READERS.get(adapter.source, ())]
     others = RULES if adapter.source in PATTERN_SOURCES else {}
@@ -94,7 +94,7 @@ def _reading(adapter: Adapter, reader: str, rule: _Rule, meant: dict[str, float]
 
 
 def _in_broken_kinds(names: Iterable[str]) -> list[str]:
-    """The modules whose kind is missing in a block up to the last one that is adapted."""
+    """The modules whose kind is missing from any block up to the last adapted one."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         if found := re.search(r"\.(\d+)\.(.+)", name):
@@ -105,5 +105,5 @@ def _in_broken_kinds(names: Iterable[str]) -> list[str]:
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The ``--max-lora-rank`` that vLLM needs for a rank; None where it serves none so large."""
+    """The ``--max-lora-rank`` that vLLM needs for a rank; None if it serves none that large."""
     return next((served for served in PORTABLE_RANKS if served >= rank), None)

@@ -1,4 +1,4 @@
-"""Any adapter directory, whoever made it: which format it has, as it is, and on its base model."""
+"""Any adapter directory: find its format, read it, and bind it to its base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.models.base_model import Description, describe_base_model
 from tlora_mlx.storage.files import read_json, user_path
 
-# The first that recognises a directory reads it.
+# The first format that recognises a directory reads it.
 FORMATS = {format.name: format for format in (PEFT, RUN, MLX_LM)}
 
 
@@ -25,11 +25,11 @@ def read_adapter(path: str | Path) -> Adapter:
         path: the adapter's directory.
 
     Returns:
-        The adapter under its own tool's module names; A and B are oriented as MLX keeps them, in
-        the dtype of the file.
+        The adapter with its own tool's module names; A and B are oriented as in MLX, in the dtype
+        of the file.
 
     Raises:
-        UserError: it is none of them, or not whole, or more than LoRA on linear layers.
+        UserError: it is none of them, incomplete, or more than LoRA on linear layers.
     """
     path = user_path(path)
     if not path.is_dir():
@@ -40,21 +40,21 @@ def read_adapter(path: str | Path) -> Adapter:
         if format.recognises(config):
             return format.read(path, config)
     raise UserError(
-        f"{path} is no run, PEFT adapter or mlx-lm adapter: {CONFIG} has no 'peft_type', "
+        f"{path} is not a run, PEFT adapter or mlx-lm adapter: {CONFIG} has no 'peft_type', "
         "'lora_parameters' or 'fine_tune_type'"
     )
 
 
 def bind_to_model(adapter: Adapter, base: Description) -> Adapter:
-    """An adapter on a model, under MLX's module names.
+    """Bind an adapter to a model, with MLX's module names.
 
     Args:
-        adapter: what ``read_adapter`` read.
+        adapter: from ``read_adapter``.
         base: the model, with or without its weights.
 
     Raises:
-        UserError: it is of another family, the MLX name of a module is not known, or it does not
-            fit the model; all faults in one message.
+        UserError: its family differs, the MLX name of a module is unknown, or it does not fit the
+            model; all faults in one message.
     """
     if adapter.model_type is None:
         names = FORMATS[adapter.source].mlx_names(adapter, base.model_type)
@@ -64,19 +64,19 @@ def bind_to_model(adapter: Adapter, base: Description) -> Adapter:
 
 
 def resolve_adapter(adapter: Adapter | str | Path, base_model: str | None = None) -> Adapter:
-    """Any adapter under MLX's module names, with its base model's name.
+    """Read an adapter if necessary, and give its modules MLX's names.
 
     Args:
-        adapter: what was read, or the directory of a run, a PEFT LoRA adapter or an mlx-lm adapter.
-        base_model: for another tool's adapter: the model that it is to be loaded on, as a
-            directory or Hub repository, instead of the one that it names. Of it only
-            ``config.json`` is read. A run keeps its own.
+        adapter: an adapter, or the directory of a run, a PEFT LoRA adapter or an mlx-lm adapter.
+        base_model: for another tool's adapter: the model to load it on, a directory or Hub
+            repository, instead of the one that it names. Only its ``config.json`` is read. A run
+            keeps its own.
 
     Returns:
-        The adapter, with A and B in the dtype of the file.
+        The adapter with its base model's name; A and B are in the dtype of the file.
 
     Raises:
-        UserError: it cannot be read, its base model is not found, or a module has no known name.
+        UserError: it cannot be read, its base model is not found, or a module's name is unknown.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)

@@ -1,4 +1,4 @@
-"""A run directory as an adapter: what ``train`` made, or another tool's adapter taken over."""
+"""A run directory as an adapter: made by ``train``, or from another tool's adapter."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class RunFormat(AdapterFormat):
     title = "run of tlora_mlx.train"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """By the type of fine-tuning."""
+        """Check the type of fine-tuning."""
         return config.get("fine_tune_type") == "tlora"
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """The run; its tensors are read from the file when they are asked for."""
+        """Read the run; its tensors are read from the file on demand."""
         path = directory / CONFIG
         missing = [key for key in ("model", "model_type") if not isinstance(config.get(key), str)]
         if missing:
             raise UserError(f"{path} has no {' and no '.join(map(repr, missing))}")
         if not isinstance(config.get("base_model"), (str, type(None))):
-            raise UserError(f"'base_model' in {path} is no name")
+            raise UserError(f"'base_model' in {path} is not a name")
         if type(config.get("num_layers", -1)) is not int:
-            raise UserError(f"'num_layers' in {path} is no whole number")
+            raise UserError(f"'num_layers' in {path} is not a whole number")
         try:
             plan = RankPlan.from_dict(read_json(directory / PLAN, "the run's rank plan"))
         except ValueError as error:
-            raise UserError(f"the rank plan {directory / PLAN} is not right: {error}") from None
+            raise UserError(f"the rank plan {directory / PLAN} is invalid: {error}") from None
         tensors = TensorFile(directory / ADAPTERS, "the run's adapter")
         shapes = {name: (m.out_features, m.in_features) for name, m in plan.modules.items()}
         faults = adapter_faults(plan, tensors, shapes)
@@ -70,7 +70,7 @@ class RunFormat(AdapterFormat):
     def write(
         self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
     ) -> Proof:
-        """Write a run directory that every command reads; it has no metrics and no checkpoints."""
+        """Write a run directory without metrics and checkpoints, which every command can read."""
         tensors = cast_finite(dict(adapter.tensors), dtype)
         config = {
             "versions": {"tlora_mlx": __version__},
@@ -94,19 +94,19 @@ def read_run(path: str | Path) -> Adapter:
     """Read a run directory without its base model.
 
     Args:
-        path: what ``train`` or ``export_run`` made.
+        path: a directory from ``train`` or ``export_run``.
 
     Returns:
-        The run; its tensors are read from the file when they are asked for.
+        The run; its tensors are read from the file on demand.
 
     Raises:
-        UserError: it is no run directory, or a file is missing, damaged or does not fit the plan;
-            all tensors at fault are named.
+        UserError: it is not a run directory, or a file is missing, damaged or does not fit the
+            plan; all tensors at fault are named.
     """
     path = user_path(path)
     if not path.is_dir():
         raise UserError(f"run directory {path} does not exist")
     config = read_json(path / CONFIG, "the run's configuration")
     if not isinstance(config, dict) or not RUN.recognises(config):
-        raise UserError(f"{path} is no run of tlora_mlx.train: {CONFIG} is another tool's")
+        raise UserError(f"{path} is not a run of tlora_mlx.train: its {CONFIG} is another tool's")
     return RUN.read(path, config)

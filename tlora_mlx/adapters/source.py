@@ -1,4 +1,4 @@
-"""What is exported: one adapter directory, or several combined into one."""
+"""What to export: one adapter directory, or several combined into one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tlora_mlx.storage.files import user_path
 def read_source(
     config: AdapterOptions, base_model: str | None = None, observer: Observer = SILENT
 ) -> Adapter:
-    """Read the adapter that the options name, or combine those that they name.
+    """Read the adapter that the options name, or combine several.
 
     Raises:
         UserError: one cannot be read, or they cannot be combined.
@@ -43,7 +43,7 @@ def path_and_weight(text: str) -> tuple[str, float]:
     """``PATH:WEIGHT``, or ``PATH`` with weight 1.
 
     Raises:
-        UserError: the weight is no finite number.
+        UserError: the weight is not a finite number.
     """
     path, colon, number = text.rpartition(":")
     if not colon or user_path(text).exists():
@@ -53,5 +53,5 @@ def path_and_weight(text: str) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UserError(f"--adapter {text}: the weight after the colon is no finite number")
+        raise UserError(f"--adapter {text}: the weight after the colon is not a finite number")
     return path, weight

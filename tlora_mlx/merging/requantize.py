@@ -80,10 +80,10 @@ class QuantizedProof(Proof):
         """One line for the user: how much of the deltas survives."""
         least = self.worst(lambda errors: -errors.surviving)
         return (
-            f"read back {len(self.modules)} modules, quantized again: "
+            f"verified {len(self.modules)} modules, quantized again: "
             f"{self.total.surviving:.1%} of the delta survives overall, "
-            f"{self.modules[least].surviving:.1%} in {least}; the error is "
-            f"{self.total.relative:.2g} of the delta (--dequantize keeps all of it)"
+            f"{self.modules[least].surviving:.1%} in {least}; relative error "
+            f"{self.total.relative:.2g} (--dequantize keeps the whole delta)"
         )
 
 
