@@ -392,7 +392,7 @@ def test_a_process_is_killed_and_the_run_gone_on_with(ranks, model_path, data_pa
     codes, outputs = three.wait(60)
     assert codes == [1, 1, -signal.SIGKILL], outputs
     assert outputs[0].count("error: process 2 on ") == 1
-    assert "ended without a word; what was saved is whole" in outputs[0]
+    assert "ended unexpectedly; what was saved is intact" in outputs[0]
     assert "error: " not in outputs[1]
     codes, outputs = ranks(3, command, "train", ["--adapter-path", run, "--resume"]).wait()
     assert codes == [0, 0, 0], outputs
@@ -419,7 +419,7 @@ def test_a_process_hangs(ranks, model_path, data_path, tmp_path):
     two.processes[0].join(60)
     codes, outputs = two.wait(0)
     assert codes == [1, None], outputs
-    assert "was not heard of for 6 s" in outputs[0]
+    assert "has been silent for 6 s" in outputs[0]
 
 
 def test_all_stopped_and_gone_on(ranks, model_path, data_path, tmp_path):
@@ -472,7 +472,8 @@ def alone(rank):
 def test_a_process_that_never_starts(ranks):
     codes, outputs = ranks(2, alone).wait(60)
     assert codes == [-signal.SIGTERM, 0], outputs
-    assert outputs[0] == "error: the processes did not find each other in 1 s; did all start?\n"
+    expected = "error: the processes did not find each other within 1 s; did they all start?\n"
+    assert outputs[0] == expected
 
 
 def out_of_reach(rank):

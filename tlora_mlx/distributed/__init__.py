@@ -1,1 +1,1 @@
-"""Several processes under ``mlx.launch``: what they tell each other, and who is gone."""
+"""Several processes under ``mlx.launch``: how they exchange data and notice that one has died."""

@@ -1,9 +1,9 @@
-"""Several processes (``mlx.launch``) as one: sums, shares, and what the first of them says.
+"""Several processes (``mlx.launch``) working as one: sums, shares, and broadcasts.
 
-Every function here is called by all processes in the same order, and one collective is under way at
-a time: what goes in is evaluated before and what comes out after, on the CPU stream, so that the
-GPU never waits for the network (such waits have deadlocked and been killed: ml-explore/mlx issues
-3830, 4475). Where there is one process, everything is itself.
+All processes must call these functions in the same order, and only one collective runs at a time:
+its input is evaluated before it and its output after it, on the CPU stream, so that the GPU never
+waits for the network (such waits have deadlocked and been killed: ml-explore/mlx issues 3830,
+4475). With a single process, every function returns its input.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-# Bytes that go into one collective, so that each takes seconds at most, on a slow network too.
+# Bytes per collective: few enough that each takes seconds at most, even on a slow network.
 PIECE = 2**24
-# Seconds in which a watch over this process, where there is one, ends it and says why.
-WATCHED = 2.0
-# How many collectives this process has begun and ended: whoever watches over it reads them.
+# Seconds that the watch, if there is one, gets to end this process and say why.
+WATCH_DELAY = 2.0
+# How many collectives this process has begun and ended; the watch reads them.
 begun = 0
 ended = 0
 
 
 def processes() -> int:
-    """How many there are."""
+    """How many processes there are."""
     return mx.distributed.init().size()
 
 
 def rank() -> int:
-    """This process's number, from 0 on."""
+    """This process's number, counted from 0."""
     return mx.distributed.init().rank()
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Whether this is the process that prints and writes for all."""
     return rank() == 0
 
 
 def share(items: list) -> list:
-    """This process's part of a list that all processes have; the whole where there is only one."""
+    """This process's part of a list that all processes have; all of it if there is only one."""
     return items[rank() :: processes()]
 
 
@@ -50,7 +50,7 @@ def total(array: mx.array) -> mx.array:
     """The sum of all processes' arrays, evaluated: the same bits everywhere.
 
     Raises:
-        ConnectionError: another process is gone.
+        ConnectionError: the connection to another process was lost.
     """
     mx.eval(array)
     if processes() == 1 or array.size == 0:
@@ -64,7 +64,7 @@ def total(array: mx.array) -> mx.array:
 
 
 def total_of_tree(tree: Any) -> Any:
-    """``total`` of every array in a tree of float32 arrays, in as few collectives as can be."""
+    """``total`` of every array in a tree of float32 arrays, in as few collectives as possible."""
     if processes() == 1:
         return tree
     arrays = [array for _, array in tree_flatten(tree)]
@@ -75,14 +75,14 @@ def total_of_tree(tree: Any) -> Any:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers (of 32 bits)."""
+    """The largest of all processes' numbers (32-bit integers)."""
     if processes() == 1:
         return number
     return int(_collective(mx.distributed.all_max, mx.array([number], mx.int32)).item())
 
 
 def from_process(number: int, value: Any) -> Any:
-    """What process ``number`` gives, to all: anything that JSON can hold; others' is ignored."""
+    """Send process ``number``'s value (anything JSON can hold) to all; the others' is ignored."""
     if processes() == 1:
         return value
     text = json.dumps(value).encode() if rank() == number else b""
@@ -92,17 +92,17 @@ def from_process(number: int, value: Any) -> Any:
 
 
 def from_first(value: Any) -> Any:
-    """What the first process gives, to all: anything that JSON can hold."""
+    """Send the first process's value (anything JSON can hold) to all."""
     return from_process(0, value)
 
 
 def from_each(value: Any) -> list:
-    """What each process gives, in their order."""
+    """All processes' values, in their order."""
     return [from_process(number, value) for number in range(processes())]
 
 
 def tensors_from_first(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The first process's arrays, to all, bit for bit; the others need not know their names."""
+    """Send the first process's arrays to all, bit for bit; the others need not know the names."""
     if processes() == 1:
         return dict(tensors)
     header = from_first(
@@ -126,8 +126,8 @@ def _collective(operation: Callable[..., mx.array], array: mx.array) -> mx.array
     try:
         result = operation(array, stream=mx.cpu)
         mx.eval(result)
-    except RuntimeError as error:  # the ring's, since MLX 0.32; before, it waits for ever
-        time.sleep(WATCHED)
+    except RuntimeError as error:  # from the ring, since MLX 0.32; older versions wait forever
+        time.sleep(WATCH_DELAY)
         raise ConnectionError(f"the connection to another process was lost: {error}") from None
     ended += 1
     return result

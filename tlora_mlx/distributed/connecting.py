@@ -1,4 +1,4 @@
-"""How the processes under ``mlx.launch`` find their neighbours in the ring, to watch each other."""
+"""How processes under ``mlx.launch`` connect to their ring neighbours, to watch each other."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tlora_mlx.distributed import collectives
 from tlora_mlx.distributed.watch import Watch
 from tlora_mlx.errors import first_line
 
-# How long the processes may take to find each other, and neighbours to connect after that.
+# Seconds that the processes may take to find each other, and neighbours to connect after that.
 START = 50.0
 CONNECT = 15.0
 
 
 def start() -> Watch | None:
-    """Connect this process to its neighbours and begin to watch; None where that is not possible.
+    """Connect this process to its neighbours and start watching; None if that is not possible.
 
-    The addresses are those that the launcher gave; ports are the system's choice.
+    The addresses come from the launcher; the system chooses the ports.
     """
     with _bounded(START):
         return _connect() if collectives.processes() > 1 else None
@@ -34,12 +34,12 @@ def start() -> Watch | None:
 
 @contextmanager
 def _bounded(seconds: float) -> Iterator[None]:
-    """End this process, with a sentence, unless the block ends in time.
+    """End this process, with an error message, unless the block finishes in time.
 
-    MLX holds Python's lock while it looks for the others, for ever if need be, so no thread could
-    do this: a child process does.
+    MLX holds Python's lock while it looks for the others, possibly forever, so a thread could not
+    do this; a child process does.
     """
-    message = f"the processes did not find each other in {seconds:.0f} s; did all start?"
+    message = f"the processes did not find each other within {seconds:.0f} s; did they all start?"
     script = 'sleep "$1"; [ "$(ps -o ppid= -p $$)" -eq "$2" ] && echo "error: $3" >&2 && kill "$2"'
     command = ["sh", "-c", script, "sh", str(seconds), str(os.getpid()), message]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -72,7 +72,7 @@ def _connect() -> Watch | None:
         link.close()
     if rank == 0:
         print(
-            "warning: the processes cannot watch each other, so if one dies, end the others "
+            "warning: the processes cannot watch each other, so if one dies, stop the others "
             f"yourself: no connection between {faults[0]}",
             file=sys.stderr,
         )
@@ -80,7 +80,7 @@ def _connect() -> Watch | None:
 
 
 def _accept(server: socket.socket, token: bytes) -> socket.socket:
-    """The connection of whoever knows the token."""
+    """The connection from the process that sends the token."""
     end = time.monotonic() + CONNECT
     while True:
         server.settimeout(max(0.1, end - time.monotonic()))
@@ -93,8 +93,8 @@ def _accept(server: socket.socket, token: bytes) -> socket.socket:
 
 
 def _address(rank: int) -> str:
-    """Where the left neighbour reaches this process."""
-    if path := os.environ.get("MLX_HOSTFILE"):  # the ring: addresses of each process
+    """The address at which the left neighbour reaches this process."""
+    if path := os.environ.get("MLX_HOSTFILE"):  # the ring: each process's addresses
         return json.loads(Path(path).read_text())[rank][0].rsplit(":", 1)[0]
     coordinator = os.environ.get("MLX_JACCL_COORDINATOR")  # the first process's address
     if coordinator is None:  # MPI
@@ -103,5 +103,5 @@ def _address(rank: int) -> str:
     if rank == 0:
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))  # sends nothing, but chooses the way there
+        probe.connect((host, int(port)))  # sends nothing, but picks the local address
         return probe.getsockname()[0]

@@ -1,17 +1,17 @@
 """Processes under ``mlx.launch`` watch each other, so that none waits for one that is gone.
 
-A collective of MLX waits for ever for a process that hangs, in some versions for one that died too
-(ml-explore/mlx issues 3862, 4475), and the launcher sees neither. So each process has a thread that
-holds a connection to either neighbour in a ring, sends a beat every second and listens for theirs:
-beats go on while the process computes, loads or validates, however long that takes. The process
-ends, with one sentence, when
+An MLX collective waits forever for a process that hangs, and in some versions for one that died
+(ml-explore/mlx issues 3862, 4475); the launcher notices neither. So each process has a thread that
+is connected to both neighbours in a ring, sends a heartbeat every second and listens for theirs.
+Heartbeats continue while the process computes, loads or validates, however long that takes. The
+process ends, with a one-sentence error, when
 
 - a neighbour's connection closes without a farewell: it was killed, or crashed;
-- a neighbour has not been heard of for ``SILENCE`` seconds: it is stopped, or the network is down;
+- a neighbour has been silent for ``SILENCE`` seconds: it is stopped, or the network is down;
 - all have been in the same collective for ``STUCK`` seconds: MLX is deadlocked.
 
-A failure in any process is told to all, said once, by the first process where that is alive, and
-ends all with the same exit code.
+A failure in any process is sent to all and ends all with the same exit code. It is printed once, by
+the first process if that is alive.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from tlora_mlx.distributed import collectives
 BEAT = 1.0
 SILENCE = 30.0
 STUCK = 30.0
-# How long a process may go on by itself when all are to end: the first one may be saving.
+# How long a process may keep running once all should end: the first one may be saving.
 GRACE = 20.0
-# How long a process that ends waits for the others to hear of it.
+# How long a process that ends waits for the others to learn of it.
 FAREWELL = 5.0
 TICK = 0.2
 PAUSE = 3.0
-SAVED = "what was saved is whole, and tlora_mlx.train --resume goes on from it"
+RESUME_HINT = "what was saved is intact; tlora_mlx.train --resume continues from it"
 
 
 @dataclass
 class _Link:
-    """What is known of a neighbour: its number, when it was heard of last, and half a message."""
+    """A neighbour: its number, when it was last heard from, and its incomplete message, if any."""
 
     number: int
     heard: float
@@ -56,7 +56,7 @@ class _Failure:
 
     Attributes:
         message: one sentence.
-        begun: how many collectives the process had begun that failed; no more will be joined.
+        begun: how many collectives the failed process had begun; it will join no more.
         seen: when this process learnt of it.
     """
 
@@ -68,7 +68,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Ending:
-    """How this process ends: its exit code, why, and how long the others are waited for."""
+    """How this process ends: its exit code, why, and until when it waits for the others."""
 
     code: int
     message: str
@@ -76,14 +76,14 @@ class _Ending:
 
 
 class Watch:
-    """One process's eye on the others; all its state belongs to its thread.
+    """Watches the other processes; all its state belongs to its thread.
 
-    The first process has the last word: it says why all end, and with which exit code; where it is
-    lost, its neighbours do. It is given time to do so at leisure, since it may be saving.
+    The first process decides why all end, and with which exit code; if it is lost, its neighbours
+    decide. The others give it time for that, since it may be saving.
 
     Args:
-        links: a connection to either neighbour, and the neighbour's number.
-        names: all processes, as they are called in messages.
+        links: a connection to each neighbour, and the neighbour's number.
+        names: what messages call each process.
     """
 
     def __init__(self, links: list[tuple[socket.socket, int]], names: list[str]):
@@ -91,30 +91,30 @@ class Watch:
         now = time.monotonic()
         self._links = {link: _Link(number, now) for link, number in links}
         self._begun = [0] * len(names)
-        self._together = (0, now)  # the collective that all are in, and since when
-        self._next_beat = self._looked = now
-        self._speaks = self._rank == 0
+        self._common = (0, now)  # the collective that all are in, and since when
+        self._next_beat = self._last_check = now
+        self._decides = self._rank == 0
         self._failure: _Failure | None = None
-        self._verdict_sent = False  # whether it was heard or said how all end
+        self._verdict_sent = False  # whether this process has made or received the verdict
         self._ending: _Ending | None = None
         self._request: tuple[int, str] | None = None
-        self._over = threading.Event()
+        self._done = threading.Event()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def leave(self, code: int, message: str) -> int:
-        """End this process's part, from its main thread; returns the exit code.
+        """End this process's part, called from its main thread; returns the exit code.
 
-        A failure ends the others too. After a success, the processes beside the first wait for how
-        that one ends.
+        A failure ends the others too. After a success, all but the first process wait to see how
+        the first one ends.
 
         Args:
             code: exit code.
-            message: what failed, in one sentence; said once for all processes.
+            message: what failed, in one sentence; printed once for all processes.
         """
         self._request = (code, message)
-        self._over.wait()
-        if code and not self._ending.code:  # the first had ended well before
-            _say(message)
+        self._done.wait()
+        if code and not self._ending.code:  # the first process had already ended successfully
+            _print_error(message)
             return code
         return self._ending.code
 
@@ -124,15 +124,15 @@ class Watch:
             for link in select.select(list(self._links), [], [], TICK)[0]:
                 self._receive(link)
             if self._ending is None:
-                self._look()
+                self._check_others()
                 self._decide()
         for link in self._links:
             link.close()
         if not self._verdict_sent:
-            _say(self._ending.message)
+            _print_error(self._ending.message)
         if self._ending.code and self._request is None:
-            os._exit(self._ending.code)  # the main thread may be inside of MLX for ever
-        self._over.set()
+            os._exit(self._ending.code)  # the main thread may be stuck inside MLX
+        self._done.set()
 
     def _is_done(self) -> bool:
         return self._ending is not None and (
@@ -147,7 +147,7 @@ class Watch:
 
     def _send(self, message: dict[str, Any]) -> None:
         for link in self._links:
-            with suppress(OSError):  # that it is closed shows when it is read
+            with suppress(OSError):  # a closed connection is noticed when it is read
                 link.sendall(json.dumps(message).encode() + b"\n")
 
     def _receive(self, link: socket.socket) -> None:
@@ -159,7 +159,7 @@ class Watch:
         if not data:
             link.close()
             del self._links[link]
-            self._lost(neighbour.number, "ended without a word")
+            self._lost(neighbour.number, "ended unexpectedly")
             return
         neighbour.heard = time.monotonic()
         *lines, neighbour.rest = (neighbour.rest + data).split(b"\n")
@@ -178,38 +178,39 @@ class Watch:
             self._failure = _Failure(code, text, begun, time.monotonic())
             self._send(message)
 
-    def _look(self) -> None:
-        """See whether a neighbour has fallen silent, or all wait for each other."""
+    def _check_others(self) -> None:
+        """Check whether a neighbour has fallen silent, or all wait for each other."""
         now = time.monotonic()
-        if now - self._looked > PAUSE:  # it was this process that was stopped, then
+        if now - self._last_check > PAUSE:  # this process itself was stopped
             for neighbour in self._links.values():
                 neighbour.heard = now
-        self._looked = now
+        self._last_check = now
         for neighbour in self._links.values():
             if now - neighbour.heard > SILENCE:
                 what = "is stopped, or the network between the processes is down"
-                self._lost(neighbour.number, f"was not heard of for {SILENCE:.0f} s: it {what}")
+                self._lost(neighbour.number, f"has been silent for {SILENCE:.0f} s: it {what}")
         begun = collectives.begun
-        if begun == collectives.ended or min(self._begun) < begun or self._together[0] != begun:
-            self._together = (begun, now)
-        elif now - self._together[1] > STUCK:
+        if begun == collectives.ended or min(self._begun) < begun or self._common[0] != begun:
+            self._common = (begun, now)
+        elif now - self._common[1] > STUCK:
             what = f"all processes waited for each other for {STUCK:.0f} s: a deadlock in MLX's"
-            self._fail(1, f"{what} communication; {SAVED}", -1)
+            self._fail(1, f"{what} communication; {RESUME_HINT}", -1)
 
     def _lost(self, number: int, how: str) -> None:
-        self._speaks |= number == 0
-        self._fail(1, f"{self._names[number]} {how}; {SAVED}", -1)
+        self._decides |= number == 0
+        self._fail(1, f"{self._names[number]} {how}; {RESUME_HINT}", -1)
 
     def _fail(self, code: int, message: str, begun: int) -> None:
         if self._failure is None and self._ending is None:
             self._failure = _Failure(code, message, begun, time.monotonic())
-            self._send({"failure": (code, f"{message} (said by {self._names[self._rank]})", begun)})
+            reported = f"{message} (reported by {self._names[self._rank]})"
+            self._send({"failure": (code, reported, begun)})
 
     def _decide(self) -> None:
-        """See whether it is time to end."""
+        """Check whether it is time to end."""
         failure, request = self._failure, self._request
         if request and request[0]:
-            if not self._speaks:
+            if not self._decides:
                 self._fail(*request, collectives.begun)
             self._end(*request)
         elif failure:
@@ -221,10 +222,10 @@ class Watch:
 
     def _end(self, code: int, message: str) -> None:
         self._ending = _Ending(
-            code, message, _after(FAREWELL if self._speaks else GRACE + FAREWELL)
+            code, message, _after(FAREWELL if self._decides else GRACE + FAREWELL)
         )
-        if self._speaks:
-            _say(message)
+        if self._decides:
+            _print_error(message)
             self._send_verdict(code)
 
     def _send_verdict(self, code: int) -> None:
@@ -239,7 +240,7 @@ def _after(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     if message:
         with suppress(OSError):  # the terminal is gone
             print(f"error: {message}", file=sys.stderr, flush=True)
