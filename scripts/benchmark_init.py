@@ -106,7 +106,7 @@ def run_ours(hidden: int, layers: int, samples: list[list[int]], covariance: str
     mx.eval(gradient(model, *batches[0]))
     plain = time.perf_counter()
     for batch in batches:
-        mx.eval(gradient(model, *batch))
+        mx.eval(gradient(model, *batch[:2]))
     plain = time.perf_counter() - plain
     return {
         "calibrate": calibrated - start,

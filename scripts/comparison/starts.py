@@ -100,7 +100,7 @@ class Starts:
         """Sensitivities and covariances, and the mean number of tokens of the samples."""
         model, targets, batches = self._setup.base.model, self._setup.targets, self._batches(seed)
         result = calibrate(model, targets, batches, set(self._leaders.values()))
-        tokens = sum(batch.spans[:, 1].sum().item() for batch in batches)
+        tokens = sum(batch.lengths.sum().item() for batch in batches)
         return result, tokens / result.samples
 
     def _mean_gradients(self, seed: int) -> dict[str, mx.array]:
@@ -138,5 +138,5 @@ def _drawn(kind: str, shape: tuple[int, int], key: mx.array) -> mx.array:
 
 
 def _sum_of_mean_losses(model: nn.Module, batch: Batch) -> Any:
-    losses, counts = masked_cross_entropy(model(batch.tokens), *batch)
+    losses, counts = masked_cross_entropy(model(batch.tokens), *batch[:2])
     return (losses.sum(axis=1) / counts).sum()

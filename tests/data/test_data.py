@@ -44,8 +44,8 @@ def test_prompt_completion_and_end_are_joined_without_a_chat_template(tmp_path, 
 
 def test_prompt_and_completion_go_through_the_chat_template(tmp_path, chat):
     (sample,) = load(tmp_path, [{"prompt": "Hi", "completion": "Ho"}], chat).samples
-    assert chat.decode(sample.tokens) == "<user>Hi\n<assistant>Ho\n"
-    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n"
+    assert chat.decode(sample.tokens) == "<user>Hi\n<assistant>Ho\n<eos>"
+    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n<eos>"
 
 
 def test_messages(tmp_path, chat, plain):
@@ -53,7 +53,7 @@ def test_messages(tmp_path, chat, plain):
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     ]
     (sample,) = load(tmp_path, rows, chat).samples
-    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n"
+    assert chat.decode(sample.tokens[sample.first_target :]) == "Ho\n<eos>"
     with pytest.raises(UserError, match="need a tokenizer with a chat template"):
         load(tmp_path, rows, plain)
 
@@ -62,7 +62,7 @@ def test_text(tmp_path, plain):
     split = load(tmp_path, [{"text": "some text"}, {"text": ""}], plain)
     (sample,) = split.samples
     assert (plain.decode(sample.tokens), sample.first_target) == ("some text<eos>", 1)
-    assert split.left_out == 1
+    assert split.left_out == [2]
     with pytest.raises(UserError, match="--mask-prompt needs rows with a prompt"):
         load(tmp_path, [{"text": "some text"}], plain, mask_prompt=True)
 
@@ -74,7 +74,7 @@ def test_a_completion_that_is_cut_away_whole_is_left_out_and_counted(tmp_path, p
         {"prompt": "p", "completion": ""},
     ]
     split = load(tmp_path, rows, plain, max_seq_length=8)
-    assert (len(split), split.left_out, split.truncated) == (2, 1, 1)
+    assert (len(split), split.left_out, split.truncated) == (2, [1], [2])
     assert [len(s.tokens) for s in split.samples] == [8, 2]
     assert all(s.first_target < len(s.tokens) for s in split.samples)
 
@@ -135,7 +135,11 @@ def test_batches_are_padded_to_few_shapes():
     samples = samples[:4]
     assert collate(samples, 72).tokens.shape == (4, 72)
     batch = collate(samples[:2], 2048)
-    assert batch.spans.tolist() == [[2, 5], [2, 33]]
+    assert batch.lengths.tolist() == [5, 33]
+    assert [np.flatnonzero(row).tolist() for row in np.array(batch.counts)] == [
+        [2, 3, 4],
+        list(range(2, 33)),
+    ]
     assert batch.tokens[0].tolist() == [1, 2, 3, 4, 5, *[0] * 28]
 
 

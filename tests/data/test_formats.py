@@ -54,6 +54,7 @@ CASES = [
     ),
     ("glue", {"text": "a", "label": 1, "label_text": "good"}, "text: a\nlabel:", "good"),
     ("glue", {"sentence": "a", "label": 0}, "sentence: a\nlabel:", "0"),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Ho"}, "Hi", "Ho"),
 ]
 
 
@@ -91,7 +92,9 @@ def test_commonsense_has_choices_and_maybe_input():
     ],
 )
 def test_other_rows_are_named_by_file_and_line(tmp_path, name, row, message):
-    write_jsonl(tmp_path / "train.jsonl", [next(case[1] for case in CASES if case[0] == name), row])
+    good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    good = next((case[1] for case in CASES if case[0] == name), good)
+    write_jsonl(tmp_path / "train.jsonl", [good, row])
     tokenizer = TokenizerWrapper(tiny_tokenizer())
     with pytest.raises(UserError) as error:
         load_data(str(tmp_path), tokenizer, 512, None, name)

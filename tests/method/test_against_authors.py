@@ -112,7 +112,7 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(model, samples, size):
 def test_what_is_in_the_padding_has_no_effect(model, samples):
     batch = collate(samples[:4], 512)
     positions = mx.arange(batch.tokens.shape[1])
-    noisy = mx.where(positions < batch.spans[:, 1:2], batch.tokens, (positions * 7 + 3) % 128)
+    noisy = mx.where(positions < batch.lengths[:, None], batch.tokens, (positions * 7 + 3) % 128)
     targets = target_linears(model)
     clean = calibrate(model, targets, [batch], targets)
     changed = calibrate(model, targets, [batch._replace(tokens=noisy)], targets)

@@ -35,8 +35,11 @@ def collate(samples: Sequence[Sample], max_seq_length: int) -> Batch:
     tokens = np.zeros((len(samples), width), np.int32)
     for row, sample in zip(tokens, samples, strict=True):
         row[: len(sample.tokens)] = sample.tokens
-    spans = np.array([(s.first_target, len(s.tokens)) for s in samples], np.int32)
-    return Batch(mx.array(tokens), mx.array(spans))
+    counts = np.zeros((len(samples), width), np.bool_)
+    for row, sample in zip(counts, samples, strict=True):
+        row[: len(sample.tokens)] = sample.counts()
+    lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
+    return Batch(mx.array(tokens), mx.array(counts), mx.array(lengths))
 
 
 def batches_in_order(

@@ -109,7 +109,39 @@ def _glue(row: Row) -> dict[str, Any]:
     return {"instruction": "\n".join([*lines, "label:"]), "response": str(label)}
 
 
+def _alpaca(row: Row) -> dict[str, Any]:
+    """tatsu-lab/alpaca and its many copies: ``instruction``, maybe ``input``, ``output``."""
+    made = {"instruction": _text(row, "instruction"), "response": _text(row, "output")}
+    if row.get("input"):
+        made["input"] = _text(row, "input")
+    return made
+
+
+# ShareGPT's names of who speaks, as chat templates call them.
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+_SPEAKERS |= {"system": "system", "user": "user", "assistant": "assistant"}
+
+
+def _sharegpt(row: Row) -> dict[str, Any]:
+    """``conversations``, all turns, each with ``from`` and ``value``; maybe a ``system`` text."""
+    if "conversations" not in row:
+        _text(row, "conversations")
+    turns = row["conversations"]
+    if not (isinstance(turns, list) and turns and all(isinstance(t, Mapping) for t in turns)):
+        raise ValueError("'conversations' is not a list of objects with 'from' and 'value'")
+    system = _text(row, "system") if row.get("system") else None
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, turn in enumerate(turns, 1):
+        speaker = turn.get("from", turn.get("role"))
+        if speaker not in _SPEAKERS:
+            raise ValueError(f"turn {number} is from {speaker!r}, not {', '.join(_SPEAKERS)}")
+        messages.append({"role": _SPEAKERS[speaker], "content": _text(turn, "value", "content")})
+    return {"messages": messages}
+
+
 FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
     "metamath": _metamath,
     "codefeedback": _codefeedback,
     "wizardlm": _wizardlm,
@@ -126,7 +158,8 @@ def framed(instruction: str, input: str | None = None) -> str:
 
 
 def to_prompt(name: str, row: Any, chat: bool) -> dict[str, Any]:
-    """A raw row as ``prompt``, ``completion`` and, where the format has them, ``choices``.
+    """A raw row as ``prompt``, ``completion`` and, where the format has them, ``choices``; or as
+    ``messages``, where the format has several turns.
 
     Args:
         name: of the format.
@@ -141,6 +174,37 @@ def to_prompt(name: str, row: Any, chat: bool) -> dict[str, Any]:
     if "prompt" in row and "completion" in row:
         return dict(row)
     made = FORMATS[name](row)
+    if "messages" in made:
+        return made
     instruction, extra = made.pop("instruction"), made.pop("input", None)
     prompt = "\n\n".join(filter(None, (instruction, extra))) if chat else framed(instruction, extra)
     return {"prompt": prompt, "completion": made.pop("response"), **made}
+
+
+def recognised_format(row: Any) -> str | None:
+    """The format of a row that has none of mlx-lm's keys, where its own keys leave no doubt."""
+    if not isinstance(row, Mapping) or {"text", "messages"} & row.keys():
+        return None
+    if "prompt" in row and "completion" in row:
+        return None
+    if "conversations" in row:
+        return "sharegpt"
+    return "alpaca" if {"instruction", "output"} <= row.keys() else None
+
+
+def renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row with its columns under the names that are trained on.
+
+    Args:
+        row: as the data set has it.
+        columns: ``prompt``, ``completion``, ``messages`` by the name of the row's column.
+
+    Raises:
+        ValueError: it has no such column; the sentence goes on from the name of the row.
+    """
+    if not columns or not isinstance(row, Mapping):
+        return row
+    if missing := [name for name in columns if name not in row]:
+        found = ", ".join(repr(str(key)) for key in row) or "nothing"
+        raise ValueError(f" has {found}, but no {' and no '.join(map(repr, missing))}")
+    return {**row, **{wanted: row[name] for name, wanted in columns.items()}}

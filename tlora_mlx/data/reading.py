@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlora_mlx.data.formats import renamed
 from tlora_mlx.data.samples import Split
-from tlora_mlx.data.tokenizing import tokenize
+from tlora_mlx.data.tokenizing import Faults, tokenize
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.files import user_path
 from tlora_mlx.storage.hub_names import can_be_repository
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# What a split's file may be; where there are several, the first counts.
+SUFFIXES = (".jsonl", ".parquet", ".csv")
 
 
 def load_data(
@@ -24,28 +28,34 @@ def load_data(
     mask_prompt: bool | None,
     format: str | None = None,
     max_samples: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    embeddings: int | None = None,
 ) -> dict[str, Split]:
     """Read and tokenize all splits; a split without a file is empty.
 
     Args:
-        data: a directory with ``train.jsonl`` and maybe ``valid.jsonl`` (or ``validation.jsonl``)
-            and ``test.jsonl``, or the name of a Hub data set with splits of these names; a
-            configuration of it follows after a colon.
+        data: a directory with ``train`` and maybe ``valid`` (or ``validation``) and ``test``, each
+            a ``.jsonl``, ``.csv`` or ``.parquet`` file; or the name of a Hub data set with splits
+            of these names; a configuration of it follows after a colon.
         tokenizer: the model's.
         max_seq_length: in tokens; longer samples are cut.
         mask_prompt: None: wherever the rows have a prompt.
         format: name of the formatter (``formats.FORMATS``) that the rows go through first.
         max_samples: only the first so many rows of the training split.
+        columns: ``prompt``, ``completion``, ``messages`` by the name of the column that has it.
+        embeddings: how many token ids the model has; None where that is not known.
 
     Raises:
         UserError: no such data, a line that is not JSON, a row without the expected keys, a split
-            or a training set without rows (file and line are named).
+            or a training set without rows (file and line are named, all of them up to twenty).
     """
     path = user_path(data)
     if path.is_dir():
-        names = _split_names(path, [p.stem for p in path.glob("*.jsonl")])
-        rows = {split: read_jsonl(path / f"{name}.jsonl") for split, name in names.items()}
-        where = {split: f"{path / name}.jsonl, line" for split, name in names.items()}
+        files = _split_files(path)
+        rows = {split: file and read_rows_of(file) for split, file in files.items()}
+        where = {
+            s: f"{f}, {'line' if f.suffix == '.jsonl' else 'row'}" for s, f in files.items() if f
+        }
         if rows["train"] is None:
             raise UserError(f"the data directory {path} has no train.jsonl")
     elif path.exists():
@@ -56,10 +66,12 @@ def load_data(
     rows["train"] = rows["train"][:max_samples]
     tokenized = {}
     for split, numbered in rows.items():
-        tokenized[split] = (
-            Split()
-            if numbered is None
-            else tokenize(numbered, where[split], tokenizer, max_seq_length, mask_prompt, format)
+        if numbered is None:
+            tokenized[split] = Split()
+            continue
+        numbered = _renamed(numbered, columns or {}, where[split])
+        tokenized[split] = tokenize(
+            numbered, where[split], tokenizer, max_seq_length, mask_prompt, format, embeddings
         )
     if not tokenized["train"].samples:
         raise UserError(
@@ -67,6 +79,61 @@ def load_data(
             f"--max-seq-length {max_seq_length}"
         )
     return tokenized
+
+
+def _renamed(
+    rows: list[tuple[int, Any]], columns: Mapping[str, str], where: str
+) -> list[tuple[int, Any]]:
+    """The rows with their columns under the names that are trained on."""
+    made, faults = [], Faults(where)
+    for number, row in rows:
+        try:
+            made.append((number, renamed(row, columns)))
+        except ValueError as error:
+            faults.add(number, str(error))
+    faults.raise_if_any()
+    return made
+
+
+def _split_files(path: Path) -> dict[str, Path | None]:
+    """The file of each split in a directory; JSON lines before the others."""
+    found: dict[str, Path] = {}
+    for suffix in reversed(SUFFIXES):
+        found |= {file.stem: file for file in path.glob(f"*{suffix}")}
+    names = _split_names(path, found)
+    return {split: found.get(name) for split, name in names.items()}
+
+
+def read_rows_of(path: Path) -> list[tuple[int, Any]] | None:
+    """The rows of a file with their numbers; None where there is no such file.
+
+    Raises:
+        UserError: it cannot be read, or holds no rows.
+    """
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    datasets = _datasets(path)
+    try:
+        read = {".csv": datasets.Dataset.from_csv, ".parquet": datasets.Dataset.from_parquet}
+        rows = list(enumerate(read[path.suffix](str(path), keep_in_memory=True), 1))
+    except Exception as error:  # as many kinds as there are ways to fail
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    if not rows:
+        raise UserError(f"{path} has no rows; delete it or put some into it")
+    return rows
+
+
+def _datasets(what: object) -> Any:
+    """The package ``datasets``.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{what} needs the package 'datasets': pip install datasets") from None
+    return datasets
 
 
 def _split_names(where: object, existing: Collection[str]) -> dict[str, str]:
@@ -81,18 +148,20 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
     """The rows with their line numbers; None where there is no such file."""
     if not path.exists():
         return None
-    rows = []
+    rows, faults = [], Faults(f"{path}, line")
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append((number, json.loads(line)))
+                    try:
+                        rows.append((number, json.loads(line)))
+                    except (ValueError, RecursionError) as error:  # ValueError: a huge number too
+                        faults.add(number, f" is not valid JSON: {first_line(error)}")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it first") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of absurd length
-        raise UserError(f"{path}, line {number} is not valid JSON: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    faults.raise_if_any()
     if not rows:
         raise UserError(f"{path} is empty; delete it or put one JSON object a line into it")
     return rows
@@ -110,15 +179,9 @@ def download_rows(data: str, wanted: Sequence[str]) -> dict[str, list[tuple[int,
     """
     if not can_be_repository(data.split(":", 1)[0]):
         raise UserError(f"data directory {data} does not exist")
+    datasets = _datasets(f"data {data} is no directory here, and a Hub data set")
     try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            f"data {data} is no directory here, and a Hub data set needs the package 'datasets': "
-            "pip install datasets"
-        ) from None
-    try:
-        dataset = load_dataset(*data.split(":", 1))
+        dataset = datasets.load_dataset(*data.split(":", 1))
     except Exception as error:  # as many kinds as there are ways to fail
         raise UserError(
             f"data {data} is no directory here, and the Hugging Face Hub did not provide it: "

@@ -18,11 +18,26 @@ class Sample(NamedTuple):
         tokens: token ids.
         first_target: the first position that counts as a target: after a masked prompt, else 1.
         row: where it comes from: its line in the file, or its row in the data set, from 1 on.
+        gaps: (first, one past the last) of positions after that which do not count: what others
+            say between an assistant's turns, and what the template puts after the last.
     """
 
     tokens: list[int]
     first_target: int
     row: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    def cut(self, length: int) -> Sample:
+        """The first tokens, so many."""
+        gaps = tuple((a, min(b, length)) for a, b in self.gaps if a < length)
+        return self._replace(tokens=self.tokens[:length], gaps=gaps)
+
+    def counts(self) -> np.ndarray:
+        """Which tokens count as targets: (T,) bool."""
+        counts = np.arange(len(self.tokens)) >= self.first_target
+        for first, stop in self.gaps:
+            counts[first:stop] = False
+        return counts
 
 
 @dataclass(frozen=True)
@@ -30,18 +45,30 @@ class Split:
     """One split's samples, and what was done to rows that did not fit.
 
     Attributes:
-        left_out: rows with no token to learn from: empty, or the completion was cut away whole.
-        truncated: samples that were cut to the maximal length.
         where: what their rows are numbered in: "DIR/train.jsonl, line".
+        left_out: rows with no token to learn from: empty, or the completion was cut away whole.
+        truncated: rows that were cut to the maximal length.
+        warnings: what to be warned of, in sentences.
     """
 
     samples: list[Sample] = field(default_factory=list)
-    left_out: int = 0
-    truncated: int = 0
     where: str = "row"
+    left_out: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def add(self, sample: Sample, max_seq_length: int) -> None:
+        """Take a sample in, cut to the maximal length; one with nothing to learn is left out."""
+        cut = sample.cut(max_seq_length)
+        if not cut.counts().any():
+            self.left_out.append(sample.row)
+            return
+        if len(cut.tokens) < len(sample.tokens):
+            self.truncated.append(sample.row)
+        self.samples.append(cut)
 
 
 def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split]:

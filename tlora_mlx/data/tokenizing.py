@@ -1,127 +1,265 @@
-"""Rows as samples: which keys they have, the chat template, and where what is learnt begins."""
+"""Rows as samples of token ids; all faults of a split are told together, with their lines."""
 
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import create_dataset
-
-from tlora_mlx.data.formats import to_prompt
+from tlora_mlx.data.conversation import conversation_of
+from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.samples import Sample, Split
+from tlora_mlx.data.turns import ChatTemplate, NotLocatedError, Tokenized, intervals
 from tlora_mlx.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Faults of a file that are told before it is given up.
+MOST_FAULTS = 20
+
+# Each format's keys, in the order in which mlx-lm looks for them (mlx_lm/tuner/datasets.py,
+# create_dataset).
+_KEYS = (("prompt", "completion"), ("messages",), ("text",))
+
+# A sample's token ids, and for each whether it is learnt; and what ends each turn of an assistant.
+_Process = Callable[[dict[str, Any]], Tokenized]
+
+
+class Faults:
+    """What is wrong with the rows of a split, collected so that all of it is told at once.
+
+    Args:
+        where: what the rows are numbered in, such as "DIR/train.jsonl, line".
+    """
+
+    def __init__(self, where: str):
+        self._where = where
+        self._found: list[str] = []
+
+    def add(self, number: int, fault: str) -> None:
+        """One row's fault: what follows its number, such as " has no 'text'".
+
+        Raises:
+            UserError: there are as many as are told.
+        """
+        self._found.append(f"{number}{fault}")
+        if len(self._found) == MOST_FAULTS:
+            self._found[-1] += "; there may be more"
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        """End with one sentence that has all of them.
+
+        Raises:
+            UserError: there is one.
+        """
+        if self._found:
+            unit = self._where.rsplit(" ", 1)[-1]
+            raise UserError(f"{self._where} {f'; {unit} '.join(self._found)}")
 
 
 def tokenize(
-    rows: list[tuple[int, Any]],
+    rows: Sequence[tuple[int, Any]],
     where: str,
     tokenizer: TokenizerWrapper,
     max_seq_length: int,
     mask_prompt: bool | None,
     format: str | None = None,
+    embeddings: int | None = None,
 ) -> Split:
     """All rows of a split as samples; the first row decides on the format, as in mlx-lm.
 
+    Args:
+        rows: with their numbers.
+        where: what they are numbered in, such as "DIR/train.jsonl, line".
+        tokenizer: the model's.
+        max_seq_length: in tokens; longer samples are cut.
+        mask_prompt: None: wherever the rows have a prompt.
+        format: of ``formats.FORMATS``, through which the rows go first; None: what the first row
+            shows that it is.
+        embeddings: how many token ids the model has; None where that is not known.
+
     Raises:
-        UserError: a row is not right; it is named.
+        UserError: rows are not right; they are named, up to ``MOST_FAULTS`` of them.
     """
+    faults = Faults(where)
+    first = rows[0][1]
+    format = format or recognised_format(first)
     if format:
-        rows = [
-            (number, _formatted(format, row, f"{where} {number}", tokenizer))
-            for number, row in rows
-        ]
-    for number, row in rows:
-        _check_row(row, rows[0][1], f"{where} {number}")
-    has_prompt = "text" not in _format_keys(rows[0][1])
-    if mask_prompt and not has_prompt:
+        rows = _formatted(rows, format, tokenizer.has_chat_template, faults)
+        first = rows[0][1]
+    keys = _keys_of(first)
+    if mask_prompt and keys == ("text",):
         raise UserError("--mask-prompt needs rows with a prompt; rows with 'text' have none")
-    mask_prompt = has_prompt if mask_prompt is None else mask_prompt
-    process = _processor(rows[0][1], tokenizer, mask_prompt)
-    samples, left_out, truncated = [], 0, 0
+    mask_prompt = keys != ("text",) if mask_prompt is None else mask_prompt
+    process, split = _processor(keys, tokenizer), Split(where=where)
+    ends: set[str] = set()
+    for number, row in rows:
+        if fault := _fault(row, keys):
+            faults.add(number, fault)
+            continue
+        try:
+            made = process(row)
+        except NotLocatedError as error:
+            faults.add(number, f" cannot be masked with certainty: {error}")
+            continue
+        except ValueError as error:
+            faults.add(number, str(error))
+            continue
+        except Exception as error:  # a chat template may raise anything
+            faults.add(number, f" is refused by the chat template: {_template_fault(row, error)}")
+            continue
+        beyond = [t for t in made.tokens if embeddings is not None and t >= embeddings]
+        if beyond:
+            text = tokenizer._tokenizer.convert_ids_to_tokens(beyond[0])
+            faults.add(
+                number,
+                f": token {text!r} has id {beyond[0]}, and the model has {embeddings} embeddings; "
+                "use the model's own tokenizer",
+            )
+            continue
+        ends |= set(made.ends)
+        made = _stopped(made, tokenizer)
+        split.add(_sample(made, number, mask_prompt), max_seq_length)
+    faults.raise_if_any()
+    split.warnings.extend(_warnings(ends, tokenizer))
+    return split
+
+
+def _formatted(
+    rows: Sequence[tuple[int, Any]], format: str, chat: bool, faults: Faults
+) -> list[tuple[int, Any]]:
+    """Raw rows of a named format in the form that is tokenized."""
+    made = []
     for number, row in rows:
         try:
-            tokens, offset = process(row)
-        except UserError:
-            raise
-        except Exception as error:  # a chat template may raise anything
-            raise UserError(f"{where} {number} cannot be tokenized: {first_line(error)}") from None
-        sample = Sample(tokens[:max_seq_length], max(offset, 1), number)
-        if len(sample.tokens) <= sample.first_target:
-            left_out += 1
-            continue
-        truncated += len(tokens) > max_seq_length
-        samples.append(sample)
-    return Split(samples, left_out, truncated, where)
+            made.append((number, to_prompt(format, row, chat)))
+        except ValueError as error:
+            faults.add(number, f" is no row for --format {format}: {error}")
+    faults.raise_if_any()
+    return made
 
 
-def _formatted(format: str, row: Any, where: str, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    try:
-        return to_prompt(format, row, tokenizer.has_chat_template)
-    except ValueError as error:
-        raise UserError(f"{where} is no row for --format {format}: {error}") from None
-
-
-# The keys of each format, in the order in which mlx-lm's create_dataset looks for them.
-_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
-
-
-def _format_keys(row: dict[str, Any]) -> tuple[str, ...]:
-    return next((keys for keys in _FORMATS if all(k in row for k in keys)), ())
-
-
-def _check_row(row: Any, first: Any, where: str) -> None:
-    """Raise a UserError unless ``row`` has the keys of the first row's format, well filled."""
+def _keys_of(row: Any) -> tuple[str, ...]:
+    """The keys of the format that a row has; empty where it has none."""
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object")
+        return ()
+    return next((keys for keys in _KEYS if all(k in row for k in keys)), ())
+
+
+def _fault(row: Any, keys: tuple[str, ...]) -> str | None:
+    """What keeps a row from having the first row's keys, well filled; follows its number."""
+    if not isinstance(row, dict):
+        return " is not a JSON object"
     found = ", ".join(repr(str(k)) for k in row) or "nothing"
-    keys = _format_keys(first) if isinstance(first, dict) else ()
     if not keys:
-        raise UserError(
-            f"{where} has {found}; it needs 'text', or 'prompt' and 'completion', or 'messages', "
-            "or a --format"
+        return (
+            f" has {found}; it needs 'text', or 'prompt' and 'completion', or 'messages', or a "
+            f"--format ({', '.join(FORMATS)}), or --prompt-column and --completion-column"
         )
     for key in keys:
         kind, name = (list, "a list") if key == "messages" else (str, "a text")
         if key not in row:
-            raise UserError(f"{where} has no '{key}' (it has {found}), but the first row has it")
+            return f" has no '{key}' (it has {found}), but the first row has it"
         if not isinstance(row[key], kind):
-            raise UserError(f"{where}: '{key}' is not {name} but {json.dumps(row[key])[:40]}")
-    if keys == ("messages",) and not (
-        row["messages"] and all(isinstance(m, dict) and "role" in m for m in row["messages"])
-    ):
-        raise UserError(f"{where}: 'messages' is not a list of objects with 'role' and 'content'")
+            return f": '{key}' is not {name} but {json.dumps(row[key], default=str)[:40]}"
+    return None
 
 
-def _processor(row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool):
-    """The function that makes (token ids, prompt length) of a row of this row's format."""
-    keys = _format_keys(row)
-    if keys == ("prompt", "completion") and not tokenizer.has_chat_template:
-        return lambda row: _join(row, tokenizer, mask_prompt)
+def _template_fault(row: dict[str, Any], error: Exception) -> str:
+    """What a template says, and what to do where it is the system message that it refuses."""
+    said = first_line(error)
+    roles = [m.get("role") for m in row.get("messages", ()) if isinstance(m, dict)]
+    if "system" in roles and "system" in said.lower():
+        return f"{said}; put the system message's text at the beginning of the first user message"
+    return said
+
+
+def _processor(keys: tuple[str, ...], tokenizer: TokenizerWrapper) -> _Process:
+    """What tokenizes a row with these keys."""
     if keys == ("text",):
-        process = create_dataset([row], tokenizer, SimpleNamespace(mask_prompt=False)).process
-        return lambda row: process(row) if row["text"] else ([], 0)
-    if not tokenizer.has_chat_template:
+        return lambda row: _text(row["text"], tokenizer)
+    if keys == ("prompt", "completion") and not tokenizer.has_chat_template:
+        return lambda row: _joined(row, tokenizer)
+    if keys and not tokenizer.has_chat_template:
         raise UserError(
             "rows with 'messages' need a tokenizer with a chat template, and the model has none; "
             "use rows with 'prompt' and 'completion' or a chat model"
         )
-    return create_dataset([row], tokenizer, SimpleNamespace(mask_prompt=mask_prompt)).process
+    template = ChatTemplate(tokenizer) if keys else None
+    return lambda row: template.tokenize(conversation_of(row))
 
 
-def _join(
-    row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool
-) -> tuple[list[int], int]:
+def _text(text: str, tokenizer: TokenizerWrapper) -> Tokenized:
+    """A text and the end token, all of it learnt; the beginning token once, the end token too."""
+    if not text:
+        return Tokenized([], [], [])
+    tokens, end = _once(tokenizer.encode(text), tokenizer), tokenizer.eos_token_id
+    if end is not None and tokens[-1:] != [end]:
+        tokens = [*tokens, end]
+    return Tokenized(tokens, [True] * len(tokens), [])
+
+
+def _joined(row: dict[str, Any], tokenizer: TokenizerWrapper) -> Tokenized:
     """Prompt, completion and end token, where there is no chat template (mlx-lm raises there).
 
     The two are tokenized apart, as they are when the model is asked: the prompt alone, and what
     follows grows token by token.
     """
     end = tokenizer.eos_token_id
-    prompt = tokenizer.encode(row["prompt"])
+    prompt = _once(tokenizer.encode(row["prompt"]), tokenizer)
     if prompt and prompt[-1] == end:
         prompt = prompt[:-1]
     completion = tokenizer.encode(row["completion"], add_special_tokens=False)
-    tokens = prompt + completion + ([] if end is None else [end])
-    return tokens, len(prompt) if mask_prompt else 0
+    completion = completion + ([] if end is None else [end])
+    counts = [False] * len(prompt) + [True] * len(completion)
+    return Tokenized(prompt + completion, counts, [])
+
+
+def _once(tokens: list[int], tokenizer: TokenizerWrapper) -> list[int]:
+    """Without a second beginning token, where the text began with one already."""
+    begin = tokenizer.bos_token_id
+    return tokens[1:] if begin is not None and tokens[:2] == [begin, begin] else tokens
+
+
+def _sample(made: Tokenized, row: int, mask_prompt: bool) -> Sample:
+    """What is learnt as a sample has it: from the first token that counts, but for gaps."""
+    if not mask_prompt:
+        return Sample(made.tokens, 1, row)
+    learnt = intervals([False, *made.counts[1:]])  # the first token is never predicted
+    if not learnt:
+        return Sample(made.tokens, len(made.tokens), row)
+    ends = [stop for _, stop in learnt]
+    starts = [start for start, _ in learnt[1:]] + [len(made.tokens)]
+    gaps = tuple(gap for gap in zip(ends, starts, strict=True) if gap[0] < gap[1])
+    return Sample(made.tokens, learnt[0][0], row, gaps)
+
+
+def _stopped(made: Tokenized, tokenizer: TokenizerWrapper) -> Tokenized:
+    """With the end token after the last answer, where the template ends it with no token."""
+    end = tokenizer.eos_token_id
+    if end is None or not made.ends or made.ends[-1] or not made.counts[-1]:
+        return made
+    return Tokenized([*made.tokens, end], [*made.counts, True], made.ends)
+
+
+def _warnings(ends: set[str], tokenizer: TokenizerWrapper) -> list[str]:
+    """What to be warned of in how the template ends the assistant's turns."""
+    if not ends:
+        return []
+    template, found = ChatTemplate(tokenizer), []
+    if "" in ends:
+        found.append(
+            "the chat template ends an answer with no token that stops generation; "
+            f"{tokenizer.eos_token or 'nothing, since there is no end token,'} is added after the "
+            "last answer of each row, so that the model learns to stop"
+        )
+    strange = sorted(end for end in ends - template.stops if end)
+    if strange and not ends & template.stops:
+        found.append(
+            f"the chat template ends answers with {' and '.join(strange)}, which is none of the "
+            f"model's end tokens ({', '.join(sorted(template.stops)) or 'it has none'}), so "
+            "generation will not stop there; add it to eos_token_id in generation_config.json"
+        )
+    return found

@@ -150,8 +150,8 @@ def sample_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tokens, spans = collate([samples[i] for i in chosen], 0)
-        losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, spans)
+        tokens, targets, _ = collate([samples[i] for i in chosen], 0)
+        losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, targets)
         sums = losses.sum(axis=1)
         mx.eval(sums, counts)
         for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):

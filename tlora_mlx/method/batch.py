@@ -12,23 +12,11 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: (batch, T) int32 token ids.
-        spans: (batch, 2) int32: the first position that counts as a target (after the prompt, where
-            it is masked), and the sample's length.
+        counts: (batch, T) bool: which tokens count as targets: no prompt where it is masked, no
+            padding, and never the first.
+        lengths: (batch,) int32: how many tokens each sample has.
     """
 
     tokens: mx.array
-    spans: mx.array
-
-
-def counted_positions(tokens: mx.array, spans: mx.array) -> mx.array:
-    """Which of the targets ``tokens[:, 1:]`` count in the loss: no prompt, no padding.
-
-    Args:
-        tokens: (batch, T) token ids.
-        spans: as in ``Batch``.
-
-    Returns:
-        (batch, T - 1) bool. Position 0 is never a target.
-    """
-    positions = mx.arange(1, tokens.shape[1])
-    return (positions >= spans[:, 0:1]) & (positions < spans[:, 1:2])
+    counts: mx.array
+    lengths: mx.array

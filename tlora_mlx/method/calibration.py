@@ -242,14 +242,14 @@ def _observe(
     The last module comes first and each result is dropped before the next is evaluated, so that
     the backward pass frees what it no longer needs: evaluated together, MLX keeps it all.
     """
-    lengths = batch.spans[:, 1].tolist()
+    lengths = batch.lengths.tolist()
     for probe in probes.values():
         probe.prepare(lengths)
 
     def summed_loss(model: nn.Module) -> tuple[mx.array, mx.array]:
         # Summed over a sample's tokens: divided by their number before the backward pass, the
         # gradients would be lost to float16's range. The scores are divided after it.
-        losses, counts = masked_cross_entropy(model(batch.tokens), *batch)
+        losses, counts = masked_cross_entropy(model(batch.tokens), *batch[:2])
         return losses.sum(), counts
 
     (loss, counts), tree = nn.value_and_grad(model, summed_loss)(model)

@@ -140,7 +140,7 @@ def accumulate(
     if any(isinstance(linear, Expert) for linear in linears.values()):
         batches = samples_of(batches)
     for batch in batches:
-        lengths = batch.spans[:, 1].tolist()
+        lengths = batch.lengths.tolist()
         for name, x in _inputs(model, linears, batch.tokens):
             terms = sum(term(name, centred(x[n, :t])) for n, t in enumerate(lengths))
             sums[name] = sums[name] + terms if name in sums else terms

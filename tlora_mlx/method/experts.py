@@ -62,8 +62,9 @@ def samples_of(batches: Iterable[Batch]) -> Iterator[Batch]:
     Source: mlx_lm/models/switch_layers.py sorts the tokens of a batch by expert.
     """
     for batch in batches:
-        for n, length in enumerate(batch.spans[:, 1].tolist()):
-            yield Batch(batch.tokens[n : n + 1, :length], batch.spans[n : n + 1])
+        for n, length in enumerate(batch.lengths.tolist()):
+            one = slice(n, n + 1)
+            yield Batch(batch.tokens[one, :length], batch.counts[one, :length], batch.lengths[one])
 
 
 def routed_rows(array: mx.array, indices: mx.array) -> mx.array:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from tlora_mlx.method.batch import counted_positions
-
 
 def masked_cross_entropy(
-    logits: mx.array, tokens: mx.array, spans: mx.array
+    logits: mx.array, tokens: mx.array, counts: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Next-token cross-entropy, zero wherever the target is prompt or padding.
 
@@ -17,15 +15,14 @@ def masked_cross_entropy(
         logits: (batch, T - 1 or T, vocabulary): the predictions after each token; the prediction
             after the last token, where present, is ignored.
         tokens: (batch, T) token ids, padded on the right with anything.
-        spans: (batch, 2) int: the first position that counts as a target, and the sample's length.
-            Position 0 is never a target.
+        counts: (batch, T) bool: which tokens count as targets; the first never does.
 
     Returns:
         Losses (batch, T - 1) float32, zero where masked, and how many targets each sample has,
         (batch,) float32. Both are computed in float32 whatever the logits' dtype.
     """
     targets = tokens[:, 1:]
-    counts = counted_positions(tokens, spans)
+    counts = counts[:, 1:]
     losses = nn.losses.cross_entropy(logits[:, : targets.shape[1]].astype(mx.float32), targets)
     # where, not a product: a NaN at a masked position must not leak through 0 × NaN.
     losses = mx.where(counts, losses, 0.0)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from tlora_mlx.method.batch import Batch, counted_positions
+from tlora_mlx.method.batch import Batch
 
 # Logits that are there at a time: so many entries, but no fewer rows than make a good product.
 PIECE = 2**21
@@ -84,16 +84,15 @@ def is_separable(model: nn.Module, tokens: mx.array) -> bool:
 
 def target_rows(batch: Batch) -> int:
     """For how many positions the loss is computed: all that count, rounded up for few shapes."""
-    spans = np.array(batch.spans)
     positions = batch.tokens[:, 1:].size
     step = -(-positions // SHAPES)
-    return min(positions, step * -(-int((spans[:, 1] - spans[:, 0]).sum()) // step))
+    return min(positions, step * -(-int(np.array(batch.counts).sum()) // step))
 
 
 def summed_loss(
     model: nn.Module,
     tokens: mx.array,
-    spans: mx.array,
+    counts: mx.array,
     rows: int | None = None,
     separable: bool = False,
 ) -> tuple[mx.array, mx.array]:
@@ -104,12 +103,12 @@ def summed_loss(
     Args:
         model: in training mode the gradient comes with the loss, otherwise the loss alone.
         tokens: (batch, T) token ids, padded on the right.
-        spans: (batch, 2) int: the first position that counts as a target, and the sample's length.
+        counts: (batch, T) bool: which tokens count as targets; the first never does.
         rows: for how many positions the loss is computed: at least those that count; None: all.
         separable: what ``is_separable`` says of the model.
     """
     targets = tokens[:, 1:]
-    counts = counted_positions(tokens, spans).flatten()
+    counts = counts[:, 1:].flatten()
     if separable:
         states = model.model(tokens[:, :-1])
 

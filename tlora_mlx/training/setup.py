@@ -93,7 +93,8 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
 
 
 def _digest(split: Split) -> str:
-    samples: list[Any] = [sample[:2] for sample in split.samples]
+    # Gaps where there are any: digests of runs from before there were stay the same.
+    samples = [[s.tokens, s.first_target, *([s.gaps] if s.gaps else [])] for s in split.samples]
     return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
 
 
@@ -126,9 +127,11 @@ def _described(name: str, split: Split, max_seq_length: int) -> str:
         return ""
     text = f"{name}: {len(split)} samples"
     if split.truncated:
-        text += f", {split.truncated} of them cut to {max_seq_length} tokens"
+        text += f", {len(split.truncated)} of them cut to {max_seq_length} tokens"
     if split.left_out:
-        text += f"; {split.left_out} rows left out, since no token of theirs counts in the loss"
+        text += (
+            f"; {len(split.left_out)} rows left out, since none of their tokens counts in the loss"
+        )
     return text
 
 

@@ -57,8 +57,8 @@ class Step:
         inputs = [model.state, mx.random.state]
 
         @partial(mx.compile, inputs=inputs, outputs=inputs)
-        def gradient(tokens: mx.array, spans: mx.array, rows: int):
-            (loss, n), gradients = loss_and_gradient(model, tokens, spans, rows, separable)
+        def gradient(tokens: mx.array, counts: mx.array, rows: int):
+            (loss, n), gradients = loss_and_gradient(model, tokens, counts, rows, separable)
             return loss, n, gradients
 
         @mx.compile
@@ -91,7 +91,7 @@ class Step:
         total = None
         for samples in filter(None, map(share, batches)):
             batch = collate(samples, self.config.max_seq_length)
-            result = self._gradient(*batch, target_rows(batch))
+            result = self._gradient(batch.tokens, batch.counts, target_rows(batch))
             # Sums, not means: a token weighs the same in each micro-batch.
             total = result if total is None else tree_map(mx.add, total, result)
             mx.eval(total)

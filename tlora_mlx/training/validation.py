@@ -32,7 +32,7 @@ def mean_loss(
         if batch:
             if separable is None:
                 separable = is_separable(model, batch.tokens[:1])
-            loss, n = summed_loss(model, *batch, target_rows(batch), separable)
+            loss, n = summed_loss(model, batch.tokens, batch.counts, target_rows(batch), separable)
             sums[0] += loss.item()
             sums[1] += n.item()
         advance()

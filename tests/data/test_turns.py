@@ -1,0 +1,308 @@
+"""What counts, in the templates of today's models: each assistant's content and its end token."""
+
+import pytest
+from helpers.models import tiny_tokenizer, write_jsonl
+from helpers.templates import CHATML, QWEN3, QWEN35, TEMPLATES
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tlora_mlx.data.reading import load_data
+from tlora_mlx.errors import UserError
+
+USER, ASSISTANT, SYSTEM = (
+    lambda text, role=role: {"role": role, "content": text}
+    for role in ("user", "assistant", "system")
+)
+CALL = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def tokenizer_of(template, special=("<|im_start|>",), stops=("<|im_end|>",)):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *stops]})
+    if "<think>" in template:  # by which mlx-lm knows that a model may think
+        tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = template
+    ids = tokenizer.convert_tokens_to_ids(list(stops))
+    return TokenizerWrapper(tokenizer, eos_token_ids=ids)
+
+
+def named(name):
+    return tokenizer_of(*TEMPLATES[name])
+
+
+def split_of(tmp_path, rows, tokenizer, **options):
+    rows = rows if isinstance(rows, list) else [rows]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    return load_data(str(tmp_path), tokenizer, 2048, options.pop("mask_prompt", None), **options)[
+        "train"
+    ]
+
+
+def learnt(tmp_path, row, tokenizer, **options):
+    """The texts of the runs of tokens that count."""
+    (sample,) = split_of(tmp_path, row, tokenizer, **options).samples
+    texts, run = [], []
+    for token, counts in [*zip(sample.tokens, sample.counts(), strict=True), (None, False)]:
+        if counts:
+            run.append(token)
+        elif run:
+            texts.append(tokenizer.decode(run))
+            run = []
+    return texts
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answer_and_what_ends_it(tmp_path, name):
+    row = {"prompt": "Is 3 above 2?", "completion": "Yes"}
+    tokenizer = named(name)
+    (text,) = learnt(tmp_path, row, tokenizer)
+    assert text.strip() == f"Yes{TEMPLATES[name][2][0]}"
+    (sample,) = split_of(tmp_path, row, tokenizer).samples
+    rendered = tokenizer.apply_chat_template(
+        [USER("Is 3 above 2?"), ASSISTANT("Yes")], tokenize=True
+    )
+    assert sample.tokens == rendered
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_all_assistant_turns_count(tmp_path, name):
+    messages = [USER("add 1 and 2"), ASSISTANT("3"), USER("add 1"), ASSISTANT("It is 4.")]
+    texts = learnt(tmp_path, {"messages": messages}, named(name))
+    end = TEMPLATES[name][2][0]
+    first = "<|end|>" if name == "gpt_oss" else end
+    assert [text.strip() for text in texts] == [f"3{first}", f"It is 4.{end}"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_content_that_occurs_elsewhere_and_has_spaces_around_it(tmp_path, name):
+    """The same words in the question, in another answer, and in the template."""
+    messages = [USER("user 3"), ASSISTANT("3"), USER("assistant"), ASSISTANT(" assistant\n")]
+    texts = learnt(tmp_path, {"messages": messages}, named(name))
+    assert [text.split("<")[0].strip() for text in texts] == ["3", "assistant"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_that_ends_with_the_user(tmp_path, name):
+    messages = [USER("Hi"), ASSISTANT("Ho"), USER("And?")]
+    (text,) = learnt(tmp_path, {"messages": messages}, named(name))
+    assert text.strip().startswith("Ho<")
+
+
+def test_thinking_that_is_dropped_from_earlier_turns(tmp_path):
+    """Qwen3's own: only what is left of them can be learnt; the last turn's thinking is."""
+    messages = [
+        USER("1+1?"),
+        ASSISTANT("<think>\nOne and one.\n</think>\n\n2"),
+        USER("2+2?"),
+        ASSISTANT("<think>\nTwo and two.\n</think>\n\n4"),
+    ]
+    row = {"messages": messages}
+    last = "<think>\nTwo and two.\n</think>\n\n4<|im_end|>"
+    assert learnt(tmp_path, row, tokenizer_of(QWEN3)) == ["2<|im_end|>", last]
+    # Qwen3.5's generation prompt has opened the block.
+    last = last.removeprefix("<think>\n")
+    assert learnt(tmp_path, row, tokenizer_of(QWEN35)) == ["2<|im_end|>", last]
+    # DeepSeek-R1's template drops all of it.
+    assert learnt(tmp_path, row, named("deepseek_r1")) == [
+        "\n\n2<｜end▁of▁sentence｜>",
+        "\n\n4<｜end▁of▁sentence｜>",
+    ]
+
+
+def test_reasoning_in_a_field_of_its_own(tmp_path):
+    answer = {**ASSISTANT("4"), "reasoning_content": "Two and two."}
+    row = {"messages": [USER("2+2?"), answer]}
+    text = "<think>\nTwo and two.\n</think>\n\n4<|im_end|>"
+    assert learnt(tmp_path, row, tokenizer_of(QWEN3)) == [text]
+    assert learnt(tmp_path, row, tokenizer_of(QWEN35)) == [text.removeprefix("<think>\n")]
+
+
+@pytest.mark.parametrize("template", [QWEN3, QWEN35])
+@pytest.mark.parametrize("arguments", ['{"a": 1, "b": 2}', {"a": 1, "b": 2}])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_tool_calls_in_openais_form(tmp_path, template, arguments, content):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [
+        USER("1+2?"),
+        {"role": "assistant", **content, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        ASSISTANT("It is 3."),
+    ]
+    texts = learnt(tmp_path, {"messages": messages, "tools": [ADD]}, tokenizer_of(template))
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
+    assert texts == [called, "It is 3.<|im_end|>"]
+
+
+def test_a_template_that_marks_the_turns_is_taken_at_its_word(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    messages = [USER("Hi"), ASSISTANT("Ho"), USER("And?"), ASSISTANT("No.")]
+    tokenizer = tokenizer_of(template)
+    assert learnt(tmp_path, {"messages": messages}, tokenizer) == ["Ho<|im_end|>", "No.<|im_end|>"]
+    assert not split_of(tmp_path, {"messages": messages}, tokenizer).warnings
+
+
+def test_what_cannot_be_located_is_refused_by_line(tmp_path):
+    """A template that writes in capitals: nothing says what the answer's tokens are."""
+    shouting = CHATML.replace("m['content']", "m['content'] | upper")
+    rows = [{"prompt": "a", "completion": "B"}, {"prompt": "a", "completion": "no"}]
+    with pytest.raises(UserError, match=r"line 2 cannot be masked with certainty: the template"):
+        split_of(tmp_path, rows, tokenizer_of(shouting))
+
+
+def test_without_a_mask_all_counts(tmp_path):
+    row = {"messages": [USER("Hi"), ASSISTANT("Ho")]}
+    (sample,) = split_of(tmp_path, row, named("chatml"), mask_prompt=False).samples
+    assert sample.counts().tolist() == [False, *[True] * (len(sample.tokens) - 1)]
+
+
+def test_parts_of_text_are_joined_and_others_refused(tmp_path):
+    parts = [{"type": "text", "text": "add 1 "}, {"type": "text", "text": "and 2"}]
+    row = {"messages": [{"role": "user", "content": parts}, ASSISTANT("3")]}
+    (sample,) = split_of(tmp_path, row, named("chatml")).samples
+    assert "user\nadd 1 and 2<" in named("chatml").decode(sample.tokens)
+    parts.append({"type": "image_url", "image_url": {"url": "x"}})
+    with pytest.raises(UserError, match=r"line 1, message 1 has a part of type 'image_url'"):
+        split_of(tmp_path, row, named("chatml"))
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"role": "user", "value": "add"}, r"line 1, message 1 has 'role', 'value', but no 'cont"),
+        ({"role": "user", "content": None}, "message 1: 'content' is null; only a message with"),
+        ({"role": "user", "content": 3}, "'content' is neither a text nor a list of parts"),
+        ({"role": "user", "content": [3]}, "message 1 has a part of 3; only text"),
+        ({"role": 1, "content": "a"}, "message 1: 'role' is not a text but 1"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "no function with a name"),
+        ({"role": "assistant", "tool_calls": "x"}, "'tool_calls' is not a list of objects"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "the arguments of tool call 'f' are no JSON object",
+        ),
+        ({"content": "a"}, "'messages' is not a list of objects with 'role'"),
+    ],
+)
+def test_messages_that_are_none(tmp_path, message, fault):
+    with pytest.raises(UserError, match=fault) as error:
+        split_of(tmp_path, {"messages": [message, ASSISTANT("3")]}, named("chatml"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_system_message_that_is_refused(tmp_path):
+    row = {"messages": [SYSTEM("Be brief."), USER("Hi"), ASSISTANT("Ho")]}
+    with pytest.raises(UserError, match="System role not supported; put the system message's text"):
+        split_of(tmp_path, row, named("gemma3"))
+    assert learnt(tmp_path, row, named("chatml")) == ["Ho<|im_end|>"]
+
+
+def test_all_faults_are_told_together_up_to_twenty(tmp_path):
+    good = {"messages": [USER("Hi"), ASSISTANT("Ho")]}
+    bad = {"messages": [{"role": "user"}, ASSISTANT("Ho")]}
+    with pytest.raises(UserError) as error:
+        split_of(tmp_path, [good, bad, good, {"messages": 3}, bad], named("chatml"))
+    text = str(error.value)
+    assert [f"line {n}" in text for n in range(1, 6)] == [False, True, False, True, True]
+    assert "\n" not in text
+    with pytest.raises(UserError) as error:
+        split_of(tmp_path, [good, *[bad] * 50], named("chatml"))
+    assert str(error.value).count("but no 'content'") == 20
+    assert str(error.value).endswith("there may be more")
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{\n{"text": "b"}\n[\n')
+    with pytest.raises(UserError, match=r"line 2 is not valid JSON.*; line 4 is not valid JSON"):
+        load_data(str(tmp_path), named("chatml"), 2048, None)
+
+
+def test_a_second_beginning_token_is_dropped(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer = TokenizerWrapper(tokenizer)
+    for text in ("<bos>Once upon", "Once upon"):
+        (sample,) = split_of(tmp_path, {"text": text}, tokenizer).samples
+        assert tokenizer.decode(sample.tokens) == "<bos>Once upon<eos>"
+        row = {"prompt": text, "completion": " a time"}
+        (sample,) = split_of(tmp_path, row, tokenizer).samples
+        assert tokenizer.decode(sample.tokens) == "<bos>Once upon a time<eos>"
+
+
+def test_a_template_without_an_end_gets_one_and_a_warning(tmp_path):
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    tokenizer = tokenizer_of(template + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    messages = [USER("Hi"), ASSISTANT("Ho"), USER("And?"), ASSISTANT("No.")]
+    split = split_of(tmp_path, {"messages": messages}, tokenizer)
+    assert tokenizer.decode(split.samples[0].tokens).endswith("No.\n<eos>")
+    assert split.samples[0].counts()[-1]
+    assert len(split.warnings) == 1
+    assert "no token that stops generation; <eos> is added after the last" in split.warnings[0]
+
+
+def test_an_end_that_does_not_stop_generation_is_warned_of(tmp_path):
+    tokenizer = tokenizer_of(CHATML, ["<|im_start|>", "<|im_end|>"], [])
+    (warning,) = split_of(tmp_path, {"prompt": "a", "completion": "b"}, tokenizer).warnings
+    assert "ends answers with <|im_end|>, which is none of the model's end tokens" in warning
+    assert not split_of(tmp_path, {"prompt": "a", "completion": "b"}, named("chatml")).warnings
+
+
+def test_ids_beyond_the_models_embeddings_are_refused(tmp_path):
+    tokenizer = named("chatml")
+    token = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with pytest.raises(UserError, match=r"line 1: token '<\|im_.*' has id \d+, and the model has"):
+        split_of(tmp_path, {"prompt": "a", "completion": "b"}, tokenizer, embeddings=token - 1)
+    row = {"prompt": "a", "completion": "b"}
+    assert len(split_of(tmp_path, row, tokenizer, embeddings=token + 1)) == 1
+
+
+def test_alpaca_and_sharegpt_without_a_word(tmp_path):
+    tokenizer = named("chatml")
+    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert learnt(tmp_path, alpaca, tokenizer) == ["3<|im_end|>"]
+    turns = [("human", "Hi"), ("gpt", "Ho"), ("human", "And?"), ("gpt", "No.")]
+    share = {"conversations": [{"from": who, "value": text} for who, text in turns], "system": "S"}
+    (sample,) = split_of(tmp_path, share, tokenizer).samples
+    assert tokenizer.decode(sample.tokens).startswith("<|im_start|>system\nS<|im_end|>")
+    assert learnt(tmp_path, share, tokenizer) == ["Ho<|im_end|>", "No.<|im_end|>"]
+
+
+def test_columns_of_any_name(tmp_path):
+    tokenizer = named("chatml")
+    columns = {"question": "prompt", "reply": "completion"}
+    row = {"question": "1+2?", "reply": "3", "prompt": "not this"}
+    assert learnt(tmp_path, row, tokenizer, columns=columns) == ["3<|im_end|>"]
+    with pytest.raises(UserError, match=r"line 1 has 'question', but no 'reply'"):
+        split_of(tmp_path, {"question": "a"}, tokenizer, columns=columns)
+    talk = {"talk": [USER("Hi"), ASSISTANT("Ho")]}
+    assert learnt(tmp_path, talk, tokenizer, columns={"talk": "messages"}) == ["Ho<|im_end|>"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables(tmp_path, suffix):
+    import datasets
+
+    table = datasets.Dataset.from_list([{"prompt": "1+2?", "completion": "three"}] * 3)
+    getattr(table, f"to_{suffix}")(str(tmp_path / f"train.{suffix}"))
+    data = load_data(str(tmp_path), named("chatml"), 2048, None)["train"]
+    assert len(data) == 3
+    assert data.where == f"{tmp_path}/train.{suffix}, row"
+    (tmp_path / f"train.{suffix}").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match=rf"train\.{suffix} cannot be read"):
+        load_data(str(tmp_path), named("chatml"), 2048, None)
+
+
+def test_a_tokenizer_that_does_not_know_its_characters(tmp_path, monkeypatch):
+    """What is not "fast" is asked for the text of more and more tokens; to the same mask."""
+    from transformers import PreTrainedTokenizerFast
+
+    row = {"messages": [USER("Häuser?"), ASSISTANT("Ja, 家 🏠!")]}
+    expected = learnt(tmp_path, row, named("qwen3"))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    assert learnt(tmp_path, row, named("qwen3")) == expected == ["Ja, 家 🏠!<|im_end|>"]

@@ -1,0 +1,121 @@
+"""A row as a conversation: what chat templates take, made of what people's files hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# The fields in which an assistant's reasoning is kept apart from its answer (transformers' chat
+# templates, OpenAI's API, DeepSeek's).
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
+
+class Conversation(NamedTuple):
+    """Messages as a chat template takes them.
+
+    Attributes:
+        messages: each with ``role`` and ``content``, a text; an assistant's with ``tool_calls``,
+            whose arguments are mappings.
+        tools: descriptions of functions, or None.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
+def conversation_of(row: Mapping[str, Any]) -> Conversation:
+    """A row with ``messages``, or with ``prompt`` and ``completion``, as a conversation.
+
+    Content given as parts is joined, arguments of tool calls given as JSON are parsed.
+
+    Raises:
+        ValueError: a message is not one; the sentence goes on from the name of the row.
+    """
+    tools = _tools(row.get("tools"))
+    if "messages" not in row:
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        return Conversation(messages, tools)
+    messages = row["messages"]
+    if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise ValueError(": 'messages' is not a list of objects with 'role' and 'content'")
+    return Conversation([_message(i, m) for i, m in enumerate(messages, 1)], tools)
+
+
+def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """One message, its content a text."""
+    where = f", message {number}"
+    if not isinstance(message["role"], str):
+        raise ValueError(f"{where}: 'role' is not a text but {_shown(message['role'])}")
+    made = dict(message)
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = _tool_calls(calls, where)
+    content = message.get("content")
+    if content is None and not calls:
+        if "content" in message:
+            raise ValueError(
+                f"{where}: 'content' is null; only a message with tool_calls may be so"
+            )
+        found = ", ".join(repr(str(key)) for key in message)
+        raise ValueError(f"{where} has {found}, but no 'content'")
+    made["content"] = _text("" if content is None else content, where)
+    return made
+
+
+def _text(content: Any, where: str) -> str:
+    """Content as a text; parts of type text are joined without anything between them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"{where}: 'content' is neither a text nor a list of parts")
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = f"type '{kind}'" if isinstance(kind, str) else _shown(part)
+            raise ValueError(f"{where} has a part of {what}; only text can be trained on")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """OpenAI's tool calls, with the mapping that templates want as their arguments."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"{where}: 'tool_calls' is not a list of objects")
+    made = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call has no function with a name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"{where}: the arguments of tool call '{function['name']}' are no JSON object"
+            )
+        function = {**function, "arguments": arguments}
+        made.append({**call, "function": function} if "function" in call else function)
+    return made
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """A row's descriptions of functions, which some data sets keep as JSON."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except (ValueError, RecursionError):
+            raise ValueError(": 'tools' is not valid JSON") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f": 'tools' is not a list but {_shown(tools)}")
+    return tools or None
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:40]
