@@ -1,4 +1,4 @@
-"""Adapters combined as PEFT's ``add_weighted_adapter`` combines them, on the same files."""
+"""Adapters are combined like PEFT's ``add_weighted_adapter`` does it, on the same files."""
 
 import json
 import math
@@ -28,7 +28,7 @@ WEIGHTS = ([0.7, 0.4], [1.5, -0.6])
 
 @pytest.fixture(scope="module")
 def adapters(model_path, tmp_path_factory):
-    """Two of equal ranks, the second on fewer kinds of modules; a third of other ranks."""
+    """Two adapters of equal ranks, the second on fewer kinds of modules; a third of other ranks."""
     place = tmp_path_factory.mktemp("adapters")
     peft_adapter(model_path, place / "a", seed=1, **FIRST)
     peft_adapter(model_path, place / "b", seed=2, target_modules=KINDS[:-2], **SECOND)
@@ -46,7 +46,7 @@ def in_peft(model_path, adapters):
 
 @pytest.fixture
 def shared_masks(monkeypatch):
-    """What we keep at random, PEFT keeps too: both go through the modules of a shape in order."""
+    """PEFT keeps the same random entries as we do: both visit the modules of a shape in order."""
     drawn = defaultdict(deque)
 
     def draw(shape, density, key):
@@ -77,7 +77,7 @@ def by_peft(model, names, weights, kind, **options):
 
 
 def in_transformers_order(run):
-    """Its modules as transformers goes through them, so that masks can be shared."""
+    """The modules in the order of transformers, so that masks can be shared."""
     modules = run.plan.modules.items()
     order = sorted(modules, key=lambda item: (item[0].split(".")[2], KINDS.index(suffix(item[0]))))
     return replace(run, plan=replace(run.plan, modules=dict(order)))
@@ -131,7 +131,7 @@ def test_on_a_and_b(adapters, in_peft, shared_masks, kind, sign, weights):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd"])
 def test_on_deltas(adapters, in_peft, shared_masks, kind, weights):
-    """Ranks and kinds of modules differ; the factors themselves are free by signs."""
+    """Ranks and kinds of modules differ; the factors are determined only up to signs."""
     options = {} if kind == "cat" else {"svd_rank": 5}
     density = {"density": 0.3} if "_" in kind else {}
     ours = by_us(adapters, "abc", [*weights, 0.9], kind, **density, **options)
@@ -148,7 +148,7 @@ def test_on_deltas(adapters, in_peft, shared_masks, kind, weights):
 
 
 def test_cat_is_the_weighted_sum(adapters):
-    """Against the deltas themselves, not PEFT's sum of them."""
+    """Compared with the deltas themselves, not with PEFT's sum of them."""
     ours = by_us(adapters, "abc", [0.5, -2.0, 1.0], "cat")
     expected = defaultdict(float)
     for name, weight in zip("abc", [0.5, -2.0, 1.0], strict=True):
@@ -165,7 +165,7 @@ def test_cat_is_the_weighted_sum(adapters):
 
 
 def test_portable_exports_are_combined_as_they_are(model_path, tmp_path):
-    """Their padding makes ranks equal, and counts where a share of entries is kept."""
+    """Their padding makes the ranks equal, and counts when a share of the entries is kept."""
     for name, ranks in (("a", [0, 2, 5]), ("b", [7, 1, 3])):
         run = make_run(tmp_path / f"run-{name}", model_path, lambda i, shape, r=ranks: r[i % 3])
         export_peft(read_run(run), tmp_path / name)
@@ -177,7 +177,7 @@ def test_portable_exports_are_combined_as_they_are(model_path, tmp_path):
         assert largest_difference(ours, theirs, A_B_DELTA) < 1e-5
 
 
-def test_svd_takes_the_largest_rank_where_none_is_given(adapters, in_peft):
+def test_svd_uses_the_largest_rank_by_default(adapters, in_peft):
     ours = by_us(adapters, "ac", [1.0, 1.0], "svd")
     theirs = by_peft(in_peft, "ac", [1.0, 1.0], "svd")
     assert largest_difference(ours, theirs, DELTA) < 1e-5
@@ -187,7 +187,7 @@ def test_svd_takes_the_largest_rank_where_none_is_given(adapters, in_peft):
 
 
 def test_dare_keeps_the_share_and_the_expectation():
-    """Without shared masks: by their statistics."""
+    """Without shared masks: the statistics are compared."""
     tensor = mx.full((500, 400), 2.0)
     kept = np.array(combining.keep_random(tensor, 0.3, mx.random.key(0)))
     assert set(np.unique(kept).tolist()) == {0.0, np.float32(2 / 0.3)}
@@ -200,14 +200,14 @@ def test_dare_keeps_the_share_and_the_expectation():
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_linear_svd"])
-def test_every_adapter_and_module_draws_its_own(adapters, shared_masks, kind):
+def test_every_adapter_and_module_draws_its_own_mask(adapters, shared_masks, kind):
     by_us(adapters, "aa", [1.0, 1.0], kind, 0.5)
     masks = [mask.tobytes() for masks in shared_masks.values() for mask in masks]
     assert len(set(masks)) == len(masks) == (28 if kind.endswith("svd") else 56)
 
 
 def test_top_right_vectors_of_a_large_matrix():
-    """Large enough for the iterations, against numpy."""
+    """Large enough for the iterative method; compared with numpy."""
     random = np.random.default_rng(0)
     matrix = random.normal(size=(300, 12)) @ random.normal(size=(12, 200))
     matrix += 1e-3 * random.normal(size=(300, 200))
@@ -218,7 +218,7 @@ def test_top_right_vectors_of_a_large_matrix():
     assert np.abs(found @ found.T - np.eye(10)).max() < 1e-5
 
 
-def test_a_run_and_an_adapter_of_peft_by_the_command(model_path, adapters, tlora_here, tmp_path):
+def test_the_command_combines_a_run_and_a_peft_adapter(model_path, adapters, tlora_here, tmp_path):
     run = make_run(tmp_path / "run", model_path, lambda i, shape: [0, 2, 5][i % 3])
     both = ["export", "--adapter", f"{run}:0.5", "--adapter", f"{adapters / 'c'}:-1.5"]
     result = tlora_here(*both, "--output", tmp_path / "peft")
@@ -243,7 +243,7 @@ def test_a_run_and_an_adapter_of_peft_by_the_command(model_path, adapters, tlora
     assert np.abs(logits_of(model) - expected).max() < 1e-4
 
 
-def test_dare_by_the_command_repeats_with_its_seed(adapters, tlora_here, tmp_path):
+def test_dare_is_reproducible_with_its_seed(adapters, tlora_here, tmp_path):
     def tensors(name, *options):
         command = ["export", "--adapter", adapters / "a", adapters / "b", "--format", "run"]
         command += ["--combine", "dare_ties_svd", "--density", 0.5, "--svd-rank", 2]
@@ -258,7 +258,7 @@ def test_dare_by_the_command_repeats_with_its_seed(adapters, tlora_here, tmp_pat
     assert first != tensors("total")
 
 
-def test_what_cannot_be_combined(model_path, adapters, tmp_path):
+def test_adapters_that_cannot_be_combined(model_path, adapters, tmp_path):
     a, b, c = (resolve_adapter(adapters / name) for name in "abc")
     with pytest.raises(
         UserError, match=r"linear needs equal ranks, but .*v_proj has the ranks 4, 3"
@@ -308,7 +308,7 @@ def test_what_cannot_be_combined(model_path, adapters, tmp_path):
         (["RUN", "--format", "run", "--push-to", "me/it"], "--push-to cannot go with --format run"),
     ],
 )
-def test_options_that_do_not_go_together(tlora_here, options, message):
+def test_incompatible_combine_options(tlora_here, options, message):
     assert_one_sentence(tlora_here("export", *options), 2, message)
 
 

@@ -1,4 +1,4 @@
-"""Experts' adapters in merged models and mlx-lm's stacks: each in its place, and nothing else."""
+"""Experts' adapters in merged models and mlx-lm's stacks: each in its place, nothing else."""
 
 import json
 import re
@@ -30,7 +30,7 @@ CHECKPOINTS = ["mixtral", "granitemoe", "gpt_oss"]
 
 
 def make(place, family, dtype="float32"):
-    """A checkpoint and a run on it by hand; ranks 0, 1 and the cap among those of its experts."""
+    """A checkpoint and a run on it, made by hand; its experts' ranks include 0, 1 and the cap."""
     model_path = save_model(place / "model", family, dtype)
     mlx_path = path_for_mlx(model_path, family)
     options = {"experts": True, "base_model": str(model_path)}
@@ -43,7 +43,7 @@ def made(request, tmp_path_factory):
 
 
 def places(family, tensors):
-    """A view of what each expert's module is in the checkpoint, (out, in), by the module's name."""
+    """Views of the checkpoint: each expert's weight (out, in), by the module's name."""
     found = {}
     for block in (0, 1):
         head = f"model.layers.{block}."
@@ -67,7 +67,7 @@ def places(family, tensors):
     return found
 
 
-def test_each_expert_has_its_delta_and_all_else_its_bits(made, tmp_path, capsys):
+def test_each_expert_gets_its_delta_and_nothing_else_changes(made, tmp_path, capsys):
     family, model_path, run_path = made
     run = read_run(run_path)
     out = export_merged(run, tmp_path / "merged")
@@ -104,7 +104,7 @@ def test_a_merged_stack_that_was_written_wrongly(made, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["counted"]
 
 
-def test_a_model_of_other_experts(made, tmp_path):
+def test_a_model_with_different_experts(made, tmp_path):
     family, _, run_path = made
     other = save_model(tmp_path / "other", family, num_local_experts=3)
     message = r"has no .*\.3\." if family == "mixtral" else r"has shape \(3, .* trained on \(4, "
@@ -129,7 +129,7 @@ def test_stacks_in_half_precision(tmp_path):
 
 
 def test_mlx_lms_stacks(made, tmp_path, monkeypatch):
-    """Tensors and keys as mlx-lm has them; its own fuse; and a wrong expert is found."""
+    """Tensors and keys as in mlx-lm; its own fuse; and a wrong expert is found."""
     family, _, run_path = made
     run = read_run(run_path)
     adapter = export_mlx_lm(run, tmp_path / "mlx-lm")
@@ -202,7 +202,7 @@ def test_into_the_conversion_itself(export, quantized_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("export", [export_dequantized, export_requantized])
 def test_a_conversion_that_was_written_wrongly(export, quantized_run, tmp_path, monkeypatch):
-    """Rows of experts with an adapter, and of those without."""
+    """Both the rows of experts with an adapter and those of experts without."""
     finds_every_wrong_write(
         partial(export, read_run(quantized_run)),
         tmp_path,
@@ -215,7 +215,7 @@ def test_a_conversion_that_was_written_wrongly(export, quantized_run, tmp_path, 
 
 
 def test_an_untouched_expert_of_a_copy_that_changed(quantized_run, tmp_path, monkeypatch):
-    """The copy that is quantized again is held against the base model's bits, stacks included."""
+    """The requantized copy is compared with the base model bit for bit, stacks included."""
     run = read_run(quantized_run)
     stacks = {name.rpartition(".")[0] for name in run.plan.adapted()}
     without = (name.rpartition(".") for name, m in run.plan.modules.items() if not m.rank)
@@ -231,6 +231,6 @@ def test_an_untouched_expert_of_a_copy_that_changed(quantized_run, tmp_path, mon
             target.write_bytes(data)
 
     monkeypatch.setattr(requantize, "copy_file", damaged)
-    with pytest.raises(RunError, match="what was written for what is not adapted"):
+    with pytest.raises(RunError, match="what was written for the unadapted bytes"):
         export_requantized(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

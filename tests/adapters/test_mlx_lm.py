@@ -1,4 +1,4 @@
-"""The mlx-lm adapter is read by mlx-lm itself: load, and the commands generate, fuse, server."""
+"""mlx-lm itself reads the mlx-lm adapter: load, and the commands generate, fuse, server."""
 
 import json
 import socket
@@ -45,7 +45,7 @@ def test_ranks_0_1_and_the_cap(model_path, mixed_run, adapter):
     assert np.abs(logits(model_path, adapter) - expected).max() < 1e-4
 
 
-def test_what_it_writes(model_path, mixed_run, adapter):
+def test_written_tensors_and_configuration(model_path, mixed_run, adapter):
     assert sorted(path.name for path in adapter.iterdir()) == [
         "adapter_config.json",
         "adapters.safetensors",
@@ -66,7 +66,7 @@ def test_what_it_writes(model_path, mixed_run, adapter):
             assert shape[1 if key.endswith("lora_a") else 0] == 24
 
 
-def test_the_last_blocks_alone(model_path, tmp_path):
+def test_only_the_last_blocks(model_path, tmp_path):
     run = make_run(tmp_path / "run", model_path, lambda i, s: i % 3, num_layers=1)
     config = json.loads((run / "adapter_config.json").read_text()) | {"num_layers": 1}
     (run / "adapter_config.json").write_text(json.dumps(config))
@@ -99,7 +99,7 @@ def mlx_lm_command(name, *arguments):
 
 
 def test_generate(model_path, mixed_run, adapter, tlora_here):
-    """mlx-lm's greedy text is tlora generate's."""
+    """mlx-lm's greedy text equals that of tlora generate."""
     done = tlora_here("generate", mixed_run, "--prompt", PROMPT, "--max-tokens", 12)
     assert done.returncode == 0
     base_text, text = done.stdout.split(f"--- with the adapter {mixed_run}\n")

@@ -1,4 +1,4 @@
-"""Exports are read by the real other side: PEFT on torch, and each reader's own scaling rule."""
+"""The real readers load exports: PEFT on torch, and each reader's own scaling rule."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_ranks_0_1_and_the_cap_in_peft(model_path, mixed_run, tmp_path, layout):
 
 
 @pytest.mark.parametrize("rule", ["global", "tensor"])
-def test_portable_by_one_scaling_rule_without_patterns(model_path, mixed_run, tmp_path, rule):
+def test_portable_needs_one_scaling_rule_and_no_patterns(model_path, mixed_run, tmp_path, rule):
     adapter = export_peft(read_run(mixed_run), tmp_path / "peft", "portable")
     expected = mlx_logits(mixed_run)
     assert np.abs(merged_logits(model_path, adapter, rule) - expected).max() < 1e-4
@@ -41,7 +41,7 @@ def test_portable_by_one_scaling_rule_without_patterns(model_path, mixed_run, tm
     assert np.abs(merged_logits(model_path, compact, rule) - expected).max() > 0.1
 
 
-def test_what_portable_promises_to_readers(mixed_run, tmp_path):
+def test_the_portable_layout_keeps_its_promises(mixed_run, tmp_path):
     adapter = export_peft(read_run(mixed_run), tmp_path / "peft", "portable")
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -61,7 +61,7 @@ def test_what_portable_promises_to_readers(mixed_run, tmp_path):
         assert tensor.dtype == torch.float32
 
 
-def test_what_compact_writes(mixed_run, tmp_path):
+def test_the_compact_layout(mixed_run, tmp_path):
     run = read_run(mixed_run)
     adapter = export_peft(run, tmp_path / "peft", "compact")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -74,7 +74,7 @@ def test_what_compact_writes(mixed_run, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["portable", "compact"])
-def test_the_last_blocks_alone(model_path, tmp_path, layout):
+def test_only_the_last_blocks(model_path, tmp_path, layout):
     run = make_run(tmp_path / "run", model_path, lambda i, shape: 2, num_layers=1)
     adapter = export_peft(read_run(run), tmp_path / "peft", layout)
     assert np.abs(peft_logits(model_path, adapter) - mlx_logits(run)).max() < 1e-4

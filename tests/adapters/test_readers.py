@@ -1,4 +1,4 @@
-"""Any adapter directory is described, and who would read it wrong is named."""
+"""Any adapter directory is described, with the readers that would get it wrong."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def run(model_path, tmp_path_factory):
 
 
 def test_a_run(run, model_path):
-    """As a process: the module's name is also one of the standard library's."""
+    """Run as a process, since the standard library has a module of the same name."""
     result = tlora("inspect", run)
     assert (result.returncode, result.stderr) == (0, "")
     for line in (
@@ -55,7 +55,7 @@ def test_the_portable_layout_is_right_everywhere(run, tlora_here, tmp_path):
     assert "vLLM needs --max-lora-rank 32" in out
 
 
-def test_the_compact_layout_is_right_in_peft_alone(run, tlora_here, tmp_path):
+def test_the_compact_layout_is_right_only_in_peft(run, tlora_here, tmp_path):
     export_peft(read_run(run), tmp_path / "peft", "compact")
     assert faults(tmp_path / "peft") == {
         "PEFT": None,
@@ -108,7 +108,7 @@ def test_mlx_lm(model_path, tlora_here, tmp_path):
     assert "by scale 1; vLLM needs --max-lora-rank 8 for it" in out
 
 
-def test_what_needs_no_base_and_what_is_refused(model_path, tlora_here, tmp_path):
+def test_no_base_model_is_needed_and_bad_paths_are_refused(model_path, tlora_here, tmp_path):
     peft_adapter(model_path, tmp_path / "peft", r=600, target_modules=["q_proj"])
     edit(tmp_path / "peft", base_model_name_or_path=None)
     out = tlora_here("inspect", tmp_path / "peft").stdout

@@ -1,4 +1,4 @@
-"""Adapters of PEFT and mlx-lm, made by the real ones, are read, loaded and trained on from."""
+"""Adapters that PEFT and mlx-lm really wrote are read, loaded and trained further."""
 
 import json
 import re
@@ -59,15 +59,15 @@ PATTERNS = {
     ],
     ids=["plain", "rslora", "patterns", "regex", "layers", "one kind", "parameters"],
 )  # fmt: skip
-def test_what_peft_writes_gives_its_logits(model_path, tmp_path, options):
+def test_a_peft_adapter_gives_pefts_logits(model_path, tmp_path, options):
     expected = peft_adapter(model_path, tmp_path / "peft", **options)
     assert np.abs(expected - logits_of(base_model(model_path))).max() > 0.01
     assert np.abs(mlx_logits(tmp_path / "peft") - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["portable", "compact"])
-def test_the_circle(model_path, data_path, tlora_here, tmp_path, layout):
-    """Trained in MLX, exported, trained on in torch, taken back: equal logits."""
+def test_the_round_trip_through_peft(model_path, data_path, tlora_here, tmp_path, layout):
+    """Trained in MLX, exported, trained further in torch, read back: equal logits."""
     run = make_run(tmp_path / "run", model_path, zero_one_cap)
     export_peft(read_run(run), tmp_path / "out", layout)
     model = PeftModel.from_pretrained(base_model(model_path), tmp_path / "out", is_trainable=True)
@@ -108,7 +108,7 @@ def test_the_circle(model_path, data_path, tlora_here, tmp_path, layout):
         assert mx.array_equal(start[name], tensor) == name.endswith(".lora_a"), name
 
 
-def test_kinds_that_are_missing_in_a_block_get_rank_0(model_path, tmp_path):
+def test_kinds_missing_from_a_block_get_rank_0(model_path, tmp_path):
     pattern = r"model\.layers\.(0\.self_attn\.(q|o)_proj|1\.self_attn\.q_proj|1\.mlp\.up_proj)"
     peft_adapter(model_path, tmp_path / "peft", target_modules=pattern)
     plan = resolve_adapter(tmp_path / "peft").plan
@@ -120,8 +120,8 @@ def test_kinds_that_are_missing_in_a_block_get_rank_0(model_path, tmp_path):
     assert plan.modules["model.layers.0.mlp.up_proj"].out_features == 80
 
 
-def test_no_kind_is_made_up_in_blocks_that_cannot_have_it():
-    """Attention and convolution in turn: q_proj is in the first and third block alone."""
+def test_no_kind_is_added_to_blocks_that_cannot_have_it():
+    """Attention and convolution alternate: only the first and third block have q_proj."""
     model = nn.Module()
     model.layers = [nn.Module(), nn.Module(), nn.Module(), nn.Module()]
     for block, held in zip(model.layers, ["attn", "conv", "attn", "attn"], strict=True):
@@ -138,7 +138,7 @@ def test_no_kind_is_made_up_in_blocks_that_cannot_have_it():
     }  # fmt: skip
 
 
-def test_what_mlx_lm_writes_gives_its_logits(model_path, tlora_here, tmp_path):
+def test_an_mlx_lm_adapter_gives_mlx_lms_logits(model_path, tlora_here, tmp_path):
     expected = mlx_lm_adapter(model_path, tmp_path / "mlx")
     assert np.abs(mlx_logits(tmp_path / "mlx") - expected).max() < 1e-4
     result = tlora_here("export", tmp_path / "mlx")
@@ -196,7 +196,7 @@ def test_another_base_for_another_tools_adapter(model_path, plain, tmp_path):
         ({"rank_pattern": {"0.*q_proj": 5}}, "layers.0.self_attn.q_proj has rank 4, but 5 in the"),
     ],
 )
-def test_what_peft_adapters_are_refused(plain, tmp_path, changes, message):
+def test_unsupported_peft_adapters_are_refused(plain, tmp_path, changes, message):
     path = shutil.copytree(plain, tmp_path / "peft")
     edit(path, **changes)
     with pytest.raises(UserError, match=message) as error:
@@ -204,7 +204,7 @@ def test_what_peft_adapters_are_refused(plain, tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_tensors_are_refused(plain, tmp_path):
+def test_bad_tensors_are_refused(plain, tmp_path):
     path = shutil.copytree(plain, tmp_path / "peft")
     file = path / "adapter_model.safetensors"
     tensors = mx.load(str(file))
@@ -243,7 +243,7 @@ def test_what_tensors_are_refused(plain, tmp_path):
         read_adapter(path)
 
 
-def test_what_mlx_lm_adapters_are_refused(model_path, tmp_path):
+def test_unsupported_mlx_lm_adapters_are_refused(model_path, tmp_path):
     path = tmp_path / "mlx"
     mlx_lm_adapter(model_path, path)
     for changes, message in (
@@ -306,7 +306,9 @@ def test_any_configuration_and_damage(plain, tmp_path_factory, changes, cut):
     assert len(said.splitlines()) == 1
 
 
-def test_a_cut_run_from_an_adapter_goes_on_without_it(model_path, data_path, plain, tmp_path):
+def test_an_interrupted_run_resumes_without_the_adapter_it_started_from(
+    model_path, data_path, plain, tmp_path
+):
     source = shutil.copytree(plain, tmp_path / "source")
     options = {"from_adapter": str(source), "rank": 8, "iters": 4, "save_every": 2}
     whole = quick_train(model_path, data_path, tmp_path / "whole", **options)
@@ -323,7 +325,7 @@ def test_a_cut_run_from_an_adapter_goes_on_without_it(model_path, data_path, pla
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_the_adapter_is_kept_where_training_makes_it_worse(model_path, data_path, plain, tmp_path):
+def test_the_adapter_is_kept_if_training_makes_it_worse(model_path, data_path, plain, tmp_path):
     options = {"from_adapter": str(plain), "rank": 8, "iters": 1, "steps_per_eval": 1}
     run = quick_train(model_path, data_path, tmp_path / "run", learning_rate=3.0, **options)
     for name, tensor in resolve_adapter(plain).tensors.items():
@@ -333,7 +335,7 @@ def test_the_adapter_is_kept_where_training_makes_it_worse(model_path, data_path
     assert losses[0] < losses[1]
 
 
-def test_onto_a_quantized_conversion(model_path, data_path, tlora_here, tmp_path):
+def test_training_further_on_a_quantized_model(model_path, data_path, tlora_here, tmp_path):
     from mlx_lm import convert
 
     original = save_model(tmp_path / "original", hidden_size=64, intermediate_size=128)
@@ -352,8 +354,8 @@ def test_onto_a_quantized_conversion(model_path, data_path, tlora_here, tmp_path
     assert config["base_model_name_or_path"] == str(original)
 
 
-def test_a_base_on_the_hub_is_found_by_its_configuration(model_path, plain, monkeypatch, tmp_path):
-    """Of a model in the cache nothing else is needed."""
+def test_a_base_on_the_hub_needs_only_its_configuration(model_path, plain, monkeypatch, tmp_path):
+    """Nothing else of a cached model is needed."""
     repository = tmp_path / "models--org--tiny"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -367,7 +369,7 @@ def test_a_base_on_the_hub_is_found_by_its_configuration(model_path, plain, monk
     ]  # fmt: skip
 
 
-def test_going_on_from_an_adapter_refuses(model_path, data_path, plain, tlora_here, tmp_path):
+def test_from_adapter_refusals(model_path, data_path, plain, tlora_here, tmp_path):
     required = ["--model", model_path, "--data", data_path, "--adapter-path", tmp_path / "run"]
     start = ["train", *required, "--iters", 2]
     more = ["--from-adapter", plain, "--rank", 4, "--plan", "plan.json"]
@@ -383,7 +385,7 @@ def test_going_on_from_an_adapter_refuses(model_path, data_path, plain, tlora_he
     assert not (tmp_path / "run").exists()
 
 
-def test_another_models_name_is_told(model_path, data_path, plain, capsys, tmp_path):
+def test_a_differing_base_model_is_mentioned(model_path, data_path, plain, capsys, tmp_path):
     again = shutil.copytree(model_path, tmp_path / "again")
     quick_train(again, data_path, tmp_path / "run", from_adapter=str(plain), rank=8, iters=1)
     said = re.sub(r"\s+", " ", capsys.readouterr().out)

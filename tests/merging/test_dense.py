@@ -1,4 +1,4 @@
-"""Merged models are read by transformers and mlx-lm, and hold W + scale·B·A to the last bit."""
+"""transformers and mlx-lm read merged models, which hold W + scale·B·A to the last bit."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def merged_by_torch(model_path, run):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """Several files with an index, tied embeddings, a chat template, files that others need."""
+    """Several files with an index, tied embeddings, a chat template, and files that others need."""
     whole = save_model(
         tmp_path_factory.mktemp("whole"), chat_template=TEMPLATE, tie_word_embeddings=True
     )
@@ -112,8 +112,8 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
     assert np.abs(mlx_lm_logits(out) - logits).max() < 0.1 * np.abs(logits).max()
 
 
-def test_a_weight_that_is_kept_transposed(model_path, tmp_path, monkeypatch):
-    """As Conv1D's are: even a square one is told apart by its family, not by its shape."""
+def test_a_weight_that_is_stored_transposed(model_path, tmp_path, monkeypatch):
+    """Like Conv1D's: the family decides, not the shape, since a square one looks the same."""
     kept = r"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"  # square, and not
     tensors = all_tensors(model_path)
     for name in kept:
@@ -164,7 +164,7 @@ def test_the_command(tlora_here, run_path, model_path, tmp_path):
 
 
 def big_run(place, layers):
-    """A bf16 model by hand (nothing loads it), its largest tensor 25 MB, and a run on it."""
+    """A bf16 model made by hand (nothing loads it) with a largest tensor of 25 MB, and a run."""
     hidden, inner = 512, 2048
     kinds = {f"self_attn.{kind}_proj": (hidden, hidden) for kind in "qkvo"}
     kinds |= {f"mlp.{kind}_proj": (inner, hidden) for kind in ("gate", "up")}
@@ -230,7 +230,7 @@ def test_a_base_that_does_not_fit(missing, model_path, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     messages = {
         "base_model": "its card names no original",
-        "shape": rf"{name} has shape \(79, 48\), the run was trained on \(80, 48\)",
+        "shape": rf"{name} has shape \(79, 48\), but the run was trained on \(80, 48\)",
         "tensor": f"it has no {name}",
         "quantized": "is quantized; name the full-precision one with --base-model",
         "dtype": f"{name} has dtype F8_E4M3, not F32, F16, BF16",
@@ -264,16 +264,16 @@ def test_a_delta_that_overflows_the_dtype(tmp_path):
 
 
 INDEXES = {
-    "../model.safetensors": "outside of the model's directory",
-    "/etc/model.safetensors": "outside of the model's directory",
-    "model.bin": "no safetensors file",
+    "../model.safetensors": "outside the model's directory",
+    "/etc/model.safetensors": "outside the model's directory",
+    "model.bin": "which is not a safetensors file",
     "gone.safetensors": "is missing",
     "other.safetensors": "lm_head.weight is not in other.safetensors",
 }
 
 
 @pytest.mark.parametrize("shard", INDEXES)
-def test_an_index_that_is_not_right(shard, model_path, tmp_path):
+def test_a_damaged_index(shard, model_path, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     tensors = all_tensors(model_path)
@@ -287,7 +287,7 @@ def test_an_index_that_is_not_right(shard, model_path, tmp_path):
         export_merged(read_run(run), tmp_path / "merged", str(base))
 
 
-def test_what_is_in_two_files_or_pickled(model_path, tmp_path):
+def test_tensors_in_two_files_and_pickled_weights(model_path, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     write_json(base / "config.json", {"model_type": "llama"})
@@ -302,7 +302,7 @@ def test_what_is_in_two_files_or_pickled(model_path, tmp_path):
 
 
 def test_a_base_in_the_hub_clients_cache(model_path, tmp_path, monkeypatch):
-    """A name is resolved by huggingface_hub: here from its cache, whose files are links."""
+    """huggingface_hub resolves a name: here from its cache, whose files are links."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -317,7 +317,7 @@ def test_a_base_in_the_hub_clients_cache(model_path, tmp_path, monkeypatch):
     out = export_merged(read_run(run), tmp_path / "merged")
     assert not any(path.is_symlink() for path in out.iterdir())
     assert np.abs(mlx_lm_logits(out) - mlx_logits(run)).max() < 1e-4
-    with pytest.raises(UserError, match="model some/other is no directory here"):
+    with pytest.raises(UserError, match="model some/other is not a directory"):
         export_merged(read_run(run), tmp_path / "other", "some/other")
 
 
@@ -333,7 +333,7 @@ def test_a_base_in_the_hub_clients_cache(model_path, tmp_path, monkeypatch):
         (["--format", "merged", "--quantize"], "is for runs on a quantized MLX model"),
     ],
 )
-def test_options_that_do_not_go_together(flags, message, tlora_here, run_path, tmp_path):
+def test_incompatible_merge_options(flags, message, tlora_here, run_path, tmp_path):
     done = tlora_here("export", run_path, "--output", tmp_path / "out", *flags)
     assert done.returncode == 2
     assert message in done.stderr
@@ -341,7 +341,7 @@ def test_options_that_do_not_go_together(flags, message, tlora_here, run_path, t
 
 
 def test_no_model_library_is_loaded(run_path, tmp_path):
-    """mlx-lm and with it transformers take longer to load than a small model to merge."""
+    """Loading mlx-lm, and transformers with it, takes longer than merging a small model."""
     code = (
         "import sys\n"
         "from tlora_mlx.export import main\n"

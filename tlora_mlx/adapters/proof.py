@@ -212,6 +212,6 @@ def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.arr
 def mismatch_error(name: str) -> RunError:
     """The error for a module that was not written correctly."""
     return RunError(
-        f"what was written for {name} differs from the adapter, so the export was deleted; check "
-        "the disk and the memory, and export again"
+        f"what was written for {name} is wrong, so the export was deleted; check the disk and the "
+        "memory, and export again"
     )

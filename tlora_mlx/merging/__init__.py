@@ -1,1 +1,1 @@
-"""An adapter in a model's weights: dense, dequantized, or quantized again."""
+"""Merging an adapter into a model's weights: dense, dequantized, or quantized again."""

@@ -1,4 +1,4 @@
-"""The quantized MLX model that a run was trained on, its weights read row by row."""
+"""The quantized MLX model that a run was trained on, with weights read row by row."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from tlora_mlx.storage.safetensors import FLOATS, TensorFile
 
 
 class StoredWeight:
-    """A weight of a conversion: quantized, with its scales (and biases), or not.
+    """A weight of a converted model: quantized, with its scales (and biases), or not.
 
     Attributes:
-        shape: of the dense weight; (experts, out, in) for stacked ones.
-        rows: how many there are, all leading dimensions together.
-        dtype: the format's code of the dense weight: that of the scales, which is what the model
-            computes in; bfloat16 where they are no floats (mxfp4, mxfp8, nvfp4).
+        shape: that of the dense weight; (experts, out, in) for stacked experts.
+        rows: the number of rows, all leading dimensions together.
+        dtype: the file format's code for the dense weight: that of the scales, which is what the
+            model computes in; bfloat16 if they are not floats (mxfp4, mxfp8, nvfp4).
         parts: its tensors' names.
-        modules: the adapted modules that it holds, with their first row and the one after the last:
-            itself, or some of its experts.
+        modules: the adapted modules that it holds (itself, or some of its experts), with their
+            range of rows: the first, and the one after the last.
 
     Args:
-        base: the conversion.
+        base: the converted model.
         name: the module's name.
 
     Raises:
-        UserError: the tensors do not fit each other or the settings.
+        UserError: the tensors do not match each other or the settings.
     """
 
     def __init__(self, base: ModelWeights, name: str):
@@ -65,7 +65,7 @@ class StoredWeight:
         self.rows = math.prod(self.shape[:-1])
 
     def pieces(self) -> Iterator[tuple[int, int, str | None]]:
-        """All rows in order, as (start, stop, the adapted module whose they are)."""
+        """All rows in order, as (start, stop, the adapted module that owns them or None)."""
         position = 0
         for name, (start, stop) in sorted(self.modules.items(), key=lambda item: item[1]):
             if position < start:
@@ -76,14 +76,14 @@ class StoredWeight:
             yield position, self.rows, None
 
     def dense(self, files: Mapping[str, TensorFile], start: int, stop: int) -> np.ndarray:
-        """Some rows, (stop - start, in) float32, as stored in these files by tensor name."""
+        """Some rows, (stop - start, in) float32; the files are given by tensor name."""
         parts = [files[part].rows(part, start, stop) for part in self.parts]
         if not self._settings:
             return float32(parts[0])
         return float32(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
 
     def stored(self, values: np.ndarray) -> list[np.ndarray]:
-        """Rows as the parts would hold them: cast, and quantized by the same settings."""
+        """The parts that store these rows: cast, and quantized with the same settings."""
         cast = mx.array(values).astype(getattr(mx, FLOATS[self.dtype]))
         parts = mx.quantize(cast, **self._settings) if self._settings else [cast]
         return [np.array(part.view(mx.uint8)) for part in parts]
@@ -101,10 +101,10 @@ def _settings(base: ModelWeights, name: str) -> dict[str, Any]:
 def read_conversion(adapter: Adapter, option: str) -> tuple[ModelWeights, dict[str, StoredWeight]]:
     """The quantized model that a run was trained on, and its adapted weights by module name.
 
-    That of experts is their stacked layer's.
+    For experts, the weight is that of their stacked layer.
 
     Raises:
-        UserError: it is not whole, no conversion of mlx-lm's, or does not fit the run.
+        UserError: it is incomplete, not converted by mlx-lm, or does not fit the run.
     """
     base = ModelWeights(adapter.model)
     table = base.config.get("quantization")
@@ -112,11 +112,11 @@ def read_conversion(adapter: Adapter, option: str) -> tuple[ModelWeights, dict[s
         type(table.get(key)) is int and table[key] > 0 for key in ("group_size", "bits")
     ):
         raise UserError(
-            f"{option} is for runs on a quantized MLX model, and {base.name} is none; leave it out"
+            f"{option} is for runs on a quantized MLX model, but {base.name} is not one; omit it"
         )
     odd = [tensor for tensor in base.file_of if tensor.endswith(".global_scale")]
     if odd:
-        raise UserError(f"{option} does not know tensor scales yet: {', '.join(odd)}")
+        raise UserError(f"{option} does not support tensor scales yet: {', '.join(odd)}")
     weights: dict[str, StoredWeight] = {}
     faults: dict[str, None] = {}  # each once, in order
     for name, module in adapter.adapted().items():
@@ -131,7 +131,7 @@ def read_conversion(adapter: Adapter, option: str) -> tuple[ModelWeights, dict[s
         if number is not None:
             experts, *found = weight.shape
         if tuple(found) != shape or (number or 0) >= experts:
-            faults[f"{layer} has shape {weight.shape}, {name} was trained on {shape}"] = None
+            faults[f"{layer} has shape {weight.shape}, but {name} was trained on {shape}"] = None
         elif weight.dtype not in FLOATS:
             faults[f"{layer} has dtype {weight.dtype}, not {', '.join(FLOATS)}"] = None
         first = (number or 0) * module.out_features

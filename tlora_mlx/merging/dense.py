@@ -1,4 +1,4 @@
-"""A run merged into its base model: W + scale·B·A in every weight, streamed from disk to disk."""
+"""Merging a run into its base model: W + scale·B·A in every weight, streamed disk to disk."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def export_merged(
     base_model: str | None = None,
     observer: Observer = SILENT,
 ) -> Proof:
-    """Write a run's base model with W + scale·B·A in the adapted weights, as a checkpoint.
+    """Write a checkpoint of a run's base model, with W + scale·B·A in the adapted weights.
 
-    The sum is taken in float32 and cast back. Files, tensor names, dtypes, order and index are the
-    base model's; what is not adapted is copied as bytes. Memory does not grow with the model: each
-    thread works on a few rows at a time.
+    The sum is computed in float32 and cast back. Files, tensor names, dtypes, order and index are
+    the base model's; unadapted tensors are copied byte for byte. Memory use does not grow with the
+    model: each thread works on a few rows at a time.
 
     Args:
-        adapter: what was read, or the directory of a run, a PEFT or an mlx-lm adapter.
-        output: directory to make; must not exist, or be empty.
-        base_model: directory or Hub repository of the full-precision base; the run's own where it
-            is None: the model it was trained on, or the original that a quantized conversion's
+        adapter: an adapter, or the directory of a run, a PEFT adapter or an mlx-lm adapter.
+        output: directory to create; must be new or empty.
+        base_model: directory or Hub repository of the full-precision base; None: the run's own,
+            which is the model that it was trained on, or the original that a quantized model's
             card names.
-        observer: is told of each module.
+        observer: notified of each module.
 
     Returns:
-        The proof: what was written was read back, and the deltas compared.
+        The result of reading the export back and comparing its deltas.
 
     Raises:
-        UserError: the family or a module has no known Hugging Face name, the base model is not
-            known, not whole, quantized or of other shapes, or ``output`` is taken.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        UserError: the family or a module has no known Hugging Face name, the base model is
+            unknown, incomplete, quantized or of other shapes, or ``output`` exists.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     output = Path(output)
     adapter = resolve_adapter(adapter, base_model)
@@ -86,9 +86,9 @@ class _Change(NamedTuple):
     """What is added to some rows of a weight.
 
     Attributes:
-        module: whose Δ it is.
-        columns: to which columns of the rows.
-        delta: Δ as the checkpoint keeps the weight.
+        module: the module that Δ belongs to.
+        columns: the columns that Δ is added to.
+        delta: Δ, transposed if the checkpoint stores the weight that way.
     """
 
     module: str
@@ -96,16 +96,16 @@ class _Change(NamedTuple):
     delta: Delta
 
     def rows(self, start: int, stop: int) -> _Change:
-        """The change of some of the rows."""
+        """The change restricted to some of the rows."""
         return self._replace(delta=self.delta.rows(start, stop))
 
 
-# Of each tensor in the checkpoint, the modules that are merged into it, by where they are there.
+# For each tensor of the checkpoint, the modules that are merged into it, and their places in it.
 _Targets = Mapping[str, Mapping[str, HFWeight]]
 
 
 def _targets(adapter: Adapter, base: ModelWeights) -> _Targets:
-    """What is merged by the name of its tensor in the checkpoint; all faults in one message."""
+    """What to merge, by the name of the checkpoint's tensor; all faults in one message."""
     targets: dict[str, dict[str, HFWeight]] = {}
     experts: dict[str, int] = {}
     for name, module in adapter.plan.modules.items():
@@ -126,7 +126,7 @@ def _targets(adapter: Adapter, base: ModelWeights) -> _Targets:
         shape = shape[::-1] if weight.transposed else shape
         shape = (experts[tensor], *shape) if weight.stacked else shape
         if entry.shape != shape:
-            faults.append(f"{tensor} has shape {entry.shape}, the run was trained on {shape}")
+            faults.append(f"{tensor} has shape {entry.shape}, but the run was trained on {shape}")
         elif entry.dtype not in FLOATS:
             faults.append(f"{tensor} has dtype {entry.dtype}, not {', '.join(FLOATS)}")
     if faults:
@@ -139,10 +139,10 @@ def _targets(adapter: Adapter, base: ModelWeights) -> _Targets:
 def _pieces(
     adapter: Adapter, modules: Mapping[str, HFWeight], shape: tuple[int, ...]
 ) -> Iterator[tuple[int, int, list[_Change]]]:
-    """Ranges of a tensor's rows, in order, and what is added to each: the modules' Δ.
+    """Ranges of a tensor's rows, in order, with the changes to each: the modules' Δ.
 
-    A stack of experts, (experts, rows, columns), is a matrix of all their rows. Where it is
-    transposed, gate and up are columns of the same rows.
+    A stack of experts, (experts, rows, columns), is treated as one matrix of all their rows. If it
+    is transposed, gate and up are columns of the same rows.
     """
     places: dict[tuple[int, int], list[tuple[str, slice]]] = {}
     for name, weight in modules.items():
@@ -165,14 +165,14 @@ def _pieces(
 
 
 class _Block(NamedTuple):
-    """Some rows of a weight and what is added to them, or some bytes that stay as they are.
+    """Some rows of a weight and the changes to them, or some bytes that stay unchanged.
 
     Attributes:
         tensor: the weight's name; None for bytes.
-        offset: of the first byte in the file.
+        offset: the position of the first byte in the file.
         shape: (rows, columns), or (bytes,).
-        dtype: the weight's, as the format calls it; U8 for bytes.
-        changes: of these rows.
+        dtype: the file format's code for the weight; U8 for bytes.
+        changes: what is added to these rows.
     """
 
     tensor: str | None
@@ -183,7 +183,7 @@ class _Block(NamedTuple):
 
 
 def _segments(file: TensorFile, adapter: Adapter, targets: _Targets) -> Iterator[list[_Block]]:
-    """The blocks of a whole file in its order: those of some rows, or of what is between two."""
+    """The blocks of a whole file, in order: those of some rows, or of the bytes in between."""
     for tensor, start, stop in segments(file, targets.keys()):
         if tensor is not None:
             entry = file.entries[tensor]
@@ -207,7 +207,7 @@ def _segments(file: TensorFile, adapter: Adapter, targets: _Targets) -> Iterator
 
 
 def _bytes(start: int, stop: int) -> list[_Block]:
-    """The blocks of bytes from ``start`` to ``stop``; empty where there is none."""
+    """The blocks of bytes from ``start`` to ``stop``; empty if there are none."""
     return [_Block(None, start + i, (j - i,), "U8", []) for i, j in blocks(stop - start, 1)]
 
 
@@ -224,7 +224,7 @@ def _write(
     advance: Advance,
 ) -> None:
     """Write one weight file of the merged model."""
-    # The pool is the first to be left: its threads are done before the files close.
+    # The pool is closed first: its threads finish before the files close.
     with OpenFile(file.path) as source, OpenFile(target, file.size) as out, _pool() as pool:
         work = partial(_write_block, source, out, Scratch())
         for segment in _segments(file, adapter, targets):
@@ -242,7 +242,7 @@ def _prove(
     proof: Proof,
     advance: Advance,
 ) -> None:
-    """Read one weight file of the merged model back, and the base model's anew."""
+    """Read one weight file of the merged model back, and compare it with the base model's."""
     written = TensorFile(target, "what was written")
     if written.entries != file.entries:
         raise mismatch_error(f"the header of {target.name}")
@@ -274,10 +274,10 @@ def _write_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Bloc
 
 
 def _prove_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Block) -> list[Errors]:
-    """Compare a block of the written file against W + Δ, formed anew; the errors of each change.
+    """Compare a block of the written file with W + Δ, recomputed; returns each change's errors.
 
     Raises:
-        RunError: it is off by more than rounding, or not finite; or what stays is not the same.
+        RunError: it is off by more than rounding, not finite, or unadapted bytes changed.
     """
     dtype = DTYPES[block.dtype].bits
     before = source.read(block.offset, scratch.array("source", block.shape, dtype))
@@ -294,5 +294,5 @@ def _prove_block(source: OpenFile, out: OpenFile, scratch: Scratch, block: _Bloc
         for change in block.changes:
             before[:, change.columns] = after[:, change.columns]
         if not np.array_equal(before.view(np.uint8), after.view(np.uint8)):
-            raise mismatch_error("what is not adapted")
+            raise mismatch_error("the unadapted bytes")
     return errors

@@ -1,4 +1,4 @@
-"""A run merged into the quantized MLX model that it was trained on, which is written dense."""
+"""Merging a run into the quantized MLX model that it was trained on, written dense."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode
 from tlora_mlx.storage.files import new_directory, write_json, write_text
 from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile, tensors_header
 
-# The largest file of a sharded model in bytes, as mlx-lm makes them (mlx_lm/utils.py).
+# The largest file of a sharded model, in bytes; the same as mlx-lm's (mlx_lm/utils.py).
 MAX_FILE = 5 << 30
 
 
@@ -29,8 +29,8 @@ class _Tensor(NamedTuple):
     """A tensor to write.
 
     Attributes:
-        dtype: the format's code.
-        weight: the weight that it is the dense form of; None: it is copied.
+        dtype: the file format's code.
+        weight: the weight whose dense form this is; None if the tensor is copied.
     """
 
     dtype: str
@@ -44,21 +44,21 @@ def export_dequantized(
     """Write the quantized model that a run was trained on as a dense one, W + scale·B·A.
 
     The weights are what the run was trained on, in the dtype that the model computes in: nothing is
-    lost but rounding. Tensor names are the conversion's, as mlx-lm reads them; transformers reads
-    them where its own are the same.
+    lost but rounding. Tensor names are the quantized model's, which mlx-lm reads; transformers
+    reads them if its own are the same.
 
     Args:
-        adapter: what was read, or the directory of a run.
-        output: directory to make; must not exist, or be empty.
-        observer: is told of each tensor.
+        adapter: an adapter, or the directory of a run.
+        output: directory to create; must be new or empty.
+        observer: notified of each tensor.
 
     Returns:
-        The proof: what was written was read back, and the deltas compared.
+        The result of reading the export back and comparing its deltas.
 
     Raises:
-        UserError: the run's model is not whole, not quantized, does not fit the run, or ``output``
-            is taken.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        UserError: the run's model is incomplete, not quantized, does not fit the run, or ``output``
+            exists.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     output = Path(output)
     adapter = resolve_adapter(adapter)
@@ -69,7 +69,7 @@ def export_dequantized(
     proof = Proof(output)
     with new_directory(output) as staging:
         base.copy_other_files(staging)
-        # Infinity in a configuration is as it was: transformers and mlx-lm read it.
+        # An Infinity in the configuration is kept: transformers and mlx-lm read it.
         text = json.dumps(_without_quantization(base.config), indent=2)
         write_text(staging / "config.json", text + "\n")
         if len(files) > 1:
@@ -89,7 +89,7 @@ def export_dequantized(
 
 
 def _tensors(base: ModelWeights, adapted: Mapping[str, StoredWeight]) -> dict[str, _Tensor]:
-    """What is written, by name, in the order of the files."""
+    """The tensors to write, by name, in the order of the files."""
     tensors = {}
     for name, file in base.file_of.items():
         module, _, part = name.rpartition(".")
@@ -171,7 +171,7 @@ def _write(
 def _changes(
     adapter: Adapter, weight: StoredWeight
 ) -> Iterator[tuple[int, int, str | None, Delta | None]]:
-    """All rows of a weight in blocks: (start, stop, the module whose they are, its Δ there)."""
+    """All rows of a weight in blocks: (start, stop, the module that owns them, its Δ there)."""
     for first, last, module in weight.pieces():
         delta = adapter_delta(adapter, module) if module else None
         for start, stop in blocks(last - first, weight.shape[-1]):
@@ -179,7 +179,7 @@ def _changes(
 
 
 def _bytes_of(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor's bytes with the offset of their first in it, block by block."""
+    """A tensor's bytes, block by block, each with its offset within the tensor."""
     entry = file.entries[name]
     with OpenFile(file.path) as source:
         for start, stop in blocks(entry.stop - entry.start, 1):
@@ -194,7 +194,7 @@ def _prove(
     proof: Proof,
     advance: Advance,
 ) -> None:
-    """Read one weight file back, and the conversion's anew."""
+    """Read one weight file back, and compare it with the quantized model."""
     written = TensorFile(path, "what was written")
     if written.keys() != tensors.keys():
         raise mismatch_error(f"the header of {path.name}")

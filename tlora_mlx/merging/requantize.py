@@ -1,4 +1,4 @@
-"""A run merged into the quantized MLX model that it was trained on, which is quantized again."""
+"""Merging a run into the quantized MLX model that it was trained on, quantized again."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def export_requantized(
 ) -> Proof:
     """Write the quantized model that a run was trained on with W + scale·B·A, quantized again.
 
-    Only the adapted weights change, by mlx-lm's own quantization (``mx.quantize``) with the
-    settings that they have; a change below the quantization's steps is lost, so how much of the
-    deltas survives is measured on the written files, and said.
+    Only the adapted weights change; they are quantized as mlx-lm does (``mx.quantize``), with the
+    settings that they had. A change smaller than the quantization steps is lost, so the share of
+    the deltas that survives is measured on the written files and reported.
 
     Args:
-        adapter: what was read, or the directory of a run.
-        output: directory to make; must not exist, or be empty.
-        observer: is told of each module.
+        adapter: an adapter, or the directory of a run.
+        output: directory to create; must be new or empty.
+        observer: notified of each module.
 
     Returns:
-        The proof: what was written was read back, and how much of the deltas survives.
+        The result of reading the export back: how much of the deltas survives.
 
     Raises:
-        UserError: the run's model is not whole, not quantized, does not fit the run, or ``output``
-            is taken.
-        RunError: it could not be written, or not as it should be; nothing is left of it.
+        UserError: the run's model is incomplete, not quantized, does not fit the run, or ``output``
+            exists.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     output = Path(output)
     adapter = resolve_adapter(adapter)
@@ -64,8 +64,8 @@ def export_requantized(
         written = {name: TensorFile(staging / name, "what was written") for name in base.files}
         with observer.stage("reading back", len(weights)) as advance:
             for weight in weights.values():
-                home = {part: written[base.file_of[part].path.name] for part in weight.parts}
-                _prove_requantized(adapter, base, weight, home, proof)
+                in_files = {part: written[base.file_of[part].path.name] for part in weight.parts}
+                _prove_requantized(adapter, base, weight, in_files, proof)
                 advance()
         touched = {part for weight in weights.values() for part in weight.parts}
         for name, file in base.files.items():
@@ -74,7 +74,7 @@ def export_requantized(
 
 
 class QuantizedProof(Proof):
-    """What reading a model back that was quantized again has shown."""
+    """What reading back a requantized model has shown."""
 
     def summary(self) -> str:
         """One line for the user: how much of the deltas survives."""
@@ -90,7 +90,7 @@ class QuantizedProof(Proof):
 def _requantize(
     adapter: Adapter, base: ModelWeights, weight: StoredWeight, out: Mapping[str, OpenFile]
 ) -> None:
-    """Write one weight's parts over those of the copy."""
+    """Overwrite one weight's parts in the copy."""
     for name, (first, last) in weight.modules.items():
         delta = adapter_delta(adapter, name)
         for i, j in blocks(last - first, weight.shape[-1]):
@@ -109,9 +109,9 @@ def _prove_requantized(
     written: Mapping[str, TensorFile],
     proof: Proof,
 ) -> None:
-    """Compare one weight's parts against W + Δ quantized anew, and what they are worth against Δ.
+    """Compare one weight's parts with W + Δ quantized again, and measure what survives of Δ.
 
-    Experts without an adapter are held against the base model's bits.
+    Experts without an adapter are compared with the base model, bit for bit.
     """
 
     def stored(files: Mapping[str, TensorFile], start: int, stop: int) -> list[np.ndarray]:
@@ -132,16 +132,16 @@ def _prove_requantized(
             else:
                 expected = stored(base.file_of, start, stop)
             if not all(map(np.array_equal, found, expected)):
-                raise mismatch_error(name or "what is not adapted")
+                raise mismatch_error(name or "the unadapted bytes")
             if factors:
                 after = weight.dense(written, start, stop)
                 if not np.isfinite(after).all():
-                    raise UserError(f"{name} with its delta is not finite when it is quantized")
+                    raise UserError(f"{name} with its delta is not finite once quantized")
                 proof.add(name, Errors.of(after - before - delta, delta))
 
 
 def _prove_copies(file: TensorFile, written: TensorFile, touched: set[str]) -> None:
-    """Compare whatever is not adapted against the base model's, byte by byte."""
+    """Compare the unadapted tensors with the base model's, byte for byte."""
     if written.entries != file.entries:
         raise mismatch_error(f"the header of {file.path.name}")
     with OpenFile(file.path) as source, OpenFile(written.path) as out:
@@ -151,4 +151,4 @@ def _prove_copies(file: TensorFile, written: TensorFile, touched: set[str]) -> N
                     before, after = np.empty((2, stop - start), np.uint8)
                     source.read(first + start, before)
                     if not np.array_equal(before, out.read(first + start, after)):
-                        raise mismatch_error("what is not adapted")
+                        raise mismatch_error("the unadapted bytes")
