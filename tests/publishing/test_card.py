@@ -1,4 +1,4 @@
-"""Model cards: what they say is the run's, and what they must not say is not there."""
+"""Model cards describe the run correctly, and say nothing that they must not say."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def card_of(directory):
 
 
 def rows(card, first):
-    """The cells of the rows of the table whose heading begins so."""
+    """The cells of the table whose heading begins with this."""
     table = card.text[card.text.index(f"| {first} |") :].split("\n\n")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
@@ -39,7 +39,7 @@ def tested_run(model_path, data_path, tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of the Hub's client; what it returns puts a model's card there."""
+    """Give the Hub's client an empty cache; returns a function that puts a model's card there."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def put(repository, front_matter):
@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch):
     return put
 
 
-def test_what_a_card_says_of_its_run(tested_run, data_path, tmp_path, cache):
+def test_a_card_describes_its_run(tested_run, data_path, tmp_path, cache):
     cache("maker/base", "license: apache-2.0\nlanguage: [en, de]")
     run = read_run(tested_run)
     adapter = exported(run, tmp_path / "mine", base_model="maker/base")
@@ -92,8 +92,8 @@ def test_what_a_card_says_of_its_run(tested_run, data_path, tmp_path, cache):
     assert f"mlx-lm {run.config['versions']['mlx-lm']}" in card.text
 
 
-def test_no_way_to_a_directory_is_in_a_card(tested_run, model_path, tmp_path):
-    """Model, data and run lie in directories of this machine: the card has their names alone."""
+def test_a_card_contains_no_paths(tested_run, model_path, tmp_path):
+    """Model, data and run are directories on this machine: the card has only their names."""
     card = (exported(read_run(tested_run), tmp_path / "mine") / "README.md").read_text()
     assert model_path.name in card
     paths = (model_path, tested_run, tmp_path)
@@ -102,7 +102,7 @@ def test_no_way_to_a_directory_is_in_a_card(tested_run, model_path, tmp_path):
     assert ModelCard(card).data.base_model is None
 
 
-def test_the_lowest_loss_is_the_adapters(model_path, data_path, tmp_path):
+def test_the_lowest_loss_is_the_kept_adapters(model_path, data_path, tmp_path):
     run = make_run(tmp_path / "run", model_path, lambda i, shape: 2, data="maker/set")
     losses = [(0, 3.0), (2, 1.5), (4, 2.5)]
     write_jsonl(run / "metrics.jsonl", [{"iteration": i, "val_loss": v} for i, v in losses])
@@ -144,7 +144,7 @@ def test_rank_and_readers_by_layout(model_path, tmp_path):
     ],
 )
 def test_the_other_formats(model_path, tmp_path, cache, format, config, library, code):
-    """Their cards, from a directory that holds what of them a card depends on."""
+    """Their cards, from a directory that has only the files that a card depends on."""
     cache("maker/base-4bit", "license: other\nlicense_name: ours\nlicense_link: LICENSE")
     names = {"model": "maker/base-4bit", "base_model": "maker/base"}
     run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2, **names))
@@ -164,7 +164,7 @@ def test_the_other_formats(model_path, tmp_path, cache, format, config, library,
 
 
 @pytest.mark.parametrize("front_matter", ["license: 3", "license: [", "- a", "language: no"])
-def test_a_base_card_that_is_of_no_use(model_path, tmp_path, cache, front_matter):
+def test_a_useless_base_card(model_path, tmp_path, cache, front_matter):
     cache("maker/base", front_matter)
     run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2))
     data = card_of(exported(run, tmp_path / "out", base_model="maker/base")).data

@@ -1,4 +1,4 @@
-"""Whatever is in the files of a run or a model: a whole export, or one sentence and exit 2."""
+"""Whatever the files of a run or a model contain: a complete export, or one sentence and exit 2."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ JSON = st.one_of(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model in three files, its 4-bit conversion, and a run on that."""
+    """A model in three files, its 4-bit conversion, and a run on the latter."""
     place = tmp_path_factory.mktemp("fuzz")
     whole = save_model(
         place / "whole", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=270
@@ -78,7 +78,7 @@ def changed_json(data, value):
 
 
 def changed(data, file, content):
-    """A file's bytes, damaged: cut, with a byte changed, or one JSON value of it replaced."""
+    """A file's bytes, damaged: cut, with a byte changed, or with one JSON value replaced."""
     way = data.draw(st.sampled_from(["json", "json", "json", "cut", "byte", "length"]))
     tensors = file.suffix == ".safetensors"
     length = int.from_bytes(content[:8], "little") if tensors else 0

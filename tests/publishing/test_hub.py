@@ -28,7 +28,7 @@ NAME = "ann/tuned"
 
 @pytest.fixture
 def client_log():
-    """What the client logs, which goes to the terminal."""
+    """The client's log, which goes to the terminal."""
     text = io.StringIO()
     logger, handler = logging.getLogger("huggingface_hub"), logging.StreamHandler(text)
     logger.addHandler(handler)
@@ -46,7 +46,7 @@ def adapter(run_path, tmp_path_factory):
 
 
 def secretless(text, *directories):
-    """No secret in a text, nor in any file below the directories."""
+    """Check that there is no secret in a text, nor in any file below the directories."""
     texts = [text.encode()]
     texts += [p.read_bytes() for d in directories for p in d.rglob("*") if p.is_file()]
     for secret in (TOKEN, READER, SIGNATURE):
@@ -55,7 +55,7 @@ def secretless(text, *directories):
 
 
 def pushed(server, directory, commits=1, name=NAME):
-    """Whether the repository holds the directory, after so many commits of ours."""
+    """Whether the repository has the directory's files, after that many commits of ours."""
     repository = server.repositories[name]
     stored = {k: v for k, v in repository.files.items() if k != ".gitattributes"}
     return stored == files_of(directory) and len(repository.commits) == 1 + commits
@@ -65,7 +65,7 @@ def python_blocks(card):
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-def test_pushed_by_the_command_and_loaded_by_the_cards_code(
+def test_the_command_pushes_and_the_cards_code_loads(
     hub, run_path, model_path, tmp_path, monkeypatch
 ):
     output = tmp_path / "out"
@@ -105,11 +105,11 @@ def test_a_repository_that_exists(hub, adapter, tmp_path):
     push(adapter, NAME)
     assert hub.repositories[NAME].files["notes.txt"] == b"mine"
     assert hub.repositories[NAME].files["README.md"] == (adapter / "README.md").read_bytes()
-    with pytest.raises(RunError, match="ann/tuned exists and is public; choose another name"):
+    with pytest.raises(RunError, match="but ann/tuned is public; choose another name"):
         push(adapter, NAME, private=True)
     hub.create(NAME, files={"model-00002-of-00002.safetensors": b"", "old/a.safetensors": b""})
     with pytest.raises(
-        RunError, match=r"holds model-00002-of-00002\.safetensors of another export"
+        RunError, match=r"has model-00002-of-00002\.safetensors from another export"
     ):
         push(adapter, NAME)
     assert len(hub.repositories[NAME].commits) == 2
@@ -131,7 +131,7 @@ def test_a_repository_that_exists(hub, adapter, tmp_path):
         ("POST", "/commit/", ["lose"]),
     ],
 )
-def test_what_passes_is_tried_again(hub, adapter, method, path, faults):
+def test_temporary_failures_are_retried(hub, adapter, method, path, faults):
     answers = iter(faults)
     hub.fail(method, path, answers)
     push(adapter, NAME)
@@ -140,13 +140,11 @@ def test_what_passes_is_tried_again(hub, adapter, method, path, faults):
 
 
 def one_sentence(hub, text, directory, words):
-    """A failure's sentence: what happened, how to push again, no secret; nothing is there yet."""
+    """A failure's message: what happened, how to retry, no secret; nothing was pushed yet."""
     assert "\n" not in text
     assert re.search(words, text), text
-    assert (
-        f"{directory} is whole, push it again with: python -m tlora_mlx.upload {directory} {NAME}"
-        in text
-    )
+    again = f"python -m tlora_mlx.upload {directory} {NAME}"
+    assert f"{directory} is complete; push it again with: {again}" in text
     assert sorted(files_of(directory)) == FILES
     assert secretless(text, directory)
     assert NAME not in hub.repositories or len(hub.repositories[NAME].commits) == 1
@@ -157,7 +155,7 @@ def one_sentence(hub, text, directory, words):
     [
         ("hf_wrong", None, None, None, r"does not accept the token.*401: Invalid credentials"),
         (READER, None, None, None, r"may not write to ann/tuned.*403: You don't have the rights"),
-        (TOKEN, "POST", "/repos/create", [409], r"ann/tuned is taken.*\(409"),
+        (TOKEN, "POST", "/repos/create", [409], r"ann/tuned exists, or is being changed.*\(409"),
         (TOKEN, "POST", "/preupload/", [403], r"the token may not write to ann/tuned"),
         (TOKEN, "POST", "/commit/", [404], r"the token does not reach ann/tuned"),
         (TOKEN, "POST", "/commit/", [413], r"the Hub refused the push \(413: a fault"),
@@ -175,7 +173,7 @@ def one_sentence(hub, text, directory, words):
             "PUT",
             "/lfs/",
             repeat("close"),
-            r"the Hub at http://127\S+ was .* broke: Server disconnected",
+            r"the Hub at http://127\S+ could not .* broke: Server disconnected",
         ),
         (TOKEN, "POST", "/validate-yaml", [400], r"the Hub refused the push \(400: a fault"),
         (TOKEN, "POST", "/objects/batch", [{}], r"the push failed: Malformed response"),
@@ -194,7 +192,7 @@ def test_refusals_and_failures(
     assert client_log.getvalue() == ""
 
 
-def test_no_network_and_a_name_of_anothers(hub, tlora_here, run_path, tmp_path, monkeypatch):
+def test_no_network_and_a_name_that_others_own(hub, tlora_here, run_path, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     options = ["--base-model", "maker/base", "--push-to"]
@@ -209,7 +207,7 @@ def test_no_network_and_a_name_of_anothers(hub, tlora_here, run_path, tmp_path, 
     one_sentence(hub, error, tmp_path / "b", "^error: the Hub at http://127.0.0.1:9 .*refused")
 
 
-def test_pushed_again_as_the_failure_says(hub, adapter, tlora_here, run_path):
+def test_retrying_with_the_command_from_the_message(hub, adapter, tlora_here, run_path):
     hub.fail("POST", "/commit/", [404])
     with pytest.raises(RunError) as failure:
         push(adapter, NAME, private=True)
@@ -222,14 +220,14 @@ def test_pushed_again_as_the_failure_says(hub, adapter, tlora_here, run_path):
     assert hub.repositories[NAME].private
 
 
-def test_what_is_no_export(hub, tlora_here, run_path, model_path, data_path, tmp_path):
+def test_directories_other_than_exports(hub, tlora_here, run_path, model_path, data_path, tmp_path):
     run = read_run(run_path)  # whose base model is a directory
     local = export_peft(run, tmp_path / "local")
     for directory, words in [
-        (run_path, "is no export; make one with tlora export"),
-        (data_path, "is no export"),
-        (tmp_path / "nothing", "is no export"),
-        (local, f"the base model {model_path} is a directory of this machine"),
+        (run_path, "is not an export; make one with tlora export"),
+        (data_path, "is not an export"),
+        (tmp_path / "nothing", "is not an export"),
+        (local, f"the base model {model_path} is a directory on this machine"),
     ]:
         result = tlora_here("upload", directory, NAME)
         assert result.returncode == 2
@@ -238,7 +236,7 @@ def test_what_is_no_export(hub, tlora_here, run_path, model_path, data_path, tmp
 
 
 @pytest.mark.parametrize("without_xet", ["0", "1"])
-def test_ctrl_c_amid_an_upload(hub, run_path, tmp_path, without_xet):
+def test_ctrl_c_during_an_upload(hub, run_path, tmp_path, without_xet):
     hub.xet = True
     hub.fail("PUT", "/lfs/", ["hang"])
     hub.fail("POST", "/v1/xorbs/", ["hang"])
@@ -255,7 +253,7 @@ def test_ctrl_c_amid_an_upload(hub, run_path, tmp_path, without_xet):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert re.fullmatch(r"error: interrupted; \S+ is whole, push it again with: .+\n", error)
+    assert re.fullmatch(r"error: interrupted; \S+ is complete; push it again with: .+\n", error)
     assert sorted(files_of(output)) == FILES
     assert len(hub.repositories[NAME].commits) == 1
     assert secretless(out + error, output)
@@ -263,7 +261,7 @@ def test_ctrl_c_amid_an_upload(hub, run_path, tmp_path, without_xet):
 
 @pytest.mark.parametrize("xet", [True, False])
 def test_xet(hub, adapter, tmp_path, xet):
-    """As by default, with hf_xet on: chunks go to a store of its own, which may be refused."""
+    """With hf_xet on, the default: chunks go to a separate store, which may refuse them."""
     hub.xet = xet
     code = "import pathlib, sys; from tlora_mlx.publishing import hub; hub.WAITS = (); "
     code += "hub.push(pathlib.Path(sys.argv[1]), sys.argv[2])"
@@ -299,8 +297,8 @@ def test_xet(hub, adapter, tmp_path, xet):
         (["--push-to", ""], TOKEN, "--push-to must not be empty"),
         (["--private"], TOKEN, "--private goes with --push-to USER/NAME"),
         (["--push-to", NAME], "", "log in with hf auth login, or set HF_TOKEN"),
-        (["--push-to", NAME], "hf_a b", "holds characters that no token has"),
-        (["--push-to", NAME, "--base-model", "/models/mine"], TOKEN, "directory of this machine"),
+        (["--push-to", NAME], "hf_a b", "has invalid characters"),
+        (["--push-to", NAME, "--base-model", "/models/mine"], TOKEN, "directory on this machine"),
     ],
 )
 def test_bad_input(hub, tlora_here, run_path, tmp_path, monkeypatch, options, token, words):

@@ -1,1 +1,1 @@
-"""Model cards, and the Hugging Face Hub."""
+"""Exporting as configured, model cards, and the Hugging Face Hub."""

@@ -21,7 +21,7 @@ CARD = "README.md"
 PICTURE = "rank_plan.png"
 PAPER = "https://arxiv.org/abs/2604.18124"
 PROJECT = "https://github.com/tlora-mlx/tlora_mlx"
-# The options of a run that say how it was trained. None of them is a path: the only thing from the
+# The options that describe how a run was trained. None of them is a path: the only thing from the
 # user's machine that a card may show is the name of the data directory.
 SETTINGS = (
     "rank", "alpha", "max_rank", "target_modules", "num_layers", "calibration_samples",
@@ -29,7 +29,7 @@ SETTINGS = (
     "mask_prompt", "optimizer", "learning_rate", "lr_schedule", "warmup", "weight_decay",
     "max_grad_norm", "val_split", "early_stop", "seed",
 )  # fmt: skip
-# What a card takes over from the base model's card.
+# What a card copies from the base model's card.
 BASE_MODEL_FACTS = ("license", "license_name", "license_link", "language")
 
 
@@ -45,10 +45,10 @@ def write_card(
     Args:
         directory: the export, complete except for its card.
         adapter: what was exported.
-        format: what it was exported as: a key of ``publishing.instructions.EXPORTS``.
-        base_model: what the export is for; the adapter's own base model where it is None.
-        repository: where it will be on the Hub, for the card's code; where it is None, the code
-            loads the directory by its name.
+        format: the export's format, a key of ``publishing.instructions.EXPORTS``.
+        base_model: the model that the export is for; None: the adapter's own base model.
+        repository: where it will be on the Hub, for the card's code; None: the code loads the
+            directory by its name.
 
     Raises:
         UserError: the export's configuration is missing or not JSON.
@@ -89,17 +89,17 @@ def write_card(
 
 
 def _display_name(model: str) -> str:
-    """A model's name for readers; for a directory, only its last part."""
+    """A model's name as readers see it; for a directory, only its last part."""
     return model if is_repository(model) else Path(model).name
 
 
 def _base_model_facts(names: tuple[str, ...]) -> dict[str, Any]:
-    """Licence and language, from the first model whose card is on this machine and has any."""
+    """Licence and language, from the first model whose card is on this machine and has them."""
     for name in names:
         card = _front_matter(name)
         found = {key: card[key] for key in BASE_MODEL_FACTS if _is_text(card.get(key))}
         link = found.get("license_link")
-        if isinstance(link, str) and not link.startswith("http"):  # a file of the base model's own
+        if isinstance(link, str) and not link.startswith("http"):  # a file beside the base model
             del found["license_link"]
             if is_repository(name):
                 found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
@@ -116,7 +116,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _front_matter(model: str) -> dict[str, Any]:
-    """The metadata of a model's card; empty if the card is not on this machine, or is damaged."""
+    """The metadata of a model's card; empty if the card is damaged or not on this machine."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
 
     card = try_to_load_from_cache(model, CARD) if is_repository(model) else str(Path(model) / CARD)
@@ -127,7 +127,7 @@ def _front_matter(model: str) -> dict[str, Any]:
 
 
 def _table(heading: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table; line breaks and bars in its cells do no harm."""
+    """A Markdown table; line breaks and bars in its cells are handled."""
 
     def line(cells: list[Any]) -> str:
         texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
@@ -149,7 +149,7 @@ def _plan(plan: RankPlan) -> list[str]:
 
 
 def _is_derived(adapter: Adapter) -> bool:
-    """Whether its A is not TLoRA's: another tool's, combined, or of an adapter trained further."""
+    """Whether its A is not TLoRA's: from another tool, combined, or from an earlier adapter."""
     return bool(adapter.config.get("made_from") or adapter.config.get("from_adapter"))
 
 
@@ -161,11 +161,11 @@ def _intro(adapter: Adapter, export: Export, base: str) -> str:
     else:
         base_link = _display_name(base)
     if made_from := adapter.config.get("made_from"):
-        how = "combined from several" if "combine" in made_from else "taken over from another tool"
+        how = "combined from several" if "combine" in made_from else "converted from another format"
         return f"{export.described(base_link)}, {how} with {tool}."
     if _is_derived(adapter):
         return (
-            f"{export.described(base_link)}, trained on from an earlier one with {tool}: "
+            f"{export.described(base_link)}, trained further from an earlier one with {tool}: "
             "A frozen, B trained."
         )
     method = f"[TLoRA]({PAPER}) (task-aware LoRA)"
@@ -177,7 +177,7 @@ def _intro(adapter: Adapter, export: Export, base: str) -> str:
 
 
 def _training(adapter: Adapter) -> list[str]:
-    """Data, losses, settings and versions, as far as they are known."""
+    """Data, losses, settings and versions, as far as known."""
     parts, data, reports = [], adapter.config.get("data"), _reports(adapter.directory)
     if isinstance(data, str):
         tokens = max((r.get("trained_tokens") or 0 for r in reports), default=0)
@@ -204,7 +204,7 @@ def _training(adapter: Adapter) -> list[str]:
 def _reports(directory: Path | None) -> list[dict[str, Any]]:
     """The metrics of the run in a directory; none for an adapter that is not a run.
 
-    Damaged lines are skipped: the export is complete, and should not fail because of its card.
+    Damaged lines are skipped: a complete export should not fail because of its card.
     """
     reports = read_lines(directory / METRICS, skip_damaged=True) if directory else []
     return [report for report in reports if "iteration" in report]
@@ -219,7 +219,7 @@ def _losses(reports: list[dict[str, Any]]) -> list[list[Any]]:
     if validation:
         best = min(validation, key=lambda r: r["val_loss"])
         chosen += [("validation, first", validation[0], "val_loss")]
-        chosen += [("validation, lowest: the adapter that was kept", best, "val_loss")]
+        chosen += [("validation, lowest (the adapter that was kept)", best, "val_loss")]
     if len(test) > 1:
         chosen += [("test, before", test[0], "test_loss"), ("test, after", test[-1], "test_loss")]
     return [[what, report["iteration"], f"{report[key]:.4f}"] for what, report, key in chosen]

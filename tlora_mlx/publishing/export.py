@@ -25,7 +25,7 @@ from tlora_mlx.storage.files import user_path
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         directory: the new directory.
@@ -43,15 +43,15 @@ def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
 
     Args:
         config: the options of ``tlora export``.
-        observer: is told of the progress.
+        observer: notified of the progress.
 
     Returns:
-        The directory, the proof of what was written, and how to load it.
+        The directory, the result of reading it back, and how to load it.
 
     Raises:
-        UserError: the adapter, the options or the output directory are not right, or it could not
-            be pushed to ``config.push_to``.
-        RunError: it could not be written, or reading it back shows something else.
+        UserError: the adapter, the options or the output directory are invalid, or it could not be
+            pushed to ``config.push_to``.
+        RunError: writing failed, or what was read back differs.
     """
     target = _TARGETS[config.format]
     adapter = read_source(config, config.base_model, observer)
@@ -65,7 +65,7 @@ def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
 
 
 def _check_push(config: ExportCommand, adapter: Adapter) -> None:
-    """Check that a push can be tried, before the work starts."""
+    """Check that a push is possible, before the work starts."""
     check_push(config.push_to)
     base = config.base_model or adapter.original
     if base and EXPORTS[config.format].names_base:
@@ -110,7 +110,7 @@ def _how_to_load_merged(output: Path, config: ExportCommand) -> str:
 
 
 def _write_run(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
-    # Without --base-model: a run keeps the base model that it was read or combined with.
+    # --base-model is ignored here: a run keeps the base model that it was read or combined with.
     return RUN.write(adapter, output, config.dtype)
 
 

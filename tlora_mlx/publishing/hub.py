@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds before each new attempt: the client itself tries only some requests again.
+# Seconds before each new attempt: the client itself retries only some requests.
 WAITS = (1, 2, 4)
-# The files that readers look for. Those of two exports in one repository would be mixed up, such as
-# the shards of a merged model that had more of them.
+# The files that readers look for. With two exports in one repository they would be mixed up, such
+# as the shards of an earlier merged model that had more of them.
 READER_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 # By HTTP status: what it means here, and what to do.
 OTHER_NAME = "choose a name of your own, or a token with write access"
@@ -37,17 +37,17 @@ HTTP_ADVICE = {
     401: ("the Hub does not accept the token", "log in again with: hf auth login"),
     403: ("the token may not write to {}", OTHER_NAME),
     404: ("the token does not reach {}", OTHER_NAME),
-    409: ("{} is taken, or another is changing it", "choose another name, or try later"),
-    429: ("the Hub has had too many requests from this account", "try later"),
+    409: ("{} exists, or is being changed", "choose another name, or try later"),
+    429: ("the Hub received too many requests from this account", "try later"),
 }
 SERVER_ERROR = ("the Hub failed", "try later")
 OTHER_ERROR = ("the Hub refused the push", None)
-# The longest text of the server's that a message repeats.
+# The longest text from the server that a message repeats.
 MAX_QUOTED = 300
 
 
 def check_push(repository: str) -> str:
-    """Check that a push can be tried at all, before anything takes long.
+    """Check that a push is possible, before anything slow starts.
 
     Args:
         repository: ``USER/NAME`` or ``ORGANISATION/NAME``.
@@ -56,7 +56,7 @@ def check_push(repository: str) -> str:
         The token.
 
     Raises:
-        UserError: the name is malformed, there is no usable token, or the client is told to stay
+        UserError: the name is malformed, there is no usable token, or the client is set to stay
             offline.
     """
     from huggingface_hub import constants, get_token
@@ -69,17 +69,15 @@ def check_push(repository: str) -> str:
     if "/" not in repository:
         raise UserError(f"repository {repository!r} must be USER/NAME or ORGANISATION/NAME")
     if constants.HF_HUB_OFFLINE:
-        raise UserError("pushing needs the network, and HF_HUB_OFFLINE is set; unset it")
+        raise UserError("pushing needs the network, but HF_HUB_OFFLINE is set; unset it")
     try:
         token = get_token()
-    except Exception as error:  # a keyless login or a token's renewal may fail with anything
-        raise UserError(f"pushing needs a token of the Hub: {first_line(error)}") from None
+    except Exception as error:  # a keyless login or a token renewal may raise anything
+        raise UserError(f"pushing needs a Hub token: {first_line(error)}") from None
     if not token:
-        raise UserError(
-            "pushing needs a token of the Hub: log in with hf auth login, or set HF_TOKEN"
-        )
+        raise UserError("pushing needs a Hub token: log in with hf auth login, or set HF_TOKEN")
     if not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError("the token of the Hub holds characters that no token has; copy it again")
+        raise UserError("the Hub token has invalid characters; copy it again")
     return token
 
 
@@ -90,11 +88,11 @@ def check_base(base: str) -> None:
         base: the base model that the adapter names.
 
     Raises:
-        UserError: it is no repository of the Hub.
+        UserError: it is not a Hub repository.
     """
     if not is_repository(base):
         raise UserError(
-            f"the base model {base} is a directory of this machine, which others do not have; "
+            f"the base model {base} is a directory on this machine, which others do not have; "
             "export with its Hub repository as --base-model"
         )
 
@@ -105,15 +103,15 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
     Args:
         directory: the export; all of its files are uploaded.
         repository: ``USER/NAME`` or ``ORGANISATION/NAME``.
-        private: create the repository as a private one; an existing one must be private already.
+        private: create a private repository; an existing one must already be private.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        UserError: as ``check_push``; or ``directory`` is no export, or names a base model that is
-            not on the Hub.
-        RunError: the Hub refused, failed or was not reached, or the repository holds another
+        UserError: as ``check_push``; or ``directory`` is not an export, or names a base model that
+            is not on the Hub.
+        RunError: the Hub refused, failed or could not be reached, or the repository holds another
             export. The message is one sentence with the server's reason, without the token;
             ``directory`` is unchanged.
         Interrupted: SIGINT arrived.
@@ -124,7 +122,7 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
 
     api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
     command = f"python -m tlora_mlx.upload {quote(str(directory))} {repository}"
-    again = f"{directory} is whole, push it again with: {command}{' --private' * private}"
+    again = f"{directory} is complete; push it again with: {command}{' --private' * private}"
     try:
         with _silent_client():
             info = _retried(lambda: _find_or_create(api, repository, private))
@@ -137,9 +135,9 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
 
 
 def _check_export(directory: Path) -> None:
-    """Refuse a directory that is no export, or that names a base model which is not on the Hub."""
+    """Refuse a directory that is not an export, or whose base model is not on the Hub."""
     if (directory / PLAN).exists() or not any(_is_reader_file(p.name) for p in directory.glob("*")):
-        raise UserError(f"{directory} is no export; make one with tlora export")
+        raise UserError(f"{directory} is not an export; make one with tlora export")
     path = directory / "adapter_config.json"
     config = read_json(path, "the adapter's configuration") if path.exists() else {}
     for key in ("base_model_name_or_path", "model"):  # PEFT's, mlx-lm's
@@ -153,9 +151,9 @@ def _is_reader_file(name: str) -> bool:
 
 @contextmanager
 def _silent_client() -> Iterator[None]:
-    """Keep the client's log and warnings from the terminal, and its bars from anything else.
+    """Hide the client's log and warnings, and show its progress bars only on a terminal.
 
-    They pass on what the server says, which may repeat the token or hold signed upload URLs.
+    They repeat what the server says, which may contain the token or signed upload URLs.
     """
     from huggingface_hub import utils
 
@@ -174,7 +172,7 @@ def _silent_client() -> Iterator[None]:
 
 
 def _find_or_create(api: HfApi, repository: str, private: bool) -> ModelInfo:
-    """What the Hub says of the repository, which is created if it is missing."""
+    """What the Hub knows about the repository, which is created if it is missing."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -183,12 +181,12 @@ def _find_or_create(api: HfApi, repository: str, private: bool) -> ModelInfo:
         api.create_repo(repository, private=private or None)
         info = api.model_info(repository)
     if private and not info.private:
-        raise RunError(f"--private, but {repository} exists and is public; choose another name")
+        raise RunError(f"--private was given, but {repository} is public; choose another name")
     return info
 
 
 def _check_repository(info: ModelInfo, directory: Path) -> None:
-    """Refuse a repository with files of another export, which readers would take for this one's."""
+    """Refuse a repository with files of another export, which readers would mix up."""
     names = [file.rfilename for file in info.siblings or ()]
     others = [
         name
@@ -197,28 +195,28 @@ def _check_repository(info: ModelInfo, directory: Path) -> None:
     ]
     if others:
         raise RunError(
-            f"{info.id} holds {', '.join(others)} of another export, which readers would mix up "
+            f"{info.id} has {', '.join(others)} from another export, which readers would mix up "
             "with this one; choose another name, or delete them there"
         )
 
 
 def _commit(api: HfApi, repository: str, directory: Path) -> str:
-    """Upload the large files, then commit; what the Hub has already is not sent again."""
+    """Upload the large files, then commit; what the Hub already has is not sent again."""
     from huggingface_hub import CommitOperationAdd
 
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     additions = [CommitOperationAdd(f.relative_to(directory).as_posix(), f) for f in files]
     for addition in additions:
-        # One at a time: the client uploads that in this thread, where Ctrl-C ends it at once.
+        # One at a time: then the client uploads in this thread, where Ctrl-C ends it at once.
         api.preupload_lfs_files(repository, [addition], free_memory=False)
     message = f"Upload of tlora_mlx {__version__}"
     return api.create_commit(repository, additions, commit_message=message).commit_url
 
 
 def _retried(call: Callable[[], T]) -> T:
-    """Call, and call again after each of ``WAITS`` while the error may pass."""
+    """Call, and retry after each of ``WAITS`` while the error may be temporary."""
     return Retrying(
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(_is_temporary),
         wait=wait_chain(*map(wait_fixed, (*WAITS, 0))),  # 0 is never slept: a chain is never empty
         stop=stop_after_attempt(len(WAITS) + 1),
         sleep=lambda seconds: time.sleep(seconds),  # looked up late, for tests to replace
@@ -226,8 +224,8 @@ def _retried(call: Callable[[], T]) -> T:
     )(call)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether the Hub failed or was not reached, rather than refused."""
+def _is_temporary(error: BaseException) -> bool:
+    """Whether the Hub failed or could not be reached, rather than refused."""
     if not isinstance(error, Exception):  # Ctrl-C
         return False
     status = _status(error)
@@ -242,14 +240,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error, or else of what caused it; None if no answer came."""
+    """The HTTP status of an error or of its causes; None if no answer came."""
     responses = (getattr(cause, "response", None) for cause in _causes(error))
     return next((response.status_code for response in responses if response is not None), None)
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether the Hub was not reached, or the connection broke."""
-    from huggingface_hub.errors import HTTPError  # httpx's, or httpx2's from version 2.0 on
+    """Whether the Hub could not be reached, or the connection broke."""
+    from huggingface_hub.errors import HTTPError  # from httpx, or from httpx2 since version 2.0
 
     kinds = (HTTPError, ConnectionError, TimeoutError)
     return any(isinstance(cause, kinds) for cause in _causes(error))
@@ -264,7 +262,7 @@ def _reason(error: Exception, repository: str, api: HfApi) -> str:
     if status is None:
         what = "the push failed"
         if _is_connection(error):
-            what = f"the Hub at {api.endpoint} was not reached, or the connection broke"
+            what = f"the Hub at {api.endpoint} could not be reached, or the connection broke"
         return f"{what}: {_cleaned(str(causes[-1]), api.token) or type(causes[-1]).__name__}"
     what, advice = HTTP_ADVICE.get(status, SERVER_ERROR if status >= 500 else OTHER_ERROR)
     messages = (getattr(cause, "server_message", None) for cause in causes)
@@ -274,7 +272,7 @@ def _reason(error: Exception, repository: str, api: HfApi) -> str:
 
 
 def _cleaned(text: str, token: str) -> str:
-    """Another's text on one line, cut, without the token and without control characters."""
+    """Someone else's text on one line, cut short, without the token and control characters."""
     text = text.replace(token, "<token>")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]} …"

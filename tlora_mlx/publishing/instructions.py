@@ -16,7 +16,7 @@ TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 
 @dataclass(frozen=True)
 class Export(ABC):
-    """An exported directory, with the names that its readers use for it and for its base model.
+    """An exported directory, with the names for it and its base model that readers use.
 
     The class attributes are those of an adapter; ``MergedExport`` overrides them.
 
@@ -24,15 +24,15 @@ class Export(ABC):
     (https://huggingface.co/docs/hub/model-cards).
 
     Attributes:
-        directory: the exported files.
-        name: the Hub repository, or else the directory's name.
+        directory: where the exported files are.
+        name: the Hub repository, or the directory's name if there is none.
         base: the base model that it is for.
-        trained_on: the model that it was trained on: the base, or a conversion of it.
+        trained_on: the model that it was trained on: the base, or a converted form of it.
         relation: its ``base_model_relation``.
-        tags: its own ``tags``, in addition to those that every export has.
+        tags: its ``tags``, in addition to those of every export.
         names_base: whether its configuration names a base model, which readers then load.
         config_file: the name of its configuration.
-        download: the directory into which the card's commands download it.
+        download: the directory to which the card's commands download it.
     """
 
     directory: Path
@@ -52,7 +52,7 @@ class Export(ABC):
         """The Hub's ``library_name``.
 
         Raises:
-            UserError: the configuration, if it decides, is missing or not JSON.
+            UserError: the configuration is needed, but is missing or not JSON.
         """
 
     @abstractmethod
@@ -60,11 +60,11 @@ class Export(ABC):
         """Markdown blocks that show how to load it, one or more per reader.
 
         Raises:
-            UserError: the configuration, if it decides, is missing or not JSON.
+            UserError: the configuration is needed, but is missing or not JSON.
         """
 
     def described(self, base: str) -> str:
-        """The start of a sentence: what it is, whoever trained the adapter.
+        """The start of a sentence that says what it is, however the adapter was trained.
 
         Args:
             base: the base model, in Markdown.
@@ -72,7 +72,7 @@ class Export(ABC):
         return f"A LoRA adapter of {base}"
 
     def described_as_trained(self, base: str, method: str) -> str:
-        """The start of a sentence, up to "with TOOL": what it is, trained by a named method.
+        """The start of a sentence that says what it is and the method, up to "with TOOL".
 
         Args:
             base: the base model, in Markdown.
@@ -90,27 +90,27 @@ class Export(ABC):
 
     @property
     def _local(self) -> str:
-        """Its path in shell commands; for one on the Hub, where ``_download_blocks`` puts it."""
+        """Its path in shell commands; if it is on the Hub, where ``_download_blocks`` puts it."""
         return self.download if self._is_on_hub else quote(self.name)
 
     def _download_blocks(self) -> list[str]:
-        """For readers that take only a directory; nothing if the export is one already."""
+        """Download commands, for readers that need a directory; empty if it is not on the Hub."""
         if not self._is_on_hub:
             return []
         command = f"hf download {self.name} --local-dir {self._local}"
-        return ["What follows takes a directory:\n", _code("bash", command)]
+        return ["The commands below need a local directory:\n", _code("bash", command)]
 
 
 class PeftExport(Export):
-    """An adapter for PEFT and, in the portable layout, for all that read PEFT's format."""
+    """An adapter for PEFT and, in the portable layout, for all readers of PEFT's format."""
 
     @property
     def library(self) -> str:
-        """PEFT, in both layouts."""
+        """PEFT, for both layouts."""
         return "peft"
 
     def loading(self) -> list[str]:
-        """PEFT, mlx-lm after merging and, if all modules have one rank, vLLM and llama.cpp.
+        """PEFT, mlx-lm after merging and, if all modules share one rank, vLLM and llama.cpp.
 
         Sources: ggml-org/llama.cpp ``convert_lora_to_gguf.py`` takes the base model from the
         adapter's configuration; vLLM refuses an adapter whose rank is above ``--max-lora-rank``.
@@ -139,8 +139,8 @@ class PeftExport(Export):
     def _single_rank_readers(self) -> list[str]:
         if self._config["rank_pattern"]:
             return [
-                "vLLM and llama.cpp ignore `rank_pattern` and `alpha_pattern` without a word: they "
-                "need the same run's export by `--layout portable`.\n"
+                "vLLM and llama.cpp silently ignore `rank_pattern` and `alpha_pattern`: for them, "
+                "export the same run with `--layout portable`.\n"
             ]
         return [
             *self._download_blocks(),
@@ -150,7 +150,7 @@ class PeftExport(Export):
                 f"vllm serve {quote(self.base)} --enable-lora --max-lora-rank {self._config['r']} "
                 f"--lora-modules tuned={self._local}",
             ),
-            "llama.cpp, beside the base model as GGUF:\n",
+            "llama.cpp, with the base model as GGUF:\n",
             _code(
                 "bash",
                 f"python convert_lora_to_gguf.py {self._local} --outfile adapter.gguf",
@@ -174,12 +174,12 @@ class MlxLmExport(Export):
             *self._download_blocks(),
             "mlx-lm:\n",
             _code("bash", f'mlx_lm.generate {options} --prompt "…"', f"mlx_lm.server {options}"),
-            "PEFT, vLLM and llama.cpp read the same run's export by `--format peft`.\n",
+            "For PEFT, vLLM and llama.cpp, export the same run with `--format peft`.\n",
         ]
 
 
 class MergedExport(Export):
-    """A whole model with the adapter in its weights; only MLX reads one that is quantized."""
+    """A whole model with the adapter in its weights; if it is quantized, only MLX reads it."""
 
     relation = "finetune"
     tags = ()
@@ -193,15 +193,15 @@ class MergedExport(Export):
         return "mlx" if "quantization" in self._config else "transformers"
 
     def described(self, base: str) -> str:
-        """With the base model first."""
+        """The same, with the base model first."""
         return f"{base} with a LoRA adapter"
 
     def described_as_trained(self, base: str, method: str) -> str:
-        """With the base model first."""
+        """The same, with the base model first."""
         return f"{base}, fine-tuned by {method}"
 
     def loading(self) -> list[str]:
-        """transformers, vLLM, mlx-lm and llama.cpp; mlx-lm alone for a quantized model."""
+        """transformers, vLLM, mlx-lm and llama.cpp; only mlx-lm for a quantized model."""
         command = f'mlx_lm.generate --model {quote(self.name)} --prompt "…"'
         mlx_lm = ["mlx-lm:\n", _code("bash", command)]
         if "quantization" in self._config:
@@ -224,7 +224,7 @@ class MergedExport(Export):
         ]
 
 
-# By the name that ``tlora export --format`` has for them; a run directory is nothing to publish.
+# By their name in ``tlora export --format``; a run directory is not for publishing.
 EXPORTS: dict[str, type[Export]] = {
     "peft": PeftExport,
     "mlx-lm": MlxLmExport,
