@@ -294,9 +294,9 @@ def test_refused_before_any_training(model_path, data_path, tmp_path, tlora_here
 
 
 def test_a_table_that_is_not_one_to_one():
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match="have the same name"):
         names.Family({"a.q": "b.q", "a.k": "b.q"})
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match="have the same name"):
         names.Family({"a.q": "b.q", "a.k": "b.k"}, files={"b.q": "c", "b.k": "c"})
 
 

@@ -172,7 +172,7 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         (path / "own.py").write_text("raise SystemExit('this code ran')")
 
     cases = [
-        (broken("own-code", run_code), "runs code of its own (own.py); pass --trust-remote-code"),
+        (broken("own-code", run_code), "runs its own code (own.py); pass --trust-remote-code"),
         (tmp_path / "missing", "does not exist"),
         (model_path / "config.json", "is a file"),
         (data_path, "the configuration of model"),

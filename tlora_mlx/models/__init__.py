@@ -1,1 +1,1 @@
-"""Base models: where their files are, how they are loaded, what their modules are called."""
+"""Base models: finding and loading them, and their modules' names in MLX and Hugging Face."""

@@ -1,4 +1,4 @@
-"""Loading the base model with mlx-lm, each failure told in one sentence."""
+"""Loading the base model with mlx-lm; each failure becomes a one-sentence error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ from tlora_mlx.models.model_directory import (
     read_model_config,
     weight_files,
 )
+from tlora_mlx.models.tokenizer import read_tokenizer
 from tlora_mlx.storage.safetensors import TensorFile, check_safetensors
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-
-# One of these is there wherever transformers finds a tokenizer.
-TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,11 @@ class BaseModel:
 
     Attributes:
         model: its modules.
-        tokenizer: mlx-lm's wrapper of it.
+        tokenizer: mlx-lm's wrapper of its tokenizer.
         name: the Hub repository, or the absolute path of the directory.
         original: the repository that readers of an exported adapter should load: ``name`` itself,
-            or, for a quantized conversion, what its model card says it was made from; None where
-            that is not known.
+            or, for a quantized conversion, what its model card says it was made from; None if
+            unknown.
         config: the contents of ``config.json``.
         path: the directory on this machine.
     """
@@ -53,7 +50,7 @@ class BaseModel:
     path: Path
 
     def description(self) -> Description:
-        """What ``describe_base_model`` says of it."""
+        """Its ``Description``, as ``describe_base_model`` returns it."""
         return Description(self.name, self.original, self.config["model_type"], self.model)
 
     def fingerprint(self) -> str:
@@ -81,37 +78,34 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         The model in evaluation mode, with its tokenizer.
 
     Raises:
-        UserError: it does not exist, is not whole, or is of a kind that mlx-lm does not load.
+        UserError: it does not exist, is incomplete, or is of a kind that mlx-lm does not support.
     """
-    from mlx_lm.utils import load
+    from mlx_lm.utils import load_model
 
     name, path = find_model(name)
     config = read_model_config(path, name)
     for file in weight_files(path, name):
         check_safetensors(file, "a weight file of the model")
-    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
-        raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
-    trust = {"trust_remote_code": trust_remote_code}
     if config.get("model_file") and not trust_remote_code:
         raise UserError(
             f"model {name} runs code of its own ({config['model_file']}); pass --trust-remote-code "
             "if you trust it"
         )
-    # mlx-lm before 0.32 runs a model's own code unasked, and has no such argument.
-    known = trust if "trust_remote_code" in inspect.signature(load).parameters else {}
+    tokenizer = read_tokenizer(name, path, trust_remote_code).tokenizer
+    # mlx-lm before 0.32 runs a model's own code without asking, and has no such argument.
+    has_argument = "trust_remote_code" in inspect.signature(load_model).parameters
+    trust = {"trust_remote_code": trust_remote_code} if has_argument else {}
     try:
-        model, tokenizer = load(
-            str(path), tokenizer_config=trust, model_config=older_settings(config), **known
-        )
+        model, _ = load_model(path, model_config=older_settings(config), **trust)
     except (Exception, SystemExit) as error:
-        # mlx-lm and transformers raise whatever their parts raise; olmo's ends the process.
+        # mlx-lm raises whatever a model's code raises; olmo's ends the process.
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
     model.eval()
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, from the first two lines: mlx-lm puts the tensors' names on the second."""
+    """The error's first two lines: mlx-lm puts the tensors' names on the second."""
     lines = str(error).strip().splitlines()[:2] or [type(error).__name__]
     text = " ".join(line.strip() for line in lines)
     text = text if len(text) <= 300 else text[:300] + " …"
@@ -119,7 +113,7 @@ def _reason(error: Exception) -> str:
 
 
 def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
-    """The full-precision model's name: from the card of a quantized model, else the model's own."""
+    """The full-precision model's name: from the model card if quantized, else the model's own."""
     from huggingface_hub import metadata_load
 
     if not is_quantized(config):
@@ -134,11 +128,11 @@ def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Description:
-    """What a base model's ``config.json`` and card say of it.
+    """What a base model's ``config.json`` and card say about it.
 
     Attributes:
         name: as in ``BaseModel``; so is ``original``.
-        model: its modules; those of ``describe_base_model`` never make their weights.
+        model: its modules; ``describe_base_model`` never evaluates their weights.
     """
 
     name: str
@@ -148,10 +142,10 @@ class Description:
 
 
 def describe_base_model(name: str) -> Description:
-    """Describe a model directory or Hub repository without its weights.
+    """Describe a model directory or Hub repository without reading its weights.
 
     Raises:
-        UserError: it is not found, has no configuration, or is of a kind that mlx-lm does not load.
+        UserError: it is not found, has no configuration, or mlx-lm does not support its kind.
     """
     from mlx_lm.utils import _get_classes
 
@@ -159,7 +153,7 @@ def describe_base_model(name: str) -> Description:
     config = read_model_config(path, name)
     try:
         model_class, arguments_class = _get_classes(config)
-        # MLX is lazy: nobody asks for the values that the weights start with.
+        # MLX is lazy: the initial weights are never computed.
         model = model_class(arguments_class.from_dict({**config, **older_settings(config)}))
     except (Exception, SystemExit) as error:  # whatever the model's own code raises
         raise UserError(f"mlx-lm cannot build model {name}: {_reason(error)}") from error

@@ -1,11 +1,11 @@
-"""What mlx-lm's models read under another name than transformers 5 writes."""
+"""Settings that mlx-lm's models read under a different name than transformers 5 writes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What mlx-lm's models read, under which name transformers 5 writes it. The first of them are inside
-# of rope_parameters there.
+# mlx-lm's name of each setting and the name that transformers 5 writes, the first table's inside
+# rope_parameters.
 OLDER_ROPE_NAMES = {
     "rope_theta": "rope_theta",
     "rotary_emb_base": "rope_theta",
@@ -21,11 +21,11 @@ OLDER_NAMES = {
 
 
 def older_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 writes elsewhere, or no longer, under the names that mlx-lm reads.
+    """Settings that transformers 5 moved or dropped, under the names that mlx-lm reads.
 
-    Many of mlx-lm's models fall back to a default without a word where they do not find RoPE's base
+    Many of mlx-lm's models silently fall back to a default if they do not find RoPE's base
     (ml-explore/mlx-lm issue 1563), the share of each head that is rotated, or which layers attend
-    to a window; others, which have no default, cannot be loaded.
+    to a window; others have no default and cannot be loaded.
     """
     settings = {older: config.get(name) for older, name in OLDER_NAMES.items()}
     period = _period(config.get("layer_types"))
@@ -51,7 +51,7 @@ def older_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _period(kinds: Any) -> int | None:
-    """After how many layers full attention comes again, where the kinds repeat like that."""
+    """Every how many layers attention is full; None if there is no such pattern."""
     if not isinstance(kinds, list) or "full_attention" not in kinds:
         return None
     period = kinds.index("full_attention") + 1

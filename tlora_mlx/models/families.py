@@ -1,4 +1,4 @@
-"""The model families: mlx-lm's names of linear layers and Hugging Face's, as data.
+"""The model families: linear layers' names in mlx-lm and in Hugging Face models, as data.
 
 Longer than 300 lines, since it is one table that grows with every family.
 """
@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Experts:
-    """Where the experts of a family are inside of a block.
+    """Where a family's experts are inside a block.
 
     Attributes:
-        switch: the stacked layers of mlx-lm.
-        module: the module of transformers whose parameters hold all of them.
+        switch: mlx-lm's stacked layers.
+        module: the transformers module whose parameters hold all experts.
         file: the module that holds them in the checkpoint.
         files: the names of an expert's matrices there, in the order of ``projections``.
-        stacks: where experts are stacked in the checkpoint too, their tensors inside of ``file`` by
-            the parameter of transformers.
-        projections: of mlx-lm's names, the parameter of transformers, such as ``gate_up_proj``
+        stacks: if experts are stacked in the checkpoint too, their tensors' names inside ``file``,
+            by transformers' parameter.
+        projections: for each of mlx-lm's names, transformers' parameter, such as ``gate_up_proj``
             (experts, 2·F, in), and which part of its rows.
-        interleaved: gate and up alternate in ``gate_up_proj``, instead of one after the other.
+        interleaved: gate and up rows alternate in ``gate_up_proj``; otherwise all of gate come
+            first.
         transposed: the checkpoint's stacks are (experts, in, out).
     """
 
@@ -47,17 +48,17 @@ class Family:
     """How one ``model_type`` of config.json names the linear layers inside its blocks.
 
     Attributes:
-        linears: path inside a block, MLX's against that of transformers' module.
+        linears: from the path inside a block in MLX to the path in transformers.
         blocks: what comes before a block's number in MLX.
-        hf_blocks: the same in the model of transformers.
-        file_blocks: the same in the checkpoint, where it is not ``hf_blocks``.
-        files: path inside a block in the checkpoint, by transformers', where it is another.
+        hf_blocks: the same in transformers' model.
+        file_blocks: the same in the checkpoint, if it differs from ``hf_blocks``.
+        files: from transformers' path inside a block to the checkpoint's, where they differ.
         transposed: the weights are Conv1D's, (in, out).
-        experts: where the experts are, where they can be exported.
-        refused: why some paths inside a block, MLX's, cannot be exported.
-        as_parameters: last name components of layers that PEFT must be told of as parameters.
-        others: regular expression of modules of transformers outside the language model whose last
-            name component may be a target's.
+        experts: where the experts are, if they can be exported.
+        refused: why some paths inside a block (MLX's) cannot be exported.
+        as_parameters: last name components of layers that PEFT must be given as parameters.
+        others: regular expression for transformers modules outside the language model whose last
+            name component may equal a target's.
     """
 
     linears: Mapping[str, str]
@@ -74,7 +75,7 @@ class Family:
     def __post_init__(self) -> None:
         files = {self.files.get(name, name) for name in self.linears.values()}
         if not len(self.linears) == len(set(self.linears.values())) == len(files):
-            raise ValueError(f"two modules of {self} have one name")
+            raise ValueError(f"two modules of {self} have the same name")
 
 
 def _same(*paths: str) -> dict[str, str]:
@@ -87,9 +88,9 @@ _ATTENTION = _same("self_attn: q_proj k_proj v_proj o_proj")
 _MLP = _same("mlp: gate_proj up_proj down_proj")
 _LLAMA = _ATTENTION | _MLP
 
-# Multi-head latent attention; where mlx-lm splits kv_b_proj up, it is no target.
+# Multi-head latent attention; kv_b_proj is not a target where mlx-lm splits it.
 _LATENT = _same("self_attn: q_a_proj q_b_proj kv_a_proj_with_mqa o_proj")
-_Q = _same("self_attn: q_proj")  # instead of q_a_proj and q_b_proj, without q_lora_rank
+_Q = _same("self_attn: q_proj")  # instead of q_a_proj and q_b_proj if there is no q_lora_rank
 _KV_B = _same("self_attn: kv_b_proj")
 _SHARED_EXPERT = _same("mlp.shared_expert: gate_proj up_proj down_proj")
 _SHARED_EXPERTS = _same("mlp.shared_experts: gate_proj up_proj down_proj")
@@ -105,7 +106,7 @@ _MIXTRAL_EXPERTS = Experts(
 )
 
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba.
-_NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels pass it by"
+_NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels bypass it"
 _EXAONE_FILES = {
     "self_attn.q_proj": "attn.attention.q_proj",
     "self_attn.k_proj": "attn.attention.k_proj",
@@ -116,13 +117,14 @@ _EXAONE_FILES = {
     "mlp.down_proj": "mlp.c_proj",
 }
 
-# PEFT (0.21) takes these names for those that experts had in transformers 4, in every family whose
-# experts transformers converts like qwen2_moe's (peft/utils/transformers_weight_conversion.py,
-# _MOE_TARGET_MODULE_MAPPING; transformers/conversion_mapping.py, _MODEL_TO_CONVERSION_PATTERN).
+# PEFT (0.21) mistakes these names for those that experts had in transformers 4, in every family
+# whose experts transformers converts like qwen2_moe's (_MOE_TARGET_MODULE_MAPPING in
+# peft/utils/transformers_weight_conversion.py; _MODEL_TO_CONVERSION_PATTERN in
+# transformers/conversion_mapping.py).
 _LEGACY_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj"})
 
-# By model_type, as config.json has it. Each is proven by a round trip through mlx-lm, transformers
-# and PEFT (tests/test_families.py; docs/MODELS.md is the outcome).
+# By config.json's model_type. Each is verified by a round trip through mlx-lm, transformers and
+# PEFT (tests/models/test_families.py; docs/MODELS.md lists the results).
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
@@ -154,7 +156,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family(_ATTENTION | _same("mlp: up_proj down_proj")),
     "starcoder2": Family(_ATTENTION | _same("mlp: c_fc c_proj")),
     "phi": Family(_same("self_attn: q_proj k_proj v_proj dense", "mlp: fc1 fc2")),
-    # Fused: the adapter is one of the fused matrix, on both sides.
+    # Fused: the adapter is for the fused matrix, on both sides.
     "phi3": Family(_same("self_attn: qkv_proj o_proj", "mlp: gate_up_proj down_proj")),
     "glm4": Family(_ATTENTION | _same("mlp: gate_up_proj down_proj")),
     "minicpm3": Family(_LATENT | _KV_B | _MLP),
@@ -173,7 +175,7 @@ FAMILIES: dict[str, Family] = {
         blocks="transformer.h",
         hf_blocks="transformer.h",
     ),
-    # The Hub's checkpoints have no "transformer."; others mlx-lm does not load.
+    # The Hub's checkpoints omit "transformer."; mlx-lm does not load any others.
     "gpt2": Family(
         _same("attn: c_attn c_proj", "mlp: c_fc c_proj"),
         blocks="model.h",
@@ -187,7 +189,7 @@ FAMILIES: dict[str, Family] = {
         file_blocks="transformer.h",
         files=_EXAONE_FILES,
     ),
-    # The language model inside of a multimodal one.
+    # The language model inside a multimodal one.
     "gemma3": Family(
         _LLAMA,
         blocks="language_model.model.layers",
@@ -195,7 +197,7 @@ FAMILIES: dict[str, Family] = {
         file_blocks="language_model.model.layers",
         others=r"model\.vision_tower\..*",
     ),
-    # Layers that differ in kind: state spaces, convolutions or linear attention among the others.
+    # Mixed kinds of layers: state spaces, convolutions or linear attention among the others.
     "falcon_h1": Family(
         _ATTENTION | _same("mamba: in_proj", "feed_forward: gate_proj up_proj down_proj"),
         refused={"mamba.out_proj": _NO_OUT_PROJ},
@@ -207,13 +209,13 @@ FAMILIES: dict[str, Family] = {
             "feed_forward: w1 w2 w3",
         )
     ),
-    # On the Hub inside of a multimodal model, of which transformers loads the language model alone.
+    # On the Hub inside a multimodal model, of which transformers loads only the language model.
     "qwen3_5": Family(
         _LLAMA | _same("linear_attn: in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj"),
         blocks="language_model.model.layers",
         file_blocks="model.language_model.layers",
     ),
-    # Mixtures of experts: attention and what every token passes; experts where it is said.
+    # Mixtures of experts: attention and whatever all tokens use; experts where they are given.
     "granitemoe": Family(_ATTENTION, experts=_GRANITE_EXPERTS),
     "gpt_oss": Family(
         _ATTENTION,
@@ -249,8 +251,8 @@ FAMILIES: dict[str, Family] = {
         _LLAMA | _same("self_attn: g_proj"),
         refused=dict.fromkeys(
             _SHARED_EXPERT,
-            "PEFT 0.21 finds no adapter of shared_experts in this family, since transformers 5.24 "
-            "renames them in passing",
+            "PEFT 0.21 finds no adapter for shared_experts in this family, since transformers 5.24 "
+            "renames them while loading",
         ),
     ),
     "deepseek_v2": Family(
@@ -274,7 +276,7 @@ FAMILIES: dict[str, Family] = {
         ),
         refused=dict.fromkeys(
             _same("feed_forward.experts: gate_proj up_proj down_proj"),
-            "PEFT 0.21 takes this family's experts, which are (in, out), for (out, in)",
+            "PEFT 0.21 reads this family's experts, which are (in, out), as (out, in)",
         ),
         blocks="language_model.model.layers",
         file_blocks="language_model.model.layers",
@@ -315,8 +317,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Families that mlx-lm loads, but as another model than transformers: no export could be right.
+# Families that mlx-lm loads as a different model than transformers does: no export could be right.
 REFUSED = {
-    "glm": "mlx-lm rotates whole heads, transformers the part that partial_rotary_factor says, so "
-    "an adapter would be trained on another model than it is used with",
+    "glm": "mlx-lm rotates whole heads, transformers only the part given by partial_rotary_factor, "
+    "so an adapter would be trained on a different model than it is used with",
 }

@@ -1,4 +1,4 @@
-"""Where a model's files are on this machine, and which of them are its weights."""
+"""Where a model's files are on this machine, and which of them are weights."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.files import read_json, user_path
 from tlora_mlx.storage.hub_names import can_be_repository
 
-# What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), the licence, which some require
-# to travel with a changed model, and the card, which names what a conversion was made from.
+# What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), the licence, which often has to
+# accompany a changed model, and the card, which names what a conversion was made from.
 MODEL_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt"]
 MODEL_FILES += ["*.jsonl", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 DOWNLOADED = [*MODEL_FILES, "model*.safetensors", "README.md"]
 
-# What tells a model's family and origin, without its weights.
+# The files that give a model's family and origin, without its weights.
 DESCRIPTION = ["config.json", "README.md"]
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]:
-    """The name a run keeps for a model, and the directory on this machine that holds it.
+    """The name that a run records for a model, and the model's directory on this machine.
 
     Args:
         name: a directory, or a Hub repository, which is downloaded into the Hub client's cache.
-        files: patterns of what is downloaded.
+        files: patterns of the files to download.
 
     Raises:
         UserError: it is neither.
@@ -35,7 +36,7 @@ def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]
     try:
         exists = path.exists()
     except (OSError, ValueError):  # too long, or with a NUL
-        raise UserError(f"model {name!r} is no path") from None
+        raise UserError(f"model {name!r} is not a valid path") from None
     if not exists:
         return name, _download(name, files)
     if not path.is_dir():
@@ -47,11 +48,13 @@ def read_model_config(path: Path, name: str) -> dict[str, Any]:
     """The contents of a model directory's ``config.json``.
 
     Raises:
-        UserError: it is missing or no model's.
+        UserError: it is missing, or is not a model's configuration.
     """
     config = read_json(path / "config.json", f"the configuration of model {name}")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path / 'config.json'} has no 'model_type', so it is no model's")
+        raise UserError(
+            f"{path / 'config.json'} has no 'model_type', so it is not a model's configuration"
+        )
     return config
 
 
@@ -60,13 +63,47 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     return bool({"quantization", "quantization_config"} & config.keys())
 
 
+def read_index(directory: Path) -> dict[str, str]:
+    """The file of each tensor by the index; empty if there is no index."""
+    path = directory / INDEX
+    if not path.exists():
+        return {}
+    index: Any = read_json(path, "the index of the model's weights")
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise UserError(f"the index {path} has no table 'weight_map'")
+    for tensor, shard in placed.items():
+        # Only the name is checked: in the Hub client's cache, files are links to elsewhere.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"the index {path} places {tensor} in {shard!r}, which is not a safetensors file"
+            )
+        if {"/", "\\", "\0"} & set(shard):
+            raise UserError(
+                f"the index {path} places {tensor} in {shard!r}, outside the model's directory"
+            )
+    return placed
+
+
 def weight_files(path: Path, name: str) -> list[Path]:
-    """The weight files that mlx-lm loads: all ``model*.safetensors``.
+    """A model's weight files: those that its index names or, without one, ``model*.safetensors``.
+
+    mlx-lm loads every ``model*.safetensors``, whatever the index says, so none may be there that
+    the index does not name.
 
     Raises:
-        UserError: there is none; pickled weights, which can run code when they are read, are none.
+        UserError: there is none, or one that the index does not name; pickled weights, which can
+            run code when they are read, do not count.
     """
     files = sorted(path.glob("model*.safetensors"))
+    if shards := sorted(set(read_index(path).values())):
+        strays = [file.name for file in files if file.name not in shards]
+        if strays:
+            raise UserError(
+                f"model {name} has {', '.join(strays)} beside the weight files that {INDEX} names; "
+                "mlx-lm would load both, so delete what is out of date"
+            )
+        return [path / shard for shard in shards]
     if files:
         return files
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
@@ -79,15 +116,15 @@ def weight_files(path: Path, name: str) -> list[Path]:
 
 
 def _download(name: str, files: Sequence[str]) -> Path:
-    """The local snapshot of a Hub repository, of these files."""
+    """The local snapshot of these files of a Hub repository."""
     if not can_be_repository(name):
         raise UserError(f"model directory {name} does not exist")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the client's errors have no common base below Exception
+    except Exception as error:  # the client's errors share no base class below Exception
         raise UserError(
-            f"model {name} is no directory here, and the Hugging Face Hub did not provide it: "
+            f"model {name} is not a directory, and the Hugging Face Hub did not provide it: "
             f"{first_line(error)}"
         ) from None

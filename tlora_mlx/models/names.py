@@ -1,4 +1,4 @@
-"""From an MLX module name to Hugging Face's and back, by the table of families."""
+"""From MLX module names to Hugging Face names and back, by the table of families."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ class Rows(NamedTuple):
     interleaved: bool
 
     def slice(self, rows: int) -> slice:
-        """The rows, of so many in all."""
+        """The slice of this part, out of ``rows`` rows."""
         if self.interleaved:
             return slice(self.part, None, 2)
         return slice(self.part * rows // 2, (self.part + 1) * rows // 2)
 
 
 class HFWeight(NamedTuple):
-    """Where a module's weight is on Hugging Face's side.
+    """Where a module's weight is in Hugging Face's model and checkpoint.
 
     Attributes:
-        module: its path in the model of transformers, which is what PEFT adapts.
-        tensor: its weight's name in the checkpoint's safetensors files: those on the Hub, and what
-            ``save_pretrained`` writes, which are not always the model's own names.
+        module: its path in transformers' model, which is what PEFT adapts.
+        tensor: its weight's name in safetensors checkpoints, both those on the Hub and those that
+            ``save_pretrained`` writes; not always the model's own name.
         transposed: the tensor is (in, out), not (out, in).
-        parameter: of an expert, the module's parameter that holds all experts' weights.
-        rows: of an expert, which of the parameter's rows (of out) are its: those of the gate or of
-            up where they are fused.
-        number: of an expert, which it is.
-        stacked: the tensor is all experts', (experts, …), with the parameter's rows.
+        parameter: for an expert, the module's parameter that holds all experts' weights.
+        rows: for an expert, its part of the parameter's rows (of out) if gate and up are fused.
+        number: for an expert, its number.
+        stacked: the tensor holds all experts, (experts, …), with the parameter's rows.
     """
 
     module: str
@@ -48,7 +47,7 @@ class HFWeight(NamedTuple):
 
 
 def hf_weight(model_type: str, name: str) -> HFWeight | None:
-    """Where the weight of an MLX module is on Hugging Face's side; None where it is not known."""
+    """Where an MLX module's weight is in Hugging Face's model; None if unknown."""
     family = FAMILIES.get(model_type)
     match = family and re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", name)
     if match and family.experts and match[2].startswith(f"{family.experts.switch}."):
@@ -64,7 +63,7 @@ def hf_weight(model_type: str, name: str) -> HFWeight | None:
 
 
 def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
-    """Of ``SWITCH.PROJECTION.NUMBER`` inside of a block."""
+    """``hf_weight`` for the expert ``SWITCH.PROJECTION.NUMBER`` inside a block."""
     experts = family.experts
     projection, _, number = path.removeprefix(f"{experts.switch}.").partition(".")
     if projection not in experts.projections or not number.isdigit():
@@ -87,20 +86,21 @@ def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
 
 
 def mlx_name(model_type: str, hf_module: str) -> str | None:
-    """The MLX module of a module of transformers, by ``hf_weight`` backwards; None if not known."""
+    """The MLX name of a transformers module, the inverse of ``hf_weight``; None if unknown."""
     family = FAMILIES.get(model_type)
     match = family and re.fullmatch(rf"{re.escape(family.hf_blocks)}\.(\d+)\.(.+)", hf_module)
-    name = match and _backwards(model_type).get(match[2])
+    name = match and _mlx_paths(model_type).get(match[2])
     return f"{family.blocks}.{match[1]}.{name}" if name else None
 
 
 @cache
-def _backwards(model_type: str) -> dict[str, str]:
+def _mlx_paths(model_type: str) -> dict[str, str]:
+    """From transformers' paths inside a block to MLX's."""
     return {hf: mlx for mlx, hf in FAMILIES[model_type].linears.items()}
 
 
 def unexportable(model_type: str, names: Collection[str]) -> str | None:
-    """Why these modules cannot be exported, in one sentence; None where they can."""
+    """Why these modules cannot be exported, in one sentence; None if they can."""
     if model_type in REFUSED:
         return f"model family '{model_type}' cannot be exported: {REFUSED[model_type]}"
     if model_type not in FAMILIES:
@@ -110,22 +110,22 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
     refused = FAMILIES[model_type].refused
-    paths = [re.sub(r"\.\d+$", "", name) for name in unknown]  # of an expert, its stacked layer
+    paths = [re.sub(r"\.\d+$", "", name) for name in unknown]  # an expert's is its stacked layer
     reasons = {refused[end] for path in paths for end in refused if path.endswith(f".{end}")}
     if reasons:
         return (
-            f"these modules of family '{model_type}' cannot be exported: {_some(unknown)} "
+            f"these modules of family '{model_type}' cannot be exported: {_listed(unknown)} "
             f"({'; '.join(sorted(reasons))}); leave them out with --target-modules"
         )
     if unknown:
         return (
             f"the Hugging Face names of these modules of family '{model_type}' are not known: "
-            f"{_some(unknown)}"
+            f"{_listed(unknown)}"
         )
     return None
 
 
-def _some(names: list[str]) -> str:
-    """The names, or the first of many: experts make hundreds."""
+def _listed(names: list[str]) -> str:
+    """The names, or the first 20 of many: there can be hundreds of experts."""
     more = len(names) - 20
     return ", ".join(names[:20]) + (f" and {more} more" if more > 0 else "")

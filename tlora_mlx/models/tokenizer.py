@@ -1,0 +1,72 @@
+"""A model's tokenizer alone, so that data can be looked at before any weights are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.models.model_directory import MODEL_FILES, find_model, read_model_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# One of these is there wherever transformers finds a tokenizer.
+TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """A tokenizer as mlx-lm wraps it, and what it must fit.
+
+    Attributes:
+        tokenizer: mlx-lm's wrapper, with the model's end tokens.
+        embeddings: how many token ids the model has; None where its configuration does not say.
+    """
+
+    tokenizer: TokenizerWrapper
+    embeddings: int | None
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> ModelTokenizer:
+    """Load the tokenizer of a model directory or Hub repository; no weights are downloaded.
+
+    Args:
+        name: the directory, or the repository.
+        trust_remote_code: let the repository run its own code.
+
+    Raises:
+        UserError: it does not exist, has no tokenizer, or none that transformers loads.
+    """
+    name, path = find_model(name, MODEL_FILES)
+    return read_tokenizer(name, path, trust_remote_code)
+
+
+def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> ModelTokenizer:
+    """Load the tokenizer of a model that is on this machine; arguments as ``load_tokenizer``."""
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load
+
+    config = read_model_config(path, name)
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(f"model {name} has no tokenizer ({', '.join(TOKENIZERS)}) in {path}")
+    try:
+        ends = load_config(path).get("eos_token_id")
+        options = {"trust_remote_code": trust_remote_code}
+        tokenizer = load(path, options, eos_token_ids=ends)
+    except (Exception, SystemExit) as error:  # whatever transformers and a tokenizer's code raise
+        raise UserError(
+            f"the tokenizer of model {name} cannot be loaded: {first_line(error)}"
+        ) from error
+    return ModelTokenizer(tokenizer, _embeddings(config))
+
+
+def _embeddings(config: dict[str, Any]) -> int | None:
+    """How many embeddings a model has, by its configuration or its language model's."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        if type(size := part.get("vocab_size")) is int:
+            return size
+    return None
