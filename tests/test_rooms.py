@@ -32,7 +32,7 @@ ROOMS = (
     "terminal",
     "cli",
 )
-DOORS = ("train", "plan", "export", "upload", "inspect", "generate", "evaluate", "report")
+DOORS = ("check", "train", "plan", "export", "upload", "inspect", "generate", "evaluate", "report")
 
 
 def modules():

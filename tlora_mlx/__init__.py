@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tlora_mlx.adapters.registry import resolve_adapter as resolve_adapter
     from tlora_mlx.adapters.run import read_run as read_run
     from tlora_mlx.config.export_options import ExportCommand as ExportCommand
+    from tlora_mlx.config.training_options import CheckCommand as CheckCommand
     from tlora_mlx.config.training_options import PlanCommand as PlanCommand
     from tlora_mlx.config.training_options import TrainConfig as TrainConfig
     from tlora_mlx.config.usage_options import EvaluateCommand as EvaluateCommand
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from tlora_mlx.publishing.hub import push as push
     from tlora_mlx.reporting.report import report as report
     from tlora_mlx.terminal import Terminal as Terminal
+    from tlora_mlx.training.data_check import check as check
     from tlora_mlx.training.planning import plan as plan
     from tlora_mlx.training.session import TrainingResult as TrainingResult
     from tlora_mlx.training.session import train as train
@@ -67,7 +69,7 @@ _MODULES = {
     "adapters.proof": ("Proof",),
     "adapters.run": ("read_run",),
     "config.export_options": ("ExportCommand",),
-    "config.training_options": ("PlanCommand", "TrainConfig"),
+    "config.training_options": ("CheckCommand", "PlanCommand", "TrainConfig"),
     "config.usage_options": ("EvaluateCommand", "ReportCommand"),
     "errors": ("Interrupted", "RunError", "UserError"),
     "evaluation.evaluate": ("EvaluationResult", "evaluate"),
@@ -84,6 +86,7 @@ _MODULES = {
     "publishing.hub": ("push",),
     "reporting.report": ("report",),
     "terminal": ("Terminal",),
+    "training.data_check": ("check",),
     "training.planning": ("plan",),
     "training.session": ("TrainingResult", "train"),
 }

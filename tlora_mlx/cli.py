@@ -21,6 +21,7 @@ from tlora_mlx.errors import (
 from tlora_mlx.version import __version__
 
 COMMANDS = {
+    "check": "look at the data as the model will see it",
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
     "export": "write a run as an adapter for PEFT or mlx-lm, or merged; combine adapters",

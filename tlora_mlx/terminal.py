@@ -8,17 +8,23 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tlora_mlx.distributed.collectives import is_first
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.observer import Advance, Observer
 from tlora_mlx.reporting.tables import plan_table, plan_totals
+
+if TYPE_CHECKING:
+    from tlora_mlx.training.data_check import SplitSummary, TokenRun
 
 
 class _Console(Console):
@@ -51,6 +57,43 @@ def print_plan(plan: RankPlan) -> None:
     """A rank plan as a table, and what it adds up to."""
     console.print(plan_table(plan))
     say(plan_totals(plan))
+
+
+def print_sample(row: int, runs: Sequence[TokenRun]) -> None:
+    """A sample as the model will see it: what counts is bold and green, between ⟦ and ⟧."""
+    text = Text()
+    counts = False
+    for run in runs:
+        if run.counts != counts:
+            text.append("⟦" if run.counts else "⟧", "bold green")
+        text.append(run.text, ("bold green" if run.counts else "dim") + " italic" * run.special)
+        counts = run.counts
+    text.append("⟧" * counts, "bold green")
+    say(f"--- row {row}; what is learnt is between ⟦ and ⟧")
+    console.print(text)
+
+
+def print_splits(summaries: Sequence[SplitSummary]) -> None:
+    """The splits of the data in figures."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (
+        "split",
+        "samples",
+        "tokens",
+        "count",
+        "longest",
+        "cut",
+        "left out",
+        "repeated",
+    ):
+        table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
+    for split in summaries:
+        share = f"{split.counted / split.tokens:.0%}" if split.tokens else "–"
+        figures = (split.samples, split.tokens, share, split.longest)
+        figures += (len(split.cut), len(split.left_out), split.repeated)
+        table.add_row(split.name, *(f"{f:,}" if isinstance(f, int) else f for f in figures))
+    return table
+    console.print(table)
 
 
 class Terminal(Observer):

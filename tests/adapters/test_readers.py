@@ -37,12 +37,12 @@ def test_a_run(run, model_path):
     for line in (
         f"run of tlora_mlx.train in {run}",
         f"base model: {model_path}",
-        "10 of 14 modules adapted, ranks add up to 70, 2,608 trained parameters",
+        "10 of 14 modules adapted, total rank 70, 2,608 trained parameters",
         "A and B: 5,968 parameters, float32; 0.03 MB on disk",
     ):
         assert line in result.stdout
     assert re.search(r"^ +1 +– +1×1.5 +24×1.62 ", result.stdout, re.MULTILINE)
-    assert "by scale 1; vLLM needs --max-lora-rank 32 for it" in result.stdout
+    assert "the scale is then 1, and vLLM needs --max-lora-rank 32" in result.stdout
 
 
 def test_the_portable_layout_is_right_everywhere(run, tlora_here, tmp_path):
@@ -50,7 +50,7 @@ def test_the_portable_layout_is_right_everywhere(run, tlora_here, tmp_path):
     assert set(faults(tmp_path / "peft").values()) == {None}
     out = tlora_here("inspect", tmp_path / "peft").stdout
     assert f"PEFT LoRA adapter in {tmp_path / 'peft'}" in out
-    assert len(re.findall(r"\b1 +as meant", out)) == len(READERS)
+    assert len(re.findall(r"\b1 +as intended", out)) == len(READERS)
     assert "warning" not in out
     assert "vLLM needs --max-lora-rank 32" in out
 
@@ -74,7 +74,7 @@ def test_the_compact_layout_is_right_only_in_peft(run, tlora_here, tmp_path):
     assert scales(tmp_path / "peft", "llama.cpp", name) == 4 / 24
     out = tlora_here("inspect", tmp_path / "peft").stdout
     wrong = ", ".join(READERS[1:])
-    assert f"warning: {wrong} would not read this adapter as it is meant" in out
+    assert f"warning: {wrong} would not read this adapter as intended" in out
     assert f"python -m tlora_mlx.export {tmp_path / 'peft'} --format peft" in out
     # The largest rank, 24, is above the configuration's.
     assert "vLLM needs --max-lora-rank 32" in out
@@ -104,8 +104,8 @@ def test_mlx_lm(model_path, tlora_here, tmp_path):
     mlx_lm_adapter(model_path, tmp_path / "mlx")
     out = tlora_here("inspect", tmp_path / "mlx").stdout
     assert f"mlx-lm adapter in {tmp_path / 'mlx'}" in out
-    assert re.search(r"mlx-lm +2.5 +as meant", out)
-    assert "by scale 1; vLLM needs --max-lora-rank 8 for it" in out
+    assert re.search(r"mlx-lm +2.5 +as intended", out)
+    assert "the scale is then 1, and vLLM needs --max-lora-rank 8" in out
 
 
 def test_no_base_model_is_needed_and_bad_paths_are_refused(model_path, tlora_here, tmp_path):
@@ -113,6 +113,6 @@ def test_no_base_model_is_needed_and_bad_paths_are_refused(model_path, tlora_her
     edit(tmp_path / "peft", base_model_name_or_path=None)
     out = tlora_here("inspect", tmp_path / "peft").stdout
     assert "base model: not named" in out
-    assert "vLLM serves no rank of 600" in out
+    assert "vLLM does not serve rank 600" in out
     shutil.rmtree(tmp_path / "peft")
     assert_one_sentence(tlora_here("inspect", tmp_path / "peft"), 2, "does not exist")

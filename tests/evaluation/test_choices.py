@@ -3,7 +3,7 @@ import pytest
 from tlora_mlx.evaluation.choices import by_length, f1_scores, labelled_metrics, likeliest
 
 
-def test_the_likeliest_and_by_length():
+def test_the_likeliest_choice_and_by_length():
     assert likeliest([-3.0, -1.0, -1.0]) == 1
     # The longer choice is likelier per character: 12 / 6 against 5 / 2.
     choices, values = ["ab", "abcdef"], [-5.0, -12.0]

@@ -63,8 +63,8 @@ def subject(base, **options):
     return Subject(base, "model", **{"format": None, "batch_size": 3, "max_tokens": 12, **options})
 
 
-def test_answers_and_likelihoods_are_those_of_transformers(run_path, model_path):
-    """The base model under evaluation, batched, against transformers, one by one."""
+def test_answers_and_likelihoods_equal_those_of_transformers(run_path, model_path):
+    """The base model under evaluation, in batches; transformers, one prompt at a time."""
     base = load_adapter(run_path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     reference = AutoModelForCausalLM.from_pretrained(model_path)
@@ -128,7 +128,7 @@ def test_code(evaluate, tmp_path):
     assert all(line["base"]["outcome"] != "passed" for line in lines)
 
 
-def test_code_is_not_run_unasked(evaluate, monkeypatch):
+def test_code_runs_only_on_request(evaluate, monkeypatch):
     from tlora_mlx.evaluation import code_generation
 
     def fail(*_):
@@ -153,7 +153,7 @@ def test_a_right_solution_passes(run_path, monkeypatch):
     assert [output["outcome"] for output in outputs] == ["passed", "passed"]
 
 
-def test_chat_as_fastchat_has_it(evaluate, tmp_path):
+def test_chat_in_fastchats_format(evaluate, tmp_path):
     _, lines, _ = evaluate("chat", CHATS)
     answers = (tmp_path / "results" / "base.jsonl").read_text().splitlines()
     for line, answer, row in zip(lines, map(json.loads, answers), CHATS, strict=True):
@@ -163,7 +163,7 @@ def test_chat_as_fastchat_has_it(evaluate, tmp_path):
         assert {"answer_id", "model_id", "tstamp"} <= set(answer)
 
 
-def test_perplexity_is_that_of_the_validation(evaluate, run_path):
+def test_perplexity_equals_that_of_validation(evaluate, run_path):
     reports = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
     losses = [report["val_loss"] for report in reports if "val_loss" in report]
     _, lines, summary = evaluate("perplexity", ROWS[13:])
@@ -175,7 +175,7 @@ def test_perplexity_is_that_of_the_validation(evaluate, run_path):
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 5]
 
 
-def test_the_chat_template_is_used_where_there_is_one(data_path, tmp_path, evaluate):
+def test_the_chat_template_is_used_if_there_is_one(data_path, tmp_path, evaluate):
     model = save_model(tmp_path / "model", chat_template=TEMPLATE, num_hidden_layers=1)
     run = quick_train(model, data_path, tmp_path / "run", iters=1)
     asked = subject(load_adapter(run), format="metamath")
@@ -204,15 +204,15 @@ def test_a_later_turn_follows_in_the_frame(run_path):
         ("math", '{"question": "1?", "answer": "$"}', (), "line 1 has no final answer"),
         ("math", '{"prompt": "\\ud800", "answer": "1"}', (), "'prompt' has half of a surrogate"),
         ("math", '{"prompt": "", "answer": "1"}', (), "line 1: 'prompt' is empty"),
-        ("math", '{"question": [1], "answer": "1"}', (), r"line 1: 'question' is not a text but"),
+        ("math", '{"question": [1], "answer": "1"}', (), r"line 1: 'question' is not text: ["),
         ("math", "[1]", (), "line 1 is not a JSON object"),
         ("math", "{", (), "line 1 is not valid JSON"),
         ("math", "", (), "is empty"),
-        ("commonsense", '{"prompt": "a", "choices": [], "answer": 0}', (), "not a list of texts"),
-        ("commonsense", '{"prompt": "a", "choices": ["b"], "answer": 1}', (), "none of its 1"),
-        ("commonsense", '{"prompt": "a", "choices": ["b"], "answer": "c"}', (), "is none of its"),
-        ("nlu", '{"prompt": "a", "answer": "yes"}', (), "one answer alone, 'yes'"),
-        ("nlu", '{"a": "b"}', ("--format", "glue"), "line 1 is no row for --format glue"),
+        ("commonsense", '{"prompt": "a", "choices": [], "answer": 0}', (), "not a list of one"),
+        ("commonsense", '{"prompt": "a", "choices": ["b"], "answer": 1}', (), "not one of its 1"),
+        ("commonsense", '{"prompt": "a", "choices": ["b"], "answer": "c"}', (), "not one of its"),
+        ("nlu", '{"prompt": "a", "answer": "yes"}', (), "only one answer, 'yes'"),
+        ("nlu", '{"a": "b"}', ("--format", "glue"), "line 1 does not fit --format glue"),
         ("code", '{"task_id": 1}', (), "neither 'entry_point' nor 'test_list'"),
         (
             "code",
@@ -220,8 +220,8 @@ def test_a_later_turn_follows_in_the_frame(run_path):
             ("--execute",),
             "--execute needs rows with a test; row 1 has none",
         ),
-        ("chat", '{"turns": ["Hi", ""]}', (), "'turns' is empty, or a part of it is no text"),
-        ("chat", '{"turns": "Hi"}', (), "'turns' is not a list of texts"),
+        ("chat", '{"turns": ["Hi", ""]}', (), "'turns' is empty, or part of it is not text"),
+        ("chat", '{"turns": "Hi"}', (), "'turns' is not a list of one or more texts"),
         ("perplexity", '{"body": "x"}', (), "line 1 has 'body'; it needs 'text'"),
         ("perplexity", '{"text": ""}', (), "has a token to predict"),
         ("math", None, (), "does not exist"),
@@ -239,7 +239,7 @@ def test_bad_input(tlora_here, run_path, tmp_path, task, text, flags, message):
     assert not list(run_path.glob("evaluations/*"))
 
 
-def test_an_array_of_rows_and_a_default_place(tlora_here, model_path, data_path, tmp_path):
+def test_an_array_of_rows_and_the_default_directory(tlora_here, model_path, data_path, tmp_path):
     run = quick_train(model_path, data_path, tmp_path / "run", iters=1)
     data = tmp_path / "sums.json"
     data.write_text(json.dumps(SUMS))
@@ -250,4 +250,4 @@ def test_an_array_of_rows_and_a_default_place(tlora_here, model_path, data_path,
     again = tlora_here("evaluate", run, *flags)
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     data.write_text("{}")
-    assert "no array of rows" in tlora_here("evaluate", run, *flags).stderr
+    assert "does not contain an array of rows" in tlora_here("evaluate", run, *flags).stderr

@@ -141,7 +141,7 @@ def test_all_faults_of_an_adapter_in_one_message(model):
     with pytest.raises(ValueError, match="shape") as error:
         attach(model, plan, tensors)
     message = str(error.value)
-    assert f"{first}.lora_a has shape (48, 3), the plan asks for (48, 2)" in message
+    assert f"{first}.lora_a has shape (48, 3), but the plan needs (48, 2)" in message
     assert f"{second}.lora_b has entries that are not finite" in message
     assert f"{third}.lora_a is missing" in message
     with pytest.raises(ValueError, match="nonsense is not in the plan"):

@@ -40,7 +40,7 @@ def test_a_line_goes_where_its_points_are():
     assert "nan" not in line_chart({"one": [(1, 0.0)]}, "x", "y")
 
 
-def test_the_largest_is_the_deepest():
+def test_the_largest_value_has_the_deepest_colour():
     cells = {("0", "q"): (1.0, "1", "a"), ("0", "k"): (9.0, "9", '"'), ("1", "q"): (5.0, "5", "c")}
     table = heat_map("title", ["0", "1"], ["q", "k"], cells)
     shown = re.findall(r'--depth:([\d.]+)" title="[^"]*">(\d)</td>', table)

@@ -12,7 +12,7 @@ HOSTILE = "'\"><script>alert(1)</script>"
 
 
 class Parsed(HTMLParser):
-    """The page's tags, attributes' values and texts."""
+    """The page's tags, attribute values and texts."""
 
     def __init__(self, html):
         super().__init__()
@@ -33,7 +33,7 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_nothing_of_a_hostile_run_reaches_the_page_as_html(run_path, tlora_here, tmp_path):
+def test_a_hostile_run_injects_no_html(run_path, tlora_here, tmp_path):
     run = shutil.copytree(run_path, tmp_path / HOSTILE.replace("/", "_"))
     config = {"data": HOSTILE, "model": HOSTILE, "base_model": HOSTILE, HOSTILE: [HOSTILE]}
     edit(run / "adapter_config.json", lambda content: content.update(config))

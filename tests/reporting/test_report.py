@@ -12,7 +12,7 @@ VOID = {"meta", "line", "polyline"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects text and what would be loaded from elsewhere."""
+    """Checks that tags are nested, and collects texts and external resources."""
 
     def __init__(self, text):
         super().__init__()
@@ -82,11 +82,11 @@ def test_a_run_without_reports_and_energies(run, tlora_here, tmp_path):
     assert tlora_here("report", run, "--output", output).returncode == 0
     page = Page(output.read_text())
     assert "Nothing was reported" in page.text
-    assert "known only where" in page.text
+    assert "this run did not form covariances" in page.text
     assert not (run / "report.html").exists()
 
 
-def test_what_is_damaged(run, tlora_here, tmp_path):
+def test_damaged_files(run, tlora_here, tmp_path):
     metrics = run / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole + '{"iteration": 9')  # half a line, of a run that is going on
@@ -98,9 +98,9 @@ def test_what_is_damaged(run, tlora_here, tmp_path):
     result = tlora_here("report", run)
     assert (result.returncode, "an evaluation's summary is missing" in result.stderr) == (2, True)
     (run / "evaluations" / "math" / "summary.json").write_text('{"task": "math"}')
-    assert "is not as tlora evaluate wrote it ('data')" in tlora_here("report", run).stderr
+    assert "math is damaged ('data')" in tlora_here("report", run).stderr
     (run / "captured_energy.json").write_text("[]")
-    assert "holds no energies" in tlora_here("report", run).stderr
+    assert "does not contain captured energies" in tlora_here("report", run).stderr
     result = tlora_here("report", run, "--output", tmp_path / "none" / "page.html")
     assert (result.returncode, "a directory that exists" in result.stderr) == (2, True)
     assert tlora_here("report", tmp_path / "nothing").returncode == 2

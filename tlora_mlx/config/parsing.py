@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tlora_mlx.config.option import flag
-from tlora_mlx.config.training_options import PlanConfig
+from tlora_mlx.config.training_options import DataConfig
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import read_yaml
 from tlora_mlx.version import __version__
@@ -44,7 +44,7 @@ def parse(
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tlora_mlx {__version__}")
-    if issubclass(config_class, PlanConfig):
+    if issubclass(config_class, DataConfig):
         parser.add_argument(
             "-c", "--config", metavar="FILE", help="YAML file with the same options; flags win"
         )

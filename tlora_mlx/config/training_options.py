@@ -10,8 +10,8 @@ from tlora_mlx.errors import UserError
 
 
 @dataclass(kw_only=True)
-class PlanConfig(Config):
-    """What calibration and allocation need."""
+class DataConfig(Config):
+    """Which data is read, and how it is tokenized."""
 
     model: str = option(MISSING, "model directory, or a Hub repository that mlx-lm loads")
     data: str = option(
@@ -25,9 +25,66 @@ class PlanConfig(Config):
         "have mlx-lm's keys",
         choices=tuple(FORMATS),
     )
+    prompt_column: str | None = option(
+        None, "name of the rows' column that is the prompt, where it is not 'prompt'"
+    )
+    completion_column: str | None = option(
+        None, "name of the rows' column that is the completion, where it is not 'completion'"
+    )
+    messages_column: str | None = option(
+        None, "name of the rows' column that holds the messages, where it is not 'messages'"
+    )
     max_samples: int | None = option(
         None, "only the first so many rows of the training data", at_least=1
     )
+    val_split: float | None = option(
+        None,
+        "share of the training rows to validate on, drawn by --seed, where the data has no "
+        "validation split",
+        above=0.0,
+        below=1.0,
+    )
+    max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
+    mask_prompt: bool | None = option(
+        None,
+        "leave the prompt out of the loss; default: yes where the data has prompts, as in the "
+        "paper (mlx-lm: no)",
+    )
+    seed: int = option(0, "seed of sampling and data order", at_least=0)
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise UserError("--prompt-column and --completion-column must be given together")
+
+    def columns(self) -> dict[str, str]:
+        """``prompt``, ``completion`` and ``messages`` by the column that is named for each."""
+        names = ("prompt", "completion", "messages")
+        given = {getattr(self, f"{name}_column"): name for name in names}
+        return {column: name for column, name in given.items() if column is not None}
+
+
+@dataclass(kw_only=True)
+class CheckCommand(DataConfig):
+    """``python -m tlora_mlx.check``, and what ``tlora_mlx.check`` takes.
+
+    The fields are the options, with their help as ``metadata["help"]``.
+
+    Raises:
+        UserError: a value is outside of what its option allows.
+    """
+
+    rows: int = option(3, "how many samples of the training data to show", at_least=0)
+    json: str | None = option(
+        None, "file to write all samples to, as JSON lines: split, row, tokens, counts, text"
+    )
+
+
+@dataclass(kw_only=True)
+class PlanConfig(DataConfig):
+    """What calibration and allocation need."""
+
     rank: int = option(
         8,
         "base rank: the budget is this times the number of target modules, spread by sensitivity",
@@ -59,28 +116,13 @@ class PlanConfig(Config):
     calibration_samples: int = option(
         256, "training samples to calibrate on, drawn by --seed; all if there are fewer", at_least=1
     )
-    val_split: float | None = option(
-        None,
-        "share of the training rows to validate on, drawn by --seed, where the data has no "
-        "validation split",
-        above=0.0,
-        below=1.0,
-    )
     batch_size: int = option(
         4, "samples per batch, over all processes of mlx.launch together", at_least=1
     )
-    max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
-    mask_prompt: bool | None = option(
-        None,
-        "leave the prompt out of the loss; default: yes where the data has prompts, as in the "
-        "paper (mlx-lm: no)",
-    )
-    seed: int = option(0, "seed of sampling and data order", at_least=0)
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
     allow_unexportable: bool = option(
         False, "go on with a model family or module whose export will be refused"
     )
-    trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,1 +1,1 @@
-"""What a trained adapter is worth: five task families and perplexity, base model beside adapter."""
+"""How good an adapter is: five task families and perplexity, base model and adapter compared."""

@@ -1,4 +1,4 @@
-"""Chat: answers for a judge, as FastChat's MT-Bench keeps them. Greedy, whatever the category."""
+"""Chat: answers for a judge, in FastChat's MT-Bench format; greedy in every category."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tlora_mlx.evaluation.subject import Subject
 def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
     """Each row's ``question_id`` and ``turns``.
 
-    A row is MT-Bench's: ``question_id``, ``turns`` (what the user says, one text a turn); or has
-    one question as ``prompt`` or by another name, and is numbered by its line.
+    A row has MT-Bench's columns ``question_id`` and ``turns`` (what the user says, one text per
+    turn); or one question, as ``prompt`` or under another name, and its line number is its id.
 
     Raises:
         UserError: a row has neither.
@@ -35,7 +35,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
 
 
 def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers to each item's turns; a later turn is asked after the answers to the earlier."""
+    """The answers to each item's turns; a later turn sees the answers to the earlier ones."""
     answers: list[list[str]] = [[] for _ in items]
     for turn in range(max(len(item["turns"]) for item in items)):
         asked = [i for i, item in enumerate(items) if turn < len(item["turns"])]
@@ -50,7 +50,7 @@ def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """No scores, those are the judge's: the mean length of an answer and the share left empty."""
+    """The mean length of an answer and the share of empty ones; scoring is up to the judge."""
     texts = [text for output in outputs for text in output["answers"]]
     return {
         "mean_characters": sum(map(len, texts)) / len(texts),
@@ -61,7 +61,7 @@ def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) 
 def samples(
     items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]], model_id: str
 ) -> list[dict[str, Any]]:
-    """FastChat's model answers, one line a question: ``fastchat/llm_judge/gen_model_answer.py``."""
+    """FastChat's model answers, one per question: ``fastchat/llm_judge/gen_model_answer.py``."""
     lines = []
     for item, output in zip(items, outputs, strict=True):
         identity = f"{model_id}\n{item['question_id']}\n{output['answers']}"

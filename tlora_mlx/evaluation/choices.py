@@ -1,4 +1,4 @@
-"""Commonsense and language understanding: which of the choices does the model find likeliest?"""
+"""Commonsense and language understanding: which choice does the model find most likely?"""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tlora_mlx.evaluation.subject import Subject
 
 
 def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
-    """Each row's ``prompt``, ``choices`` and the right one's place, ``answer``.
+    """Each row's ``prompt``, ``choices`` and ``answer``, the index of the right choice.
 
     A row has ``prompt`` and ``choices`` (what may follow the prompt), and ``answer`` (or
-    ``completion``, …): the right choice's text or its place, from 0 on. Raw rows are brought to
-    that by their format. Where no row has ``choices``, they are the answers that occur in the data.
+    ``completion``, …): the right choice's text or its index, counted from 0. A format converts raw
+    rows to this. If no row has ``choices``, they are the answers that occur in the data.
 
     Raises:
-        UserError: a row is not so.
+        UserError: a row does not have these columns.
     """
     rows = [subject.formatted(row) for row in rows]
     shared = None
@@ -26,7 +26,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
         shared = sorted({_answer(row) for row in rows})
         if len(shared) < 2:
             raise UserError(
-                f"{rows[0].where} and all other rows have no 'choices' and one answer alone, "
+                f"{rows[0].where} and all other rows have no 'choices' and only one answer, "
                 f"'{shared[0]}'"
             )
     items = []
@@ -44,7 +44,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
 
 
 def _answer(row: Row) -> str:
-    # A format's completion is what was trained on; its raw answer may be another wording.
+    # Training used the format's completion; the raw answer may be worded differently.
     names = ("completion", *ANSWERS) if "prompt" in row.columns else ANSWERS
     return row.text(*names)
 
@@ -53,16 +53,18 @@ def _place(row: Row, choices: list[str]) -> int:
     place = row.columns.get("answer")
     if isinstance(place, int) and not isinstance(place, bool):
         if not 0 <= place < len(choices):
-            raise UserError(f"{row.where}: 'answer' {place} is none of its {len(choices)} choices")
+            raise UserError(
+                f"{row.where}: 'answer' {place} is not one of its {len(choices)} choices"
+            )
         return place
     answer = _answer(row)
     if answer not in choices:
-        raise UserError(f"{row.where}: the answer '{answer}' is none of its choices {choices}")
+        raise UserError(f"{row.where}: the answer '{answer}' is not one of its choices {choices}")
     return choices.index(answer)
 
 
 def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each choice's log-likelihood, and the likeliest choice, as it is and by its length."""
+    """Each choice's log-likelihood, and the likeliest choice, with and without length scaling."""
     pairs = [(item["prompt"], choice) for item in items for choice in item["choices"]]
     likelihoods = iter(subject.log_likelihoods(pairs))
     outputs = []
@@ -79,7 +81,7 @@ def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def likeliest(values: Sequence[float]) -> int:
-    """The place of the largest value, the first on a tie."""
+    """The index of the largest value; the first one on a tie."""
     return max(range(len(values)), key=values.__getitem__)
 
 
@@ -89,7 +91,7 @@ def by_length(log_likelihoods: Sequence[float], choices: Sequence[str]) -> list[
 
 
 def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """``accuracy``, and ``accuracy_normalized`` with the choices weighed by their length."""
+    """``accuracy``, and ``accuracy_normalized`` with likelihoods divided by length."""
     return {
         name: sum(o[key] == i["answer"] for i, o in zip(items, outputs, strict=True)) / len(items)
         for name, key in (("accuracy", "given"), ("accuracy_normalized", "given_normalized"))
@@ -99,7 +101,7 @@ def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) 
 def labelled_metrics(
     items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """``metrics``, the F1 of each label and their mean, ``f1_macro``."""
+    """``metrics``, the F1 score of each label and their mean, ``f1_macro``."""
     right = [item["choices"][item["answer"]] for item in items]
     given = [i["choices"][o["given"]] for i, o in zip(items, outputs, strict=True)]
     scores = f1_scores(right, given)

@@ -1,4 +1,4 @@
-"""Code: solutions as EvalPlus reads them, and, only when asked, whether they pass their tests."""
+"""Code: solutions in EvalPlus's format and, only on request, whether they pass their tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tlora_mlx.evaluation.execution import Limits, run_program
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject
 
-# Where a base model's continuation of a function leaves it (the Codex paper's stop sequences).
+# Where a base model's continuation leaves the function (the Codex paper's stop sequences).
 STOPS = ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\nassert ", "\n#", "\n```", "\nimport ")
 STOPS += ("\nfrom ", "\n@")
 
@@ -21,9 +21,10 @@ STOPS += ("\nfrom ", "\n@")
 def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
     """Each row's ``task_id``, ``prompt``, the ``header`` to continue, and its ``test``, if any.
 
-    A row is HumanEval's: ``task_id``, ``prompt`` (code to continue), ``entry_point`` and maybe
-    ``test``, which defines ``check``; or MBPP's: ``task_id``, ``text`` (or ``prompt``: words) and
-    ``test_list``, lines of Python, maybe after ``test_setup_code`` or ``test_imports``.
+    A row has HumanEval's columns: ``task_id``, ``prompt`` (code to continue), ``entry_point`` and
+    optionally ``test``, which defines ``check``; or MBPP's: ``task_id``, ``text`` (or ``prompt``,
+    in words) and ``test_list`` (lines of Python), optionally after ``test_setup_code`` or
+    ``test_imports``.
 
     Raises:
         UserError: a row is neither.
@@ -42,7 +43,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
             if "test_list" not in row.columns:
                 raise UserError(f"{row.where} has neither 'entry_point' nor 'test_list'")
             lines = row.texts("test_list")
-            task_id = f"Mbpp/{task_id}" if task_id.isdigit() else task_id  # as EvalPlus has it
+            task_id = f"Mbpp/{task_id}" if task_id.isdigit() else task_id  # as in EvalPlus
             setup = row.columns.get("test_setup_code") or ""
             setup += "\n".join(row.columns.get("test_imports") or [])
             header, test = "", "\n".join([setup, *lines]) + "\n"
@@ -66,11 +67,12 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
 def respond(
     subject: Subject, items: Sequence[dict[str, Any]], limits: Limits | None = None
 ) -> list[dict[str, Any]]:
-    """Each response, the ``solution`` in it, whether that is Python, and, with limits, whether it
-    passes.
+    """Each response, the ``solution`` in it, whether that is Python, and the test's outcome.
+
+    Only if limits are given is the solution run.
 
     Raises:
-        UserError: it is to be run, and a row has no test.
+        UserError: limits are given, but a row has no test.
     """
     untested = [item["row"] for item in items if item["test"] is None]
     if limits and untested:
@@ -89,11 +91,11 @@ def respond(
 
 
 def solution(header: str, response: str) -> str:
-    """The whole program that a response is or completes.
+    """The whole program, made from the header and the response.
 
-    Of a response with fenced code it is the first such block, after the header where the block
-    does not define what the header does; else the header with the response up to where it leaves
-    the function.
+    If the response has fenced code, that is its first block, preceded by the header unless the
+    block defines the header's function itself. Otherwise it is the header, continued by the
+    response up to where that leaves the function.
     """
     block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", response, re.DOTALL)
     if not header:
@@ -104,7 +106,7 @@ def solution(header: str, response: str) -> str:
         return header + body[: min(ends, default=len(body))].rstrip() + "\n"
     names = re.findall(r"^def (\w+)", header, re.MULTILINE)
     if names and re.search(rf"^def {names[-1]}\b", block[1], re.MULTILINE):
-        # What the header brings along: imports and helpers.
+        # The imports and helpers in the header.
         before = header[: header.rindex(f"def {names[-1]}")]
         return before + block[1].strip("\n") + "\n"
     return header + block[1].rstrip() + "\n"
@@ -120,7 +122,7 @@ def is_python(code: str) -> bool:
 
 
 def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The share that is Python and, where they were run, ``pass@1`` of the one greedy sample."""
+    """The share that is Python and, if they were run, ``pass@1`` of the one greedy sample."""
     shares = {"is_python": sum(output["is_python"] for output in outputs) / len(outputs)}
     if "outcome" in outputs[0]:
         passed = sum(output["outcome"] == "passed" for output in outputs)

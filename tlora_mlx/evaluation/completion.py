@@ -1,4 +1,4 @@
-"""A prompt completed by the base model and by the adapter, as text that grows."""
+"""A prompt completed by the base model and with the adapter, streamed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tlora_mlx.method.layers import adapters_off
 
 
 def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, Iterator[str]]]:
-    """Whose completion it is, and its parts as they come: base model, then adapter, greedily.
+    """A title and the streamed parts for each greedy completion: base model, then adapter.
 
-    The chat template is used where there is one.
+    The chat template is used if there is one.
 
     Args:
-        config: the options; the prompt ``-`` is read from ``stdin``.
-        stdin: text.
+        config: the options; if the prompt is ``-``, it is read from ``stdin``.
+        stdin: a text stream.
 
     Raises:
         UserError: the adapter or its base model cannot be loaded, or there is no prompt.

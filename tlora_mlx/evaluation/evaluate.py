@@ -1,4 +1,4 @@
-"""Base model and adapter on a task, side by side; what they answered is kept."""
+"""Evaluate base model and adapter on a task, side by side, and keep their answers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Metrics = dict[str, float | None]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation came to.
+    """The result of an evaluation.
 
     Attributes:
-        directory: holds ``results.jsonl`` (a line a row: what was asked, what base model and
-            adapter gave and how it was scored), ``summary.json`` and, for code and chat,
-            ``base.jsonl`` and ``adapter.jsonl`` as EvalPlus and FastChat read them.
+        directory: contains ``results.jsonl`` (one line per row: the question, the base model's and
+            the adapter's answers, and their scores), ``summary.json`` and, for code and chat,
+            ``base.jsonl`` and ``adapter.jsonl`` for EvalPlus and FastChat.
         model: the base model's name.
         base: its metrics.
         adapter: the adapter's.
@@ -51,13 +51,13 @@ def evaluate(config: EvaluateCommand, observer: Observer = SILENT) -> Evaluation
 
     Args:
         config: the options.
-        observer: is told of each batch.
+        observer: notified of each batch.
 
     Returns:
-        The metrics of both, and the directory that holds all answers.
+        The metrics of both, and the directory with all answers.
 
     Raises:
-        UserError: the run, its base model or the data are not right.
+        UserError: the run, its base model or the data are invalid.
         RunError: it failed while running; no directory is left.
     """
     run = read_run(config.run)

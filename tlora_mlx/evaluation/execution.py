@@ -1,7 +1,7 @@
-"""Running a model's code in a process of its own, with limits.
+"""Running a model's code in a separate process, with limits.
 
-The limits keep an accident (an endless loop, all memory, a full disk, a request to the network)
-from doing harm. They are no sandbox against code that means harm: it runs as you.
+The limits keep accidents (an endless loop, all memory used up, a full disk, a network request) from
+doing harm. They are not a sandbox against malicious code: it runs as you.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# What the child says when the program has run to its end; sys.exit(0) on the way says something
-# else.
+# The child's exit code if the program has run to its end; sys.exit(0) before that gives another.
 PASSED = 97
 
-# Run in the child. macOS takes no limit of memory below what a process has mapped already.
+# Runs in the child. macOS rejects a memory limit below what the process has already mapped.
 _BOOTSTRAP = """
 import os, resource, sys
 seconds, memory, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -55,10 +54,10 @@ class Limits:
 
 
 def run_program(program: str, limits: Limits) -> str:
-    """Run Python source; ``passed``, ``timed out``, or the last line that it failed with.
+    """Run Python source; returns ``passed``, ``timed out``, or the last line of its error output.
 
     It runs in an empty directory that is deleted afterwards, in isolated mode, without environment
-    and input; it may write files of 10 MB, but open no connection and start no process.
+    and input. It may write files of up to 10 MB, but not open connections or start processes.
     """
     with tempfile.TemporaryDirectory(prefix="tlora-code-") as place:
         path, errors = Path(place) / "program.py", Path(place) / "errors"
@@ -79,7 +78,7 @@ def run_program(program: str, limits: Limits) -> str:
             except subprocess.TimeoutExpired:
                 code = -signal.SIGXCPU
             finally:
-                with contextlib.suppress(ProcessLookupError):  # children that it left too
+                with contextlib.suppress(ProcessLookupError):  # and children that it left behind
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code in (PASSED, -signal.SIGXCPU):

@@ -1,9 +1,9 @@
-r"""Mathematics: is the final answer the right one? GSM8K's and MATH's forms.
+r"""Mathematics: is the final answer right? For the forms of GSM8K and MATH.
 
 The answer is what follows the last of "#### ", "The answer is" and ``\boxed{…}``. Two answers are
 compared by math-verify, the judge of Hugging Face's leaderboards: 0.5, 1/2 and ``\frac12`` are the
-same. It finds final answers too, but takes any last number for one; GSM8K's strict score asks for a
-mark, so finding it is our own.
+same. It can also find final answers, but accepts any last number as one; GSM8K's strict score
+requires a mark, so we find the answer ourselves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read(rows: Sequence[Row], subject: Subject) -> list[dict[str, Any]]:
 
 
 def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each response, the final answer in it, and whether it is right, with and without a mark."""
+    """Each response, its final answer, and whether that is right, marked and unmarked."""
     outputs = []
     responses = subject.generate([[item["prompt"]] for item in items])
     for item, response in zip(items, responses, strict=True):
@@ -59,15 +59,16 @@ def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def metrics(items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares that are right: ``exact_match`` asks for a marked answer, ``exact_match_flexible``
-    takes the last number where none is (lm-eval's strict and flexible filters).
+    """The shares of right answers, by lm-eval's strict and flexible filters.
+
+    ``exact_match`` requires a marked answer; ``exact_match_flexible`` also takes the last number.
     """
     names = ("exact_match", "exact_match_flexible")
     return {name: sum(output[name] for output in outputs) / len(outputs) for name in names}
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What follows the last "####", "The answer is" or is in the last ``\boxed{…}``."""
+    r"""What follows the last "####" or "The answer is", or is in the last ``\boxed{…}``."""
     found = [
         (match.start(), _sentence(match[1]))
         for match in re.finditer(r"(?i)\banswer is\b:?[ \t]*(\S[^\n]*)", text)
@@ -88,12 +89,12 @@ def _boxes(text: str) -> Any:
 
 
 def _sentence(text: str) -> str:
-    """Up to the full stop; one inside of a number is none."""
+    """The text up to the full stop; a decimal point is not one."""
     return re.split(r"\.(?=\s|$)", text, maxsplit=1)[0]
 
 
 def _braces(text: str, start: int) -> str | None:
-    """What the brace that opens at ``start`` encloses; None where it does not close."""
+    """What the brace that opens at ``start`` encloses; None if it is never closed."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -109,7 +110,7 @@ def last_number(text: str) -> str | None:
 
 
 def is_equal(given: str, right: str) -> bool:
-    """Whether two final answers are the same, as math-verify judges them."""
+    """Whether two final answers are the same according to math-verify."""
     from math_verify import parse, verify
 
     if not given.strip():
@@ -122,7 +123,7 @@ def is_equal(given: str, right: str) -> bool:
 
 
 def check_judge() -> None:
-    """See that the package that compares answers is there, before anything takes long.
+    """Check that the package that compares answers is installed, before anything slow starts.
 
     Raises:
         UserError: it is not.

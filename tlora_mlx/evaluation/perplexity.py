@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean loss per token that counts, on rows as for training."""
+"""Perplexity: exp of the mean loss per counted token, on rows like those for training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tlora_mlx.evaluation.subject import Subject, sample_losses
 def read(
     rows: Sequence[Row], subject: Subject, max_seq_length: int, mask_prompt: bool | None
 ) -> list[dict[str, Any]]:
-    """Each row's sample, as training with this run's options would see it.
+    """Each row's sample, made as for training with this run's options.
 
     Raises:
-        UserError: a row is not right, or none has a token to predict.
+        UserError: a row is invalid, or no row has a token to predict.
     """
     where = rows[0].where.rsplit(" ", 1)[0]
     numbered = [(row.number, row.columns) for row in rows]
@@ -31,7 +31,7 @@ def read(
 
 
 def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each sample's summed loss, in nats, and the number of tokens that it is over."""
+    """Each sample's summed loss, in nats, and the number of tokens that it covers."""
     with subject.observer.stage(f"{subject.title} reads", len(items)) as advance:
         losses = sample_losses(
             subject.base.model, [item["sample"] for item in items], subject.batch_size, advance
@@ -42,7 +42,7 @@ def respond(subject: Subject, items: Sequence[dict[str, Any]]) -> list[dict[str,
 def metrics(
     items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]
 ) -> dict[str, float | None]:
-    """``loss``, in nats per token, and ``perplexity``; None where they are not finite."""
+    """``loss``, in nats per token, and ``perplexity``; None if they are not finite."""
     loss = sum(output["loss"] for output in outputs) / sum(output["tokens"] for output in outputs)
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp of more overflows
     return {

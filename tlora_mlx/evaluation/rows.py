@@ -1,4 +1,4 @@
-"""Evaluation data: a file of rows, and how a row is read."""
+"""Evaluation data: reading a file of rows, and the columns of a row."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from tlora_mlx.data.reading import download_rows, read_jsonl
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import read_json, user_path
 
-# What the public test sets call the question, where it is not a ready prompt, and the answer.
+# The columns in which public test sets have the question, if there is no prompt, and the answer.
 QUESTIONS = ("question", "query", "problem", "instruction", "text")
 ANSWERS = ("answer", "completion", "response", "solution", "output")
 
 
 class Row(NamedTuple):
-    """One row: its number in the file (its line, or its place in an array), what it is called in
-    messages, and its columns.
-    """
+    """A row: its number in the file (the line, or the index in an array), a label, its columns."""
 
     number: int
     where: str
     columns: dict[str, Any]
 
     def text(self, *names: str) -> str:
-        """The first of these columns that the row has, as a text; numbers are written out.
+        """The first of these columns that the row has, as text; numbers are converted.
 
         Raises:
             UserError: it has none of them, or it is neither text nor number, or empty.
@@ -35,7 +33,7 @@ class Row(NamedTuple):
                 self._check(name, str(value))
                 return str(value)
             if value is not None:
-                raise UserError(f"{self.where}: '{name}' is not a text but {str(value)[:40]}")
+                raise UserError(f"{self.where}: '{name}' is not text: {str(value)[:40]}")
         found = ", ".join(map(repr, self.columns)) or "nothing"
         raise UserError(f"{self.where} has {found}; it needs {' or '.join(map(repr, names))}")
 
@@ -47,19 +45,19 @@ class Row(NamedTuple):
         """
         value = self.columns.get(name)
         if not isinstance(value, list) or not value:
-            raise UserError(f"{self.where}: '{name}' is not a list of texts, one at least")
+            raise UserError(f"{self.where}: '{name}' is not a list of one or more texts")
         for text in value:
             self._check(name, text)
         return value
 
     def _check(self, name: str, text: Any) -> None:
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{self.where}: '{name}' is empty, or a part of it is no text")
+            raise UserError(f"{self.where}: '{name}' is empty, or part of it is not text")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{self.where}: '{name}' has half of a surrogate pair, which is no character"
+                f"{self.where}: '{name}' has half of a surrogate pair, which is not a character"
             ) from None
 
 
@@ -68,11 +66,11 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
 
     Args:
         data: a file of JSON lines, or a ``.json`` file with an array; or a Hub data set as
-            NAME or NAME:CONFIGURATION, of which the test split is read, or the validation split
-            where there is no test split with labels.
+            NAME or NAME:CONFIGURATION, whose test split is read, or its validation split if
+            there is no test split with labels.
 
     Raises:
-        UserError: there is no such data, it holds no rows, or one is not a JSON object.
+        UserError: there is no such data, it has no rows, or a row is not a JSON object.
     """
     path = user_path(data)
     if path.is_dir():
@@ -84,7 +82,7 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
     elif path.suffix == ".json":
         data = read_json(path, "the evaluation data")
         if not isinstance(data, list) or not data:
-            raise UserError(f"{path} holds no array of rows")
+            raise UserError(f"{path} does not contain an array of rows")
         numbered, what = list(enumerate(data, 1)), "row"
     else:
         numbered, what = read_jsonl(path), "line"

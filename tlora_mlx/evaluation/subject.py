@@ -1,4 +1,4 @@
-"""The model under evaluation: what it answers, and how likely it finds an answer."""
+"""The model under evaluation: its answers, and how likely it finds a given answer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tlora_mlx.observer import SILENT, Advance, Observer
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and how it is asked.
+    """A model, and how to ask it.
 
     Attributes:
-        title: what its stages are called.
-        format: the named format that it was trained with: where there is no chat template, its
-            frame is put around a question.
-        observer: is told of each batch.
+        title: its name in progress messages.
+        format: the named format that it was trained with; if there is no chat template, its
+            frame is put around each question.
+        observer: notified of each batch.
     """
 
     base: BaseModel
@@ -43,10 +43,10 @@ class Subject:
         return self.format is not None and not self.base.tokenizer.has_chat_template
 
     def formatted(self, row: Row) -> Row:
-        """The row with ``prompt`` and ``completion``, where a format makes them of raw columns.
+        """The row with ``prompt`` and ``completion``, made from raw columns if there is a format.
 
         Raises:
-            UserError: it is no row of the format.
+            UserError: it is not a row of the format.
         """
         if self.format is None or "prompt" in row.columns:
             return row
@@ -54,26 +54,26 @@ class Subject:
             chat = self.base.tokenizer.has_chat_template
             return row._replace(columns=to_prompt(self.format, row.columns, chat))
         except ValueError as error:
-            raise UserError(f"{row.where} is no row for --format {self.format}: {error}") from None
+            raise UserError(f"{row.where} does not fit --format {self.format}: {error}") from None
 
     def question(self, row: Row) -> str:
-        """The row's ``prompt`` as it stands, or its question in the format's frame."""
+        """The row's ``prompt`` unchanged, or its question in the format's frame."""
         if "prompt" in row.columns:
             return row.text("prompt")
         asked = row.text(*QUESTIONS)
         return framed(asked) if self.is_framed else asked
 
     def encode(self, turns: Sequence[str]) -> list[int]:
-        """Token ids that the answer to the last turn follows.
+        """The token ids that come before the answer to the last turn.
 
         Args:
-            turns: prompt, answer, next instruction, …, one or an odd number of them.
+            turns: prompt, answer, next instruction, …; an odd number of them.
         """
         tokenizer = self.base.tokenizer
         if tokenizer.has_chat_template:
             roles = ("user", "assistant")
             messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
-            # Models that may think first are asked not to, like those that cannot.
+            # Models that can think first are told not to, to treat all models alike.
             return tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, enable_thinking=False
             )
@@ -95,7 +95,7 @@ class Subject:
         return self.complete([self.encode(turns) for turns in conversations])
 
     def complete(self, prompts: Sequence[list[int]]) -> list[str]:
-        """``generate`` for prompts in token ids; those of like length share a batch."""
+        """``generate`` for prompts in token ids; prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers = [""] * len(prompts)
         with self.observer.stage(f"{self.title} answers", len(prompts)) as advance:
@@ -120,9 +120,9 @@ class Subject:
         return answers
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Σ log p of each answer's tokens after its prompt, in nats; an answer without tokens: 0.
+        """Σ log p of each answer's tokens after its prompt, in nats; 0 if there are none.
 
-        Prompt and answer are tokenized apart, as in training; the end token is not counted.
+        Prompt and answer are tokenized separately, as in training; the end token does not count.
         """
         encode = self.base.tokenizer.encode
         samples = []
@@ -137,7 +137,7 @@ class Subject:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of these, without the space around it."""
+    """The text before the first of these stops, without surrounding whitespace."""
     ends = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))].strip()
 
@@ -145,7 +145,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def sample_losses(
     model: Any, samples: Sequence[Sample], batch_size: int, advance: Advance
 ) -> list[tuple[float, int]]:
-    """Each sample's summed loss, in nats, and how many tokens it is over."""
+    """Each sample's summed loss, in nats, and the number of tokens that it covers."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
     for start in range(0, len(order), batch_size):

@@ -1,4 +1,4 @@
-"""The tasks: how rows are read, answered and measured, each an object found by its name."""
+"""The tasks: how to read, answer and measure rows; each is an object with a name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Task:
     """A family of evaluations.
 
     Attributes:
-        read: rows and subject -> items: what is asked, and what is right.
-        respond: subject and items -> outputs: what the model gave, and how it was scored.
-        metrics: items and outputs -> figures by name; None where one is not finite.
-        samples: items, outputs and the model's name -> lines as another tool reads them, where one
-            judges the answers.
+        read: rows and subject -> items: the questions, and the right answers.
+        respond: subject and items -> outputs: the model's answers, and their scores.
+        metrics: items and outputs -> figures by name; None for one that is not finite.
+        samples: items, outputs and the model's name -> lines for another tool that judges the
+            answers; None if there is none.
     """
 
     read: Callable[..., Items]
@@ -56,7 +56,7 @@ _COMMONSENSE = Task(choices.read, choices.respond, choices.metrics)
 _NLU = Task(choices.read, choices.respond, choices.labelled_metrics)
 _CHAT = Task(chat.read, chat.respond, chat.metrics, chat.samples)
 
-# By name: the task, from the command's options and those of the run.
+# By name: a function that makes the task from the command's options and those of the run.
 TASKS: dict[str, Callable[[EvaluateCommand, Mapping[str, Any]], Task]] = {
     "math": _math,
     "commonsense": lambda config, stored: _COMMONSENSE,

@@ -38,7 +38,6 @@ class StoredWeight:
     """
 
     def __init__(self, base: ModelWeights, name: str):
-        self._base = base
         self.name = name
         self.modules: dict[str, tuple[int, int]] = {}
         parts = [f"{name}.{part}" for part in ("weight", "scales", "biases")]

@@ -16,9 +16,9 @@ from tlora_mlx.adapters.delta import Delta, adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, compare_merged, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import UserError
-from tlora_mlx.models.model_directory import is_quantized
+from tlora_mlx.models.model_directory import INDEX, is_quantized
 from tlora_mlx.models.names import HFWeight, hf_weight
-from tlora_mlx.models.weights import INDEX, ModelWeights
+from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, decode, encode, segments
 from tlora_mlx.storage.files import copy_file, new_directory

@@ -15,7 +15,8 @@ from tlora_mlx.adapters.delta import Delta, adapter_delta, float32
 from tlora_mlx.adapters.proof import Proof, compare_merged, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
-from tlora_mlx.models.weights import INDEX, ModelWeights
+from tlora_mlx.models.model_directory import INDEX
+from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode
 from tlora_mlx.storage.files import new_directory, write_json, write_text

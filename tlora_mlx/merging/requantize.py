@@ -15,7 +15,8 @@ from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
-from tlora_mlx.models.weights import INDEX, ModelWeights
+from tlora_mlx.models.model_directory import INDEX
+from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.blocks import OpenFile, blocks, segments
 from tlora_mlx.storage.files import copy_file, new_directory

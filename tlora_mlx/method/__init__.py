@@ -1,1 +1,1 @@
-"""TLoRA's method: arrays and modules in, arrays out; no files, no printing, no global state."""
+"""The TLoRA method: arrays and modules in, arrays out; no files, no printing, no global state."""

@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One target module: its rank, effective scale, and what they come from.
+    """One target module: its rank and effective scale, and what they were computed from.
 
     Attributes:
         rank: of A and B; 0: no adapter.
-        scale: what B A is multiplied by, alpha of the module over the *base* rank.
-        sensitivity: at least 0; 0 too where it is not known, as of another tool's adapter.
-        out_features: W is (out, in).
-        in_features: the same.
+        scale: the factor of B A, the module's alpha over the *base* rank.
+        sensitivity: at least 0; also 0 if unknown, as for another tool's adapter.
+        out_features: W's out; W is (out, in).
+        in_features: W's in.
     """
 
     rank: int
@@ -29,7 +29,7 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks and scales of all target modules, those of rank 0 too, first layer first.
+    """Ranks and scales of all target modules, including those of rank 0, first layer first.
 
     Attributes:
         rank: the base rank; the budget was this times the number of modules.
@@ -50,15 +50,15 @@ class RankPlan:
         return sum(module.rank * module.out_features for module in self.modules.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
+        """The plan as a JSON object."""
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Any) -> RankPlan:
-        """Read what ``to_dict`` wrote.
+        """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: a key is missing or a value is not of its kind; all faults in one message.
+            ValueError: a key is missing or a value has the wrong type; all faults in one message.
         """
         if faults := RankPlan.faults(data):
             raise ValueError("; ".join(faults))
@@ -71,7 +71,7 @@ class RankPlan:
 
     @staticmethod
     def faults(data: Any) -> list[str]:
-        """All that keeps ``from_dict`` from reading ``data``."""
+        """All that prevents ``from_dict`` from reading ``data``."""
         if not isinstance(data, dict) or not isinstance(data.get("modules"), dict):
             return ["it has no table 'modules'"]
         faults = []
@@ -100,7 +100,7 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float holds: JSON's whole numbers have no bound."""
+    """Whether it is a number that fits into a float: JSON's integers are unbounded."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -114,15 +114,15 @@ def plan_ranks(
     """Allocate ranks and scales by sensitivity.
 
     Args:
-        sensitivities: s per module, at least 0 and finite; their order decides ties.
+        sensitivities: s per module, at least 0 and finite; their order breaks ties.
         shapes: (out, in) per module.
         rank: the base rank r; the budget is r times the number of modules.
         alpha: the base alpha; a module's scale is its own alpha over the *base* rank.
-        max_rank: no module gets more; without it the cap is min(out, in) alone.
+        max_rank: no module gets more; without it the cap is min(out, in).
 
     Returns:
         The plan. Its ranks add up to the budget, unless the caps of all modules together are
-        smaller: then every module has its cap. Where no cap binds it is the authors' allocation.
+        smaller: then every module gets its cap. If no cap binds, it is the authors' allocation.
 
     Raises:
         ValueError: a sensitivity is negative or not finite, or all are 0.
@@ -147,7 +147,7 @@ def plan_ranks(
 
 
 def _authors_ranks(sensitivities: Mapping[str, float], budget: int) -> dict[str, int]:
-    """Rounded shares; the residue goes to, or comes from, the largest rank, one unit at a time."""
+    """Rounded shares; the residue is added to or taken from the largest rank, unit by unit."""
     total = sum(sensitivities.values())
     ranks = {name: round(budget * s / total) for name, s in sensitivities.items()}
     residue = budget - sum(ranks.values())
@@ -161,7 +161,7 @@ def _authors_ranks(sensitivities: Mapping[str, float], budget: int) -> dict[str,
 def _capped(
     ranks: Mapping[str, int], caps: Mapping[str, int], sensitivities: Mapping[str, float]
 ) -> dict[str, int]:
-    """Cut ranks at their caps and hand the excess to the others, in proportion to sensitivity.
+    """Cut ranks at their caps and give the excess to the others, in proportion to sensitivity.
 
     Each round grants the rounded-down shares, then single units by the largest remainder; a grant
     that hits a cap leaves excess for the next round.

@@ -1,4 +1,4 @@
-"""What the method reads: token ids, padded to one length."""
+"""The method's input: token ids, padded to one length."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: (batch, T) int32 token ids.
-        counts: (batch, T) bool: which tokens count as targets: no prompt where it is masked, no
-            padding, and never the first.
-        lengths: (batch,) int32: how many tokens each sample has.
+        counts: (batch, T) bool: which tokens count as targets: not a masked prompt, not padding,
+            and never the first token.
+        lengths: (batch,) int32: each sample's number of tokens.
     """
 
     tokens: mx.array

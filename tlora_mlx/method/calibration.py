@@ -1,10 +1,10 @@
-"""One pass over task samples: each target module's sensitivity and, where wanted, covariance.
+"""One pass over task samples: each target module's sensitivity and, if requested, covariance.
 
 Both statistics come out of the backward pass as the "gradients" of two small parameters of a probe
-that stands in for each target module: the probe's custom gradient rule sees the module's inputs X
-and output gradients δ, reduces them per sample, and passes δ on unchanged. So no gradient of a
-weight is ever formed for more than one module and sample at a time, weights that have no gradient
-(quantized ones) need none, and gradient checkpointing works as it does in training.
+that replaces each target module: the probe's custom gradient rule sees the module's inputs X and
+output gradients δ, reduces them per sample, and passes δ on unchanged. So weight gradients are
+formed for only one module and sample at a time, weights without a gradient (quantized ones) need
+none, and gradient checkpointing works as it does in training.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from tlora_mlx.method.layers import Linear, dense_weight, linear_shape, replace_
 from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.observer import Advance, no_advance
 
-# Entries of ∂loss/∂W that are formed at a time: 16 MB of float32.
+# Entries of ∂loss/∂W formed at a time: 16 MB of float32.
 PIECE = 2**22
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the samples say of the target modules, by full name.
+    """The target modules' statistics over the samples, by full name.
 
     Attributes:
         sensitivities: s = 1/N Σ_n mean_ij |W_ij · ∂loss_n/∂W_ij|.
-        covariances: C (in, in) float32, of the modules that were asked for.
-        samples: N, how many samples were counted.
+        covariances: C (in, in) float32, of the requested modules.
+        samples: N, the number of samples.
     """
 
     sensitivities: dict[str, float]
@@ -51,10 +51,10 @@ class Calibration:
 
 
 class _Probe(nn.Module):
-    """Computes what ``linear`` computes, and in the backward pass the statistics.
+    """Computes what ``linear`` computes, and the statistics in the backward pass.
 
-    ``sensitivity`` (batch,) and, where it is collected, ``covariance`` (in, in) are parameters that
-    have no effect on the output; their gradients are the batch's statistics.
+    ``sensitivity`` (batch,) and, if collected, ``covariance`` (in, in) are parameters that have no
+    effect on the output; their gradients are the batch's statistics.
     """
 
     def __init__(self, name: str, linear: nn.Module, collects: bool):
@@ -77,7 +77,7 @@ class _Probe(nn.Module):
         linear, lengths, collects = self.linear, self._lengths, self._collects
         if x.ndim != 3 or x.shape[0] != len(lengths):
             raise NotImplementedError(
-                f"{self._name} sees inputs of shape {tuple(x.shape)}, not one row of tokens for "
+                f"{self._name} gets inputs of shape {tuple(x.shape)}, not one row of tokens for "
                 f"each of {len(lengths)} samples, so it cannot be calibrated"
             )
 
@@ -99,7 +99,7 @@ class _Probe(nn.Module):
 
 
 class _SwitchProbe(nn.Module):
-    """As ``_Probe``, of a stacked layer of experts: ``sensitivity`` (E,) of one sample."""
+    """Like ``_Probe``, for a stacked layer of experts: ``sensitivity`` (E,) of one sample."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -132,7 +132,7 @@ class _SwitchProbe(nn.Module):
             nothing = mx.zeros_like(primals[1]), mx.zeros_like(indices)
             return delta, *nothing, mx.concatenate(scores)
 
-        # As numbers of float32, since every input of a function has a gradient.
+        # As float32, since every input of a custom function gets a gradient.
         routing = mx.stop_gradient(indices.astype(mx.float32))
         y = linear(x, indices, sorted_indices=sorted_indices)
         return tap(y, mx.stop_gradient(x), routing, self.sensitivity)
@@ -142,7 +142,7 @@ def _mean_products(linear: Linear, samples: list[tuple[mx.array, mx.array]]) -> 
     """mean_ij |W_ij · (δᵀX)_ij| of each sample, (batch,) float32, a few of W's rows at a time.
 
     Args:
-        linear: whose W (out, in) it is; dequantized piece by piece where it is quantized.
+        linear: the layer with W (out, in); if quantized, W is dequantized piece by piece.
         samples: δ (T, out) and X (T, in) of each sample, any float dtype.
     """
     out_features, in_features = linear_shape(linear)
@@ -165,24 +165,25 @@ def calibrate(
 ) -> Calibration:
     """Run the samples through the model once, forwards and backwards; weights stay untouched.
 
-    A batch gives exactly what its samples give one by one, and padding contributes nothing. Inputs
-    are taken on all tokens of a sample, the last one included; the loss is each sample's own mean.
-    Under ``mlx.launch`` each process gives its own samples, and all get the statistics of all.
+    A batch gives exactly what its samples give one by one, and padding contributes nothing. All
+    tokens of a sample count as inputs, including the last; the loss is each sample's own mean.
+    Under ``mlx.launch`` each process passes its own samples, and all get the total statistics.
 
     Args:
         model: the base model; it is frozen on return.
-        targets: the modules to look at, by full name, as ``target_linears`` finds them.
-        batches: every sample with at least one token that counts as a target.
-        covariance_of: the targets whose covariance is wanted, experts excepted; one for each input
-            will do (``covariance.input_leaders``).
-        advance: called with the number of samples of each batch that is done.
+        targets: the modules to measure, by full name, as ``target_linears`` finds them.
+        batches: every sample has at least one token that counts as a target.
+        covariance_of: the targets whose covariance is requested, never experts; one for each input
+            is enough (``covariance.input_leaders``).
+        advance: called with each finished batch's number of samples.
 
     Returns:
         The sensitivities of all targets, and the covariances (in, in), float32, evaluated.
 
     Raises:
-        ValueError: there is no sample, or a loss is not finite (the message counts the samples).
-        NotImplementedError: a target module does not see its inputs sample by sample.
+        ValueError: there is no sample, or a loss is not finite (the message gives the samples'
+            numbers).
+        NotImplementedError: a target module does not get its inputs sample by sample.
 
     Source: paper, section 3; Rambo-Yi/TLora e3463ae, ``tlora.py::preprocess_tlora``.
     """
@@ -237,18 +238,18 @@ def _observe(
 ) -> Iterator[tuple[str, mx.array, mx.array | None]]:
     """One batch's statistics, module by module: name, scores (batch,) and gram (in, in) or None.
 
-    A stacked layer's scores are those of its experts, (E,), of a batch of one sample.
+    A stacked layer's scores are its experts', (E,), for a batch of one sample.
 
-    The last module comes first and each result is dropped before the next is evaluated, so that
-    the backward pass frees what it no longer needs: evaluated together, MLX keeps it all.
+    The last module comes first and each result is dropped before the next is evaluated, so that the
+    backward pass frees what it no longer needs; evaluated together, MLX would keep it all.
     """
     lengths = batch.lengths.tolist()
     for probe in probes.values():
         probe.prepare(lengths)
 
     def summed_loss(model: nn.Module) -> tuple[mx.array, mx.array]:
-        # Summed over a sample's tokens: divided by their number before the backward pass, the
-        # gradients would be lost to float16's range. The scores are divided after it.
+        # Summed over a sample's tokens: a mean's gradients would underflow in float16. The scores
+        # are divided by the number of tokens after the backward pass.
         losses, counts = masked_cross_entropy(model(batch.tokens), *batch[:2])
         return losses.sum(), counts
 

@@ -1,6 +1,6 @@
-"""The covariance C of what a module reads, exactly or through products that never form it.
+"""The covariance C of a module's inputs, exactly or through products that never form it.
 
-Modules that read the same input (q, k and v; gate and up) share one C: the first of them leads.
+Modules that read the same input (q, k and v; gate and up) share one C: the first is the leader.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tlora_mlx.observer import Advance, no_advance
 
 
 def centred(inputs: mx.array) -> mx.array:
-    """X − mean_t X in float32, of one sample's inputs X (T, in) of any float dtype."""
+    """X − mean_t X in float32, for one sample's inputs X (T, in) of any float dtype."""
     x = inputs.astype(mx.float32)
     return x - x.mean(axis=0, keepdims=True)
 
@@ -46,7 +46,7 @@ def centred_gram(inputs: mx.array) -> mx.array:
 
 
 class _InputTap(nn.Module):
-    """Computes what ``linear`` computes, and keeps the input it saw last."""
+    """Computes what ``linear`` computes, and keeps its most recent input."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -58,7 +58,7 @@ class _InputTap(nn.Module):
         return self.linear(x, *experts, **options)
 
     def take(self) -> tuple[mx.array, ...]:
-        """What was seen: the input and, of a stacked layer, the experts that its rows go to."""
+        """The recorded input and, for a stacked layer, the experts that its rows go to."""
         seen, self._seen = self._seen, None
         return seen
 
@@ -68,7 +68,7 @@ def _seen(
 ) -> Iterator[tuple[str, tuple[mx.array, ...]]]:
     """What each module reads on ``tokens`` (batch, T), in their order; nothing is evaluated.
 
-    Whoever evaluates what it makes of one input before it asks for the next keeps no more than the
+    A caller that evaluates its result for one input before it asks for the next keeps only the
     activations between the two.
     """
     taps = {name: _InputTap(module) for name, module in modules.items()}
@@ -86,7 +86,7 @@ def _inputs(
 ) -> Iterator[tuple[str, mx.array]]:
     """Each linear layer's input (batch, T, in), and each expert's (1, rows routed to it, in).
 
-    As ``_seen``; an expert that no token goes to has one row of zeros.
+    As ``_seen``; an expert without tokens gets one row of zeros.
     """
     for name, (x, *routing) in _seen(model, modules_of(linears), tokens):
         if not routing:
@@ -105,9 +105,9 @@ def _experts(linears: Mapping[str, Linear], name: str) -> int:
 
 
 def input_leaders(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, str]:
-    """For each module the first one that reads the same input: itself, or one before it.
+    """For each module the first one that reads the same input: itself, or an earlier one.
 
-    Experts of one number read the same where their stacked layers do.
+    Experts with the same number share an input if their stacked layers do.
     """
     readers: dict[int, str] = {}
     seen = list(_seen(model, modules_of(targets), mx.array([[0]])))  # an id is of a living object
@@ -130,10 +130,10 @@ def accumulate(
 
     Args:
         model: the base model; its weights stay untouched.
-        linears: the modules whose inputs are looked at, by full name.
+        linears: the modules whose inputs are used, by full name.
         batches: as for ``calibrate``.
-        term: of a module's name and one sample's centred inputs (T, in), float32.
-        advance: called with the number of samples of each batch that is done.
+        term: a function of a module's name and one sample's centred inputs (T, in), float32.
+        advance: called with each finished batch's number of samples.
     """
     sums: dict[str, mx.array] = {}
     samples = 0
@@ -155,7 +155,7 @@ def accumulate(
 
 
 def exact_bytes(targets: Mapping[str, Linear], leaders: Iterable[str]) -> int:
-    """What the covariances of these leaders take, float32."""
+    """The size of these leaders' covariances, in bytes of float32."""
     return sum(4 * linear_shape(targets[name])[1] ** 2 for name in set(leaders))
 
 
@@ -164,7 +164,7 @@ def groups_within(
 ) -> list[list[str]]:
     """The leaders in groups, in order, whose covariances fit into ``memory`` bytes together.
 
-    A covariance that is larger by itself makes a group of its own.
+    A single covariance that is larger than that makes its own group.
     """
     groups: list[list[str]] = [[]]
     for name in dict.fromkeys(leaders):

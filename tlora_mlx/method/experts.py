@@ -1,8 +1,8 @@
-"""Experts of a mixture: each is a linear layer of its own inside of a stacked one.
+"""Experts of a mixture: each is a separate linear layer inside a stacked one.
 
 mlx-lm stacks the experts of a block into one module per projection, which is called with the
-experts that each token goes to. Here each expert is a module of the plan, by the stacked module's
-name and its number, such as ``model.layers.0.mlp.switch_mlp.up_proj.3``.
+experts that each token goes to. Here each expert is a module of the plan, named by the stacked
+module and its number, such as ``model.layers.0.mlp.switch_mlp.up_proj.3``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tlora_mlx.method.batch import Batch
 
 def is_switch(module: nn.Module) -> bool:
     """Whether it is one of mlx-lm's stacked layers, dense or quantized."""
-    # With mlx-lm comes transformers: 2 seconds, for exports that have no model at all.
+    # mlx-lm imports transformers, which takes 2 seconds that exports without a model do not need.
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     return isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
 
 
 class Expert(NamedTuple):
-    """One expert of a stacked layer (``is_switch``), which stands for a linear layer."""
+    """One expert of a stacked layer (``is_switch``), treated as a linear layer."""
 
     switch: nn.Module
     number: int
@@ -38,16 +38,16 @@ def experts_of(name: str, switch: nn.Module) -> dict[str, Expert]:
 
 
 def stack_and_number(name: str) -> tuple[str, int | None]:
-    """A module's stacked layer and its number there; its own name and None where it is no expert.
+    """An expert's stacked layer and its number; for any other module, its own name and None.
 
-    An expert's name is the stacked layer's and a number.
+    An expert's name is the stacked layer's name and a number.
     """
     stack, _, number = name.rpartition(".")
     return (stack, int(number)) if number.isdigit() else (name, None)
 
 
 def modules_of(targets: Mapping[str, nn.Module | Expert]) -> dict[str, nn.Module]:
-    """The modules of the model that hold these targets: an expert's is the stacked layer."""
+    """The model's modules that hold these targets: an expert's is its stacked layer."""
     return {
         name.rsplit(".", 1)[0] if isinstance(target, Expert) else name: (
             target.switch if isinstance(target, Expert) else target
@@ -57,7 +57,7 @@ def modules_of(targets: Mapping[str, nn.Module | Expert]) -> dict[str, nn.Module
 
 
 def samples_of(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Each sample as a batch of its own without padding: a stacked layer does not tell them apart.
+    """Each sample as its own batch, without padding: a stacked layer mixes a batch's samples.
 
     Source: mlx_lm/models/switch_layers.py sorts the tokens of a batch by expert.
     """
@@ -68,10 +68,10 @@ def samples_of(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def routed_rows(array: mx.array, indices: mx.array) -> mx.array:
-    """What a stacked layer reads or gives, (N, features), a row for each token and expert of it.
+    """A stacked layer's input or output as (N, features), a row for each token and expert.
 
     Args:
-        array: (…, 1, features), where … is ``indices``' shape, or has 1 in place of its last.
+        array: (…, 1, features), where … is ``indices``' shape, or has 1 as its last dimension.
         indices: (…) which expert each row goes to.
     """
     features = array.shape[-1]
@@ -80,21 +80,21 @@ def routed_rows(array: mx.array, indices: mx.array) -> mx.array:
 
 
 def rows_by_expert(indices: mx.array, experts: int) -> list[mx.array | None]:
-    """For each expert the rows (of ``routed_rows``) that go to it; None for none. Evaluates."""
+    """For each expert the rows (of ``routed_rows``) that go to it, or None. Evaluates."""
     flat = np.array(indices).reshape(-1)
     found = [np.nonzero(flat == e)[0] for e in range(experts)]
     return [mx.array(rows) if rows.size else None for rows in found]
 
 
 class TLoRASwitchLinear(nn.Module):
-    """A stacked layer whose experts have adapters, ``scale · B (A x)`` of their own, A frozen.
+    """A stacked layer whose experts each have their own adapter, ``scale · B (A x)``, A frozen.
 
-    Experts' ranks differ, so A and B are padded with zeros to the largest. The padding of B has no
-    gradient, since that of A is zero.
+    Experts' ranks differ, so A and B are padded with zeros to the largest. B's padding gets no
+    gradient, since A's is zero.
 
     Args:
         linear: the frozen stacked layer of E experts, (E, out, in).
-        dtype: of its products, and so of A.
+        dtype: the dtype of its products, and so of A.
         adapters: by the expert's number: A transposed (in, rank), scale, and B transposed
             (rank, out), or None for zeros.
     """
@@ -125,7 +125,7 @@ class TLoRASwitchLinear(nn.Module):
         self.unfreeze(recurse=False, keys="lora_b")
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """As the stacked layer: (…, 1, in) and the experts (…) -> (…, 1, out)."""
+        """Like the stacked layer: (…, 1, in) and the experts (…) -> (…, 1, out)."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         routing = {"rhs_indices": indices, "sorted_indices": sorted_indices}
         b = (self.scales * self.lora_b).astype(self.lora_a.dtype)
@@ -134,7 +134,7 @@ class TLoRASwitchLinear(nn.Module):
         )
 
     def adapters(self) -> dict[str, mx.array]:
-        """``E.lora_a`` (in, rank) and ``E.lora_b`` (rank, out) of each expert that has one."""
+        """``E.lora_a`` (in, rank) and ``E.lora_b`` (rank, out) of each adapted expert."""
         tensors = {}
         for e, rank in self._ranks.items():
             tensors[f"{e}.lora_a"] = mx.contiguous(self.lora_a[e, :, :rank])
@@ -142,6 +142,6 @@ class TLoRASwitchLinear(nn.Module):
         return tensors
 
     def restore_b(self, tensors: Mapping[str, mx.array]) -> None:
-        """Take every ``E.lora_b`` from what ``adapters`` gave earlier."""
+        """Restore every ``E.lora_b`` from an earlier result of ``adapters``."""
         for e, rank in self._ranks.items():
             self.lora_b[e, :rank] = tensors[f"{e}.lora_b"]

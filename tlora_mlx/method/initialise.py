@@ -1,4 +1,4 @@
-"""A for every adapted module: calibrate, allocate, then task subspaces within a memory budget."""
+"""A for every adapted module: calibrate, allocate, find task subspaces within a memory budget."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
 from tlora_mlx.method.subspace import captured_energy, krylov_subspace, task_subspace
 from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
 
-# Where each product costs a pass: wider blocks, at most so many passes, and a captured energy that
-# has converged when a pass raises it by less than this share.
+# With streaming, each product costs a pass: blocks are wider, passes are limited, and the captured
+# energy has converged once a pass raises it by less than this share.
 STREAMING_OVERSAMPLING = 32
 STREAMING_PASSES = 12
 STREAMING_TOLERANCE = 5e-5
@@ -29,12 +29,12 @@ STREAMING_TOLERANCE = 5e-5
 
 @dataclass(frozen=True)
 class Budget:
-    """What ranks and scales are allocated by.
+    """The settings for allocating ranks and scales.
 
     Attributes:
         rank: the base rank; the budget is this times the number of target modules.
         alpha: the base alpha.
-        max_rank: no module gets more; None: no more than min(out, in).
+        max_rank: no module gets more; None: only min(out, in) is the limit.
     """
 
     rank: int
@@ -44,19 +44,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Subspaces:
-    """The initial A of modules, and how much of W·C each captures.
+    """The modules' initial A, and how much of W·C each captures.
 
     Attributes:
         a: A (rank, in), float32 with orthonormal rows, by full module name.
-        energies: the captured energies, between 0 and 1; empty with streaming, where no covariance
-            is formed.
+        energies: the captured energies, between 0 and 1; empty with streaming, which forms no
+            covariance.
     """
 
     a: dict[str, mx.array]
     energies: dict[str, float]
 
     def update(self, more: Subspaces) -> None:
-        """Add other modules'."""
+        """Add other modules' subspaces."""
         self.a.update(more.a)
         self.energies.update(more.energies)
 
@@ -92,10 +92,10 @@ def calibrate_and_plan(
         batches: the calibration samples; under ``mlx.launch``, this process's share of them.
         budget: what the ranks are allocated by.
         covariance_of: as for ``calibrate``.
-        observer: is told of each batch.
+        observer: is notified of each batch.
 
     Raises:
-        NotImplementedError: a target module does not see its inputs sample by sample.
+        NotImplementedError: a target module does not get its inputs sample by sample.
         ValueError: the base model's loss or gradients are not finite on a sample.
     """
     samples = sum(batch.tokens.shape[0] for batch in batches)
@@ -127,27 +127,27 @@ def initialise(
 
     Args:
         model: the base model; it is frozen on return.
-        targets: the target modules, by full name; with a plan, those that it has.
+        targets: the target modules, by full name; with a plan, those in the plan.
         batches: the calibration samples; under ``mlx.launch``, this process's share of them.
         budget: what the ranks are allocated by; not used with a plan.
-        plan: ranks and scales that are given; then nothing is calibrated.
+        plan: given ranks and scales; then nothing is calibrated.
         covariance: ``exact`` keeps covariances (in × in), in as many passes over the samples as
-            ``memory`` asks for; ``streaming`` keeps a few vectors (in × (rank + 32)) per module;
-            ``auto`` is exact where one pass is enough.
+            ``memory`` requires; ``streaming`` keeps a few vectors (in × (rank + 32)) per module;
+            ``auto`` is exact if one pass is enough.
         memory: bytes that covariances may take.
         seed: of the streaming method's random blocks.
-        observer: is told the plan, how covariances are formed, and each batch.
+        observer: is notified of the plan, how covariances are formed, and each batch.
 
     Raises:
-        NotImplementedError: a target module does not see its inputs sample by sample.
-        ValueError: a statistic is not finite, or W·C of a module is not (it is named).
+        NotImplementedError: a target module does not get its inputs sample by sample.
+        ValueError: a statistic is not finite, or a module's W·C is not (the module is named).
     """
     leaders = input_leaders(model, targets)
     groups = groups_within(targets, leaders.values(), memory)
     streaming = covariance == "streaming" or (covariance == "auto" and len(groups) > 1)
     covariances: dict[str, mx.array] = {}
     if plan is None:
-        # Experts' covariances take passes of their own: which rows are whose is known there.
+        # Experts' covariances need separate passes, in which each expert's rows are known.
         wanted = () if streaming else [n for n in groups[0] if not isinstance(targets[n], Expert)]
         calibration, plan = calibrate_and_plan(model, targets, batches, budget, wanted, observer)
         covariances = calibration.covariances
@@ -181,16 +181,16 @@ def exact_subspaces(
     leaders: Mapping[str, str],
     covariances: Mapping[str, mx.array],
 ) -> Subspaces:
-    """A (rank, in) of every adapted module whose input's covariance is at hand.
+    """A (rank, in) of every adapted module whose input's covariance is given.
 
     Args:
         plan: the ranks.
         targets: the target modules, by full name.
         leaders: for each target the module whose covariance it shares.
-        covariances: C (in, in) by leader; others' modules are passed over.
+        covariances: C (in, in) by leader; modules without one are skipped.
 
     Raises:
-        ValueError: W·C of a module is not finite (it is named).
+        ValueError: a module's W·C is not finite (the module is named).
     """
     subspaces, energies = {}, {}
     for name, module in plan.adapted().items():
@@ -215,7 +215,7 @@ def grouped_subspaces(
 ) -> Subspaces:
     """``exact_subspaces`` of all modules, with a pass over the samples per group of covariances.
 
-    A group is as many inputs as have covariances that fit into ``memory`` bytes together.
+    A group is as many covariances as fit into ``memory`` bytes together.
     """
     found = Subspaces({}, {})
     for group in groups_within(targets, (leaders[name] for name in plan.adapted()), memory):
@@ -234,12 +234,12 @@ def streamed_subspaces(
     seed: int,
     advance: Advance = no_advance,
 ) -> dict[str, mx.array]:
-    """A (rank, in) of every adapted module without any covariance being formed.
+    """A (rank, in) of every adapted module, without forming any covariance.
 
     Since C P = Σ Xᵀ(X P), a pass over the samples answers the Krylov steps of all modules at once.
-    A module whose captured energy has converged drops out; the last one ends the passes. Under
-    ``mlx.launch`` the first process alone takes the steps, since others may round otherwise, and
-    the result is there.
+    A module whose captured energy has converged drops out; the passes end with the last module.
+    Under ``mlx.launch`` only the first process takes the steps and returns subspaces, since others
+    may round differently.
     """
     steps = {
         name: krylov_subspace(
@@ -285,7 +285,7 @@ def _product(blocks: Mapping[str, mx.array], name: str, x: mx.array) -> mx.array
 
 
 def streamed_bytes(plan: RankPlan) -> int:
-    """What ``streamed_subspaces`` keeps: P, C P, the basis and its image of every module."""
+    """The memory of ``streamed_subspaces``: P, C P, the basis and its image of every module."""
     return sum(
         4 * (m.rank + STREAMING_OVERSAMPLING) * (3 * m.in_features + m.out_features)
         for m in plan.adapted().values()

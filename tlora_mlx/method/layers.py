@@ -1,4 +1,4 @@
-"""The adapted layer, which layers are adapted, and how they are put into a model."""
+"""The adapted layer, which layers are targets, and how adapters are attached to a model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.experts import Expert, TLoRASwitchLinear, experts_of, is_switch
 
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
-# A module that is adapted: a linear layer, or one expert of a stacked one.
+# A module that can be adapted: a linear layer, or one expert of a stacked one.
 Linear = nn.Module | Expert
-# Components of the names of what chooses or weighs experts, in all of mlx-lm's models (0.32). An
+# Name components of the layers that choose or weigh experts, in all of mlx-lm's models (0.32). An
 # adapter there would change which experts a token goes to, so they are never targets.
 ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 
 
 def linear_shape(linear: Linear) -> tuple[int, int]:
-    """(out, in) of a linear layer or of an expert, quantized or not."""
+    """(out, in) of a linear layer or an expert, quantized or not."""
     layer = linear.switch if isinstance(linear, Expert) else linear
     out_features, in_features = layer.weight.shape[-2:]
     if "scales" in layer:
@@ -34,12 +34,12 @@ def linear_shape(linear: Linear) -> tuple[int, int]:
 def activation_dtype(linear: nn.Module) -> mx.Dtype:
     """The dtype of a layer's products: that of its weight, or of its quantization scales."""
     stored = linear.scales if "scales" in linear else linear.weight
-    # The fp modes (mxfp4, mxfp8, nvfp4) keep uint8 scales: bfloat16 is what such models run in.
+    # The fp modes (mxfp4, mxfp8, nvfp4) have uint8 scales; such models run in bfloat16.
     return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else mx.bfloat16
 
 
 def dense_weight(linear: Linear, rows: slice = slice(None)) -> mx.array:
-    """W (out, in) float32 of a linear layer or of an expert, or some of its rows, dequantized.
+    """W (out, in) float32 of a linear layer or an expert, or some of its rows, dequantized.
 
     It is not evaluated.
     """
@@ -64,17 +64,17 @@ def dense_weight(linear: Linear, rows: slice = slice(None)) -> mx.array:
 
 
 class TLoRALinear(nn.Module):
-    """``y = linear(x) + scale · B (A x)`` with A frozen: only ``lora_b`` is a trained parameter.
+    """``y = linear(x) + scale · B (A x)`` with A frozen: only ``lora_b`` is trained.
 
-    ``lora_a`` is kept in the dtype of the layer's products, so that what is saved is what was
-    trained with; ``lora_b`` and with it the optimizer's state are float32, cast for the product.
+    ``lora_a`` has the dtype of the layer's products, so that the saved A is the one used in
+    training; ``lora_b``, and so the optimizer's state, is float32 and cast for the product.
 
     Args:
         linear: the frozen base layer, (out, in).
-        lora_a: A transposed, (in, rank), as MLX keeps it.
-        scale: the effective scaling of this module.
-        lora_b: B transposed, (rank, out); zeros where it is not given, so that the layer's output
-            is exactly the base layer's.
+        lora_a: A transposed, (in, rank), as MLX stores it.
+        scale: this module's effective scale.
+        lora_b: B transposed, (rank, out); zeros by default, so that the layer's output is exactly
+            the base layer's.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class TLoRALinear(nn.Module):
         out_features, _ = linear_shape(linear)
         self.linear = linear
         self.scale = scale
-        # Laid out as it will be when it is loaded again: products round by layout.
+        # The memory layout that it will have when loaded again: rounding depends on the layout.
         self.lora_a = mx.contiguous(lora_a.astype(activation_dtype(linear)))
         if lora_b is None:
             lora_b = mx.zeros((lora_a.shape[1], out_features))
         self.lora_b = lora_b.astype(mx.float32)
-        # New modules start unfrozen: without this A would be trained too.
+        # New modules start unfrozen; without this, A would be trained too.
         self.freeze()
         self.unfreeze(recurse=False, keys="lora_b")
 
@@ -104,7 +104,7 @@ class TLoRALinear(nn.Module):
         return {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
     def restore_b(self, tensors: Mapping[str, mx.array]) -> None:
-        """Take ``lora_b`` from what ``adapters`` gave earlier."""
+        """Restore ``lora_b`` from an earlier result of ``adapters``."""
         self.lora_b = tensors["lora_b"]
 
 
@@ -119,21 +119,21 @@ def target_linears(
 ) -> dict[str, Linear]:
     """The linear layers inside the transformer blocks, by full name, first block first.
 
-    Embeddings and the output layer are outside of the blocks, so they are never among them; nor are
+    Embeddings and the output layer are outside the blocks, so they are never included; neither are
     the routers of a mixture of experts, whatever their class.
 
     Args:
         model: an mlx-lm model: ``model.layers`` are its blocks.
-        num_layers: only the last so many blocks; -1 for all.
+        num_layers: only this many of the last blocks; -1 for all.
         suffixes: only modules with one of these last name components, such as ``q_proj``.
-        experts: each expert of a mixture too, by its projection's name and its number.
+        experts: also each expert of a mixture, by its projection's name and its number.
 
     Returns:
         The model's own modules, quantized or not, and an ``Expert`` for each expert.
 
     Raises:
-        ValueError: a suffix matches nothing (the message names those that exist), or there is no
-            linear layer, or no expert where they are asked for.
+        ValueError: a suffix matches nothing (the message lists the existing ones), there is no
+            linear layer, or experts are requested and there are none.
     """
     names = {id(module): name for name, module in model.named_modules()}
     blocks = model.layers[-num_layers:] if num_layers > 0 else model.layers
@@ -161,7 +161,7 @@ def target_linears(
 
 
 def _linears(model: nn.Module) -> dict[str, Linear]:
-    """Every linear layer of a model and every expert of a stacked one, by full name."""
+    """Every linear layer of a model and every expert of a stacked layer, by full name."""
     linears: dict[str, Linear] = {}
     for name, module in model.named_modules():
         if is_switch(module):
@@ -172,26 +172,26 @@ def _linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer and expert of a model, in its blocks or not, by name."""
+    """(out, in) of every linear layer and expert of a model, in its blocks or elsewhere."""
     return {name: linear_shape(module) for name, module in _linears(model).items()}
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put ``modules`` into ``model`` in place, by full name."""
+    """Replace the modules of ``model`` with these names, in place."""
     model.update_modules(tree_unflatten(list(modules.items())))
 
 
 def attach(model: nn.Module, plan: RankPlan, tensors: Mapping[str, mx.array]) -> nn.Module:
-    """Freeze the model and put an adapted layer wherever the plan gives a rank above 0, in place.
+    """Freeze the model and replace each layer whose planned rank is above 0 by an adapted one.
 
     Args:
         model: the base model.
         plan: ranks and scales by full module name.
         tensors: ``NAME.lora_a`` (in, rank) for every adapted module; ``NAME.lora_b`` (rank, out)
-            where it is trained already, zeros otherwise.
+            if it is already trained; without it, B is zero.
 
     Returns:
-        The model, whose only trainable parameters are the ``lora_b``.
+        The same model; its only trainable parameters are the ``lora_b``.
 
     Raises:
         ValueError: the plan or the tensors do not fit the model; all faults in one message.
@@ -220,7 +220,7 @@ def attach(model: nn.Module, plan: RankPlan, tensors: Mapping[str, mx.array]) ->
 def adapter_faults(
     plan: RankPlan, tensors: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
-    """All that keeps ``tensors`` from being the adapter of ``plan`` on layers of these shapes.
+    """All that prevents ``tensors`` from being ``plan``'s adapter on layers of these shapes.
 
     Args:
         plan: ranks and scales by full module name.
@@ -231,7 +231,7 @@ def adapter_faults(
     expected: dict[str, tuple[int, int]] = {}
     for name, module in plan.adapted().items():
         if name not in shapes:
-            faults.append(f"{name} is no linear layer of the model")
+            faults.append(f"{name} is not a linear layer of the model")
             continue
         out_features, in_features = shapes[name]
         expected[f"{name}.lora_a"] = (in_features, module.rank)
@@ -242,7 +242,7 @@ def adapter_faults(
             if key.endswith(".lora_a"):
                 faults.append(f"{key} is missing")
         elif tuple(tensor.shape) != shape:
-            faults.append(f"{key} has shape {tuple(tensor.shape)}, the plan asks for {shape}")
+            faults.append(f"{key} has shape {tuple(tensor.shape)}, but the plan needs {shape}")
         elif not math.isfinite(mx.abs(tensor.astype(mx.float32)).max().item()):
             faults.append(f"{key} has entries that are not finite")
     if not faults:  # a missing module would make each of its tensors look unexpected too
@@ -261,7 +261,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def restore_b(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
-    """Take every B from what ``adapter_tensors`` gave earlier; none where ``tensors`` is empty."""
+    """Restore every B from an earlier ``adapter_tensors``; does nothing if ``tensors`` is empty."""
     for name, module in model.named_modules() if tensors else ():
         if isinstance(module, ADAPTED_TYPES):
             start = f"{name}."
@@ -271,7 +271,7 @@ def restore_b(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as its base alone, inside the block."""
+    """Inside the block, the model is its base model without adapters."""
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, ADAPTED_TYPES)}
     replace_modules(model, {name: module.linear for name, module in adapted.items()})
     try:
@@ -281,5 +281,5 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """How many parameters are trained: Σ rank·out over the adapted modules."""
+    """The number of trained parameters: Σ rank·out over the adapted modules."""
     return sum(b.size for name, b in adapter_tensors(model).items() if name.endswith(".lora_b"))

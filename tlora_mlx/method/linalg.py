@@ -1,8 +1,8 @@
 """The only caller of ``mx.linalg``: float32, on the CPU stream, evaluated before it returns.
 
-MLX has no factorisation on the GPU, float64 raises there, and a GPU operation that waits for a slow
-CPU-stream operation of the same evaluation dies of the GPU's time-out. So each function here casts
-to float32, names the CPU stream and evaluates its result.
+MLX has no factorisations on the GPU, float64 raises there, and a GPU operation that waits for a
+slow CPU operation in the same evaluation is killed by the GPU's time-out. So each function here
+casts to float32, uses the CPU stream and evaluates its result.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def qr(matrix: mx.array) -> tuple[mx.array, mx.array]:
 def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Thin singular value decomposition, singular values in descending order.
 
-    ``mx.linalg.svd`` has no thin mode: for (m, n) it builds full (m, m) and (n, n) factors. A QR
-    step first leaves a square matrix of the smaller side, with the same singular values.
+    ``mx.linalg.svd`` has no thin mode: for (m, n) it builds full (m, m) and (n, n) factors. So a QR
+    step first reduces the matrix to a square one of the smaller side with the same singular values.
 
     Args:
         matrix: (m, n), any float dtype, finite.

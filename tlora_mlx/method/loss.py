@@ -1,4 +1,4 @@
-"""Cross-entropy over the tokens that count: no padding, and no prompt where it is masked."""
+"""Cross-entropy over the tokens that count: not padding, and not a masked prompt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def masked_cross_entropy(
 
     Args:
         logits: (batch, T - 1 or T, vocabulary): the predictions after each token; the prediction
-            after the last token, where present, is ignored.
-        tokens: (batch, T) token ids, padded on the right with anything.
+            after the last token, if present, is ignored.
+        tokens: (batch, T) token ids, padded on the right with any ids.
         counts: (batch, T) bool: which tokens count as targets; the first never does.
 
     Returns:

@@ -1,9 +1,9 @@
 """The task subspace: top right singular vectors of W·C (TLoRA, section "Initialise").
 
-W·C is never formed, and C need not be: a block Krylov method asks for products of C with a few
+W·C is never formed, and C need not be: a block Krylov method needs only products of C with a few
 vectors at a time. ``krylov_subspace`` is a generator that yields such a block P and is sent C·P, so
-that whoever drives it may multiply by a covariance at hand (``task_subspace``) or accumulate the
-products of all modules in one pass over the samples (``initialise.streamed_subspaces``).
+its caller can either multiply by a covariance it has (``task_subspace``) or accumulate the products
+of all modules in one pass over the samples (``initialise.streamed_subspaces``).
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import mlx.core as mx
 
 from tlora_mlx.method import linalg
 
-# Vectors beyond the rank in each Krylov block: clusters of singular values converge sooner.
+# Vectors beyond the rank in each Krylov block: clusters of singular values converge faster.
 OVERSAMPLING = 8
-# The captured energy has converged when a further product raises it by less than this share.
+# The captured energy has converged when another product raises it by less than this share.
 TOLERANCE = 1e-6
-# At most so many products with C; where the energy has not converged by then, the exact way.
+# Maximal number of products with C; if the energy has not converged by then, the exact way is used.
 PRODUCTS = 32
-# Random vectors by which the energy outside of a subspace is estimated.
+# Number of random vectors for estimating the energy outside a subspace.
 PROBES = 64
-# A basis of so many blocks is what most spectra need: it decides whether Krylov pays.
+# Most spectra need a basis of this many blocks; Krylov pays only if that is below min(out, in).
 TYPICAL_BLOCKS = 8
 
 
 def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int = 0) -> mx.array:
-    """A's value: the ``rank`` top right singular vectors of ``weight @ covariance``.
+    """A's initial value: the ``rank`` top right singular vectors of ``weight @ covariance``.
 
-    Only the subspace is defined: signs, and the order inside a cluster of equal singular values,
-    are free. Small matrices take the exact way, a singular value decomposition; large ones block
-    Krylov iterations until the captured energy has converged.
+    Only the subspace is defined: signs, and the order within a cluster of equal singular values,
+    are arbitrary. Small matrices use the exact way, a singular value decomposition; large ones use
+    block Krylov iterations until the captured energy has converged.
 
     Args:
         weight: W (out, in), any float dtype.
-        covariance: C (in, in), float32. Its scale does not matter to the result.
+        covariance: C (in, in), float32. Its scale does not affect the result.
         rank: between 1 and min(out, in).
         seed: of the Krylov method's first block.
 
@@ -50,7 +50,7 @@ def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int =
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is not between 1 and min{tuple(weight.shape)}")
-    # Scaled so that large activations cannot overflow float32; the vectors stay the same.
+    # Scaled so that large activations cannot overflow float32; the vectors do not change.
     largest = mx.abs(covariance).max()
     if not mx.isfinite(largest).item():
         raise ValueError("the covariance has entries that are not finite")
@@ -78,7 +78,7 @@ def top_right_vectors(matrix: mx.array, rank: int, seed: int = 0) -> mx.array:
 def _top_right_vectors(
     weight: mx.array, covariance: mx.array | None, rank: int, seed: int
 ) -> mx.array:
-    """Of W·C, both float32; of W where C is None."""
+    """The top right singular vectors of W·C, both float32, or of W if C is None."""
     if min(weight.shape) > TYPICAL_BLOCKS * (rank + OVERSAMPLING):
         steps = krylov_subspace(
             lambda: weight, weight.shape, rank, OVERSAMPLING, PRODUCTS, TOLERANCE, seed
@@ -98,8 +98,8 @@ def _top_right_vectors(
 def captured_energy(weight: mx.array, covariance: mx.array, a: mx.array, seed: int = 0) -> float:
     """The share of ‖W·C‖² (Frobenius) that lies in the span of A's rows, between 0 and 1.
 
-    W·C is not formed: what is inside is ‖W·C·Aᵀ‖², what is outside is estimated without bias by
-    random vectors g, as the mean of ‖(1 − AᵀA)·C·Wᵀ·g‖².
+    W·C is not formed: the energy inside is ‖W·C·Aᵀ‖², and the energy outside is estimated without
+    bias with random vectors g, as the mean of ‖(1 − AᵀA)·C·Wᵀ·g‖².
 
     Args:
         weight: W (out, in) float32.
@@ -116,7 +116,7 @@ def captured_energy(weight: mx.array, covariance: mx.array, a: mx.array, seed: i
 
 
 def _exact_subspace(product: mx.array, rank: int) -> mx.array:
-    """The ``rank`` top right singular vectors of W·C (out, in), by its decomposition."""
+    """The ``rank`` top right singular vectors of W·C (out, in), by a full decomposition."""
     if not mx.isfinite(product).all().item():
         raise ValueError("W·C has entries that are not finite")
     _, _, vt = linalg.svd(product)
@@ -135,23 +135,23 @@ def krylov_subspace(
     """Block Golub-Kahan iterations on M = W·C, with full reorthogonalisation.
 
     The first product with C turns a random block into a sketch of M's row space, the first block of
-    the basis V. Then each pair of products applies M to V's newest block, whose new directions are
-    U's next block, and Mᵀ to that, whose new directions are V's next. Uᵀ M V is small; its singular
-    vectors give the best answer in the span of V, after each half of a pair.
+    the basis V. Then each pair of products applies M to V's newest block, which gives U's next
+    block, and Mᵀ to that one, which gives V's next. Uᵀ M V is small; its singular vectors give the
+    best answer in the span of V, after each half of a pair.
 
     Args:
-        weight: gives W (out, in) float32; called for each use, so that it need not be kept.
+        weight: returns W (out, in) float32; called at each use, so that W need not be kept.
         shape: (out, in).
-        rank: vectors asked for, between 1 and min(out, in).
+        rank: number of vectors, between 1 and min(out, in).
         oversampling: vectors beyond the rank in each block.
-        products: with C, at most; at least 2.
+        products: maximal number of products with C, at least 2.
         tolerance: the captured energy has converged when a product raises it by less than this
             share.
         seed: of the random block.
 
     Yields:
-        P (in, k) float32, evaluated; to be answered with C·P (in, k), of any scale that is the same
-        in each answer.
+        P (in, k) float32, evaluated; the caller sends C·P (in, k), scaled by any constant that is
+        the same each time.
 
     Returns:
         (rank, in) float32 with orthonormal rows, and whether the captured energy has converged.
@@ -194,17 +194,17 @@ def krylov_subspace(
 
 
 def _extend(basis: mx.array, block: mx.array, most: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Orthonormal columns for what ``block`` (n, k) has outside of ``basis`` (n, m).
+    """Orthonormal columns for the part of ``block`` (n, k) outside the span of ``basis`` (n, m).
 
-    Orthogonalised twice: once leaves errors where the block lies almost in the basis.
+    Orthogonalised twice: once is inaccurate if the block is almost in the span of the basis.
 
     Args:
         basis: (n, m) with orthonormal columns.
         block: (n, k).
-        most: how many columns the basis may have in all; no more than m - most are added.
+        most: maximal number of columns of the basis; at most ``most - m`` are added.
 
     Returns:
-        New columns (n, j), and the coefficients with which block = basis @ inside + new @ rest.
+        New columns (n, j), and coefficients such that block = basis @ inside + new @ rest.
     """
     inside = basis.T @ block
     first, r = linalg.qr(block - basis @ inside)

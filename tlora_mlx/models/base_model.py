@@ -88,7 +88,7 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
         check_safetensors(file, "a weight file of the model")
     if config.get("model_file") and not trust_remote_code:
         raise UserError(
-            f"model {name} runs code of its own ({config['model_file']}); pass --trust-remote-code "
+            f"model {name} runs its own code ({config['model_file']}); pass --trust-remote-code "
             "if you trust it"
         )
     tokenizer = read_tokenizer(name, path, trust_remote_code).tokenizer

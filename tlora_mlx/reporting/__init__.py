@@ -1,1 +1,1 @@
-"""A run as one HTML page: no script, no external resource, light and dark."""
+"""Showing a run: one HTML page (no script, no external resource), pictures and tables."""

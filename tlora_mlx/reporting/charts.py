@@ -13,11 +13,11 @@ from tlora_mlx.reporting.rendering import render
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 
-# The first line of a chart has dots only up to this many points.
+# The first line of a chart has dots only if it has at most this many points.
 MOST_DOTS = 60
-# Axes reach beyond the largest value, and must stay finite.
+# Axes extend beyond the largest value, and must stay finite.
 LARGEST = 1e300
-# Text above this depth of colour is drawn in the contrasting ink.
+# On colours deeper than this, text is drawn in the contrasting colour.
 DEEP = 0.66
 
 Points = Sequence[tuple[float, float]]
@@ -47,7 +47,7 @@ class _Cell(NamedTuple):
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value from JSON is a number that can be drawn."""
+    """Whether a value from JSON is a number that can be plotted."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and abs(value) <= LARGEST
 
@@ -64,15 +64,15 @@ def ticks(low: float, high: float, number: int = 5) -> list[float]:
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> Markup:
-    """Draw lines through points.
+    """Draw a line chart.
 
     Args:
-        series: (x, y) points by label; at least one has points, and empty ones are left out.
-        x_label: what x is.
-        y_label: what y is; also the chart's caption.
+        series: (x, y) points by label; empty series are left out, but one must have points.
+        x_label: the x axis's label.
+        y_label: the y axis's label and the chart's caption.
 
     Returns:
-        A ``<figure>``. Lines after the first, and short first lines, have dots with hints.
+        A ``<figure>``. Dots with hints are on a short first line and on all later lines.
     """
     series = {label: points for label, points in series.items() if points}
     xs = [x for points in series.values() for x, _ in points]
@@ -107,7 +107,7 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> Mark
         x_ticks=[_Tick(x_place(x), short(x)) for x in ticks(x_low, x_high, 6)],
         y_ticks=[_Tick(y_place(y), short(y)) for y in ticks(y_low, y_high)],
         lines=[line(number, *item) for number, item in enumerate(series.items())],
-        legend=list(series) if len(series) > 1 else [],  # a single line is named by the caption
+        legend=list(series) if len(series) > 1 else [],  # for a single line, the caption is enough
     )
 
 
@@ -118,14 +118,14 @@ def heat_map(
     cells: Mapping[tuple[str, str], tuple[float, str, str]],
     color: Callable[[float], float] = lambda value: value,
 ) -> Markup:
-    """Lay out a table in which larger values have deeper colours.
+    """Draw a table in which larger values have deeper colours.
 
     Args:
         title: the caption.
         rows: the rows' headings, from top to bottom.
         columns: the columns' headings, from left to right.
-        cells: (value, text, hint under the pointer) by (row, column); others stay empty.
-        color: a monotonic function; the colours are spread evenly over its results.
+        cells: (value, text, tooltip) by (row, column); other cells stay empty.
+        color: a monotonic function; colours are spread evenly over its results.
 
     Returns:
         A ``<table>``.

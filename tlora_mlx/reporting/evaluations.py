@@ -1,4 +1,4 @@
-"""Evaluations of a run as its page shows them: the answers, and the metrics as a table."""
+"""A run's evaluations for its page: the answers, and a table of the metrics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tlora_mlx.reporting.charts import is_finite
 
 
 class Completion(NamedTuple):
-    """A prompt and its continuations.
+    """A prompt and its answers.
 
     Attributes:
         prompt: what was asked.
         base: the base model's answer.
         adapter: the answer with the adapter.
-        expected: the right answer; None where it is not known.
+        expected: the right answer; None if unknown.
     """
 
     prompt: str
@@ -25,11 +25,11 @@ class Completion(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What ``tlora evaluate`` left in the run directory.
+    """An evaluation that ``tlora evaluate`` wrote to the run directory.
 
     Attributes:
         summary: the content of its ``summary.json``.
-        samples: its first answers; none for a task without answers.
+        samples: its first answers; empty for a task without answers.
     """
 
     summary: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
 
 
 class MetricRow(NamedTuple):
-    """A row of the table of metrics, as texts."""
+    """A row of the metrics table, as text."""
 
     evaluation: str
     rows: str
@@ -52,7 +52,7 @@ class MetricRow(NamedTuple):
 
 
 def metric_rows(evaluations: Sequence[Evaluation]) -> list[MetricRow]:
-    """The metrics of base model and adapter; only an evaluation's first row names it."""
+    """The metrics of base model and adapter; only the first row of an evaluation has its name."""
     rows = []
     for evaluation in evaluations:
         heading = evaluation.title, str(evaluation.summary["rows"])
@@ -65,7 +65,7 @@ def metric_rows(evaluations: Sequence[Evaluation]) -> list[MetricRow]:
 
 
 def _figure(value: Any) -> str:
-    """A metric with 4 significant digits; a value that is not a number is shown as it is."""
+    """A metric with 4 significant digits; a value that is not a number is shown unchanged."""
     if value is None:
         return "–"
     return f"{value:.4g}" if is_finite(value) else str(value)

@@ -1,4 +1,4 @@
-"""What ``inspect`` says of an adapter: whose it is, how large, and how each reader takes it."""
+"""What ``inspect`` prints: an adapter's format, its size, and how each reader interprets it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tlora_mlx.adapters.registry import FORMATS
 
 
 def described(adapter: Adapter) -> list[str]:
-    """What it is, where, and of which base model."""
+    """The format, the directory and the base model."""
     return [
         f"{FORMATS[adapter.source].title} in {adapter.directory}",
         f"base model: {adapter.base or 'not named'}",
@@ -30,7 +30,7 @@ def size(adapter: Adapter) -> str:
 
 
 def readers_table(adapter: Adapter) -> Table | None:
-    """The scale by which each reader takes it; None where there is no reader but this package."""
+    """The scale that each reader applies; None if only this package reads the format."""
     found = readings(adapter)
     if not found:
         return None
@@ -38,7 +38,7 @@ def readers_table(adapter: Adapter) -> Table | None:
     for heading in ("reader", "effective scale", ""):
         table.add_column(heading, no_wrap=True)
     for reading in found:
-        table.add_row(reading.reader, _scales(reading), reading.fault or "as meant")
+        table.add_row(reading.reader, _scales(reading), reading.fault or "as intended")
     return table
 
 
@@ -57,15 +57,15 @@ def advice(adapter: Adapter) -> list[str]:
     needed = vllm_rank(largest)
     vllm = f"vLLM needs --max-lora-rank {needed}"
     if needed is None:
-        vllm = f"vLLM serves no rank of {largest}"
+        vllm = f"vLLM does not serve rank {largest}"
     export = f"python -m tlora_mlx.export {adapter.directory} --format peft"
     wrong = [reading.reader for reading in readings(adapter) if reading.fault]
     lines = []
     if wrong:
         lines.append(
-            f"warning: {', '.join(wrong)} would not read this adapter as it is meant; for a "
-            f"directory that all of them read alike: {export}"
+            f"warning: {', '.join(wrong)} would not read this adapter as intended; for a "
+            f"directory that all readers interpret alike: {export}"
         )
     if is_peft:
         return [*lines, vllm]
-    return [*lines, f"other readers take what {export} makes of it, by scale 1; {vllm} for it"]
+    return [*lines, f"for other readers: {export}; the scale is then 1, and {vllm}"]

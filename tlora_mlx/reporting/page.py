@@ -1,4 +1,4 @@
-"""What the page of a run shows, as numbers and texts; ``templates/page.html.j2`` lays it out."""
+"""The numbers and texts on the page of a run; ``templates/page.html.j2`` lays it out."""
 
 from __future__ import annotations
 
@@ -44,15 +44,14 @@ def page(
     Args:
         adapter: the run.
         reports: the lines of its ``metrics.jsonl``.
-        energies: the share of the energy of W·C that A captures, by module; empty where it is not
-            known.
+        energies: the share of the energy of W·C that A captures, by module; empty if unknown.
         evaluations: what to show under "Evaluation", with the samples of each.
-        samples: prompts of the run's own data.
+        samples: prompts from the run's own data.
 
     Returns:
-        HTML in which everything that comes from the run is escaped.
+        HTML in which everything from the run is escaped.
     """
-    groups = [("prompts of the run's own data", samples)]
+    groups = [("prompts from the run's own data", samples)]
     groups += [(evaluation.title, evaluation.samples) for evaluation in evaluations]
     html = render(
         "page.html.j2",
@@ -68,12 +67,12 @@ def page(
         snippets=_snippets(adapter),
         options=[item for item in adapter.config.items() if item[1] is not None],
     )
-    # Half of a surrogate pair, from a file's name or escaped in JSON, cannot be written as UTF-8.
+    # Half a surrogate pair, from a file name or escaped in JSON, cannot be written as UTF-8.
     return f"{html}\n".encode(errors="replace").decode()
 
 
 def points(reports: Reports, key: str) -> list[tuple[float, float]]:
-    """(iteration, value) of every report that has a finite value."""
+    """(iteration, value) for every report that has a finite value."""
     return [
         (report["iteration"], report[key])
         for report in reports
@@ -164,9 +163,9 @@ def _heat_maps(adapter: Adapter, energies: Mapping[str, float]) -> list[Markup]:
 
     ranks = sum(module.rank for module in plan.modules.values())
     maps = [
-        drawn(f"rank (× scale), the ranks add up to {ranks}", rank),
+        drawn(f"rank (× scale); total rank {ranks}", rank),
         drawn(
-            "sensitivity, mean |W ⊙ ∂loss/∂W| (colours by its logarithm)",
+            "sensitivity, mean |W ⊙ ∂loss/∂W| (colours on a log scale)",
             sensitivity,
             lambda value: math.log10(max(value, 1e-30)),
         ),
@@ -201,7 +200,7 @@ def _snippets(adapter: Adapter) -> list[_Snippet]:
             f"tlora export {shlex.quote(path)} --format peft --output {shlex.quote(exported)}",
         ),
         _Snippet(
-            "There",
+            "On the other side",
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({adapter.base!r})\n"
             f"model = PeftModel.from_pretrained(model, {exported!r})",

@@ -1,4 +1,4 @@
-"""Pictures of a plan and of a run's losses, where matplotlib is installed."""
+"""Pictures of a plan and of a run's losses, if matplotlib is installed."""
 
 from __future__ import annotations
 

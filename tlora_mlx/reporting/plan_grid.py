@@ -1,4 +1,4 @@
-"""A rank plan as it is laid out everywhere: blocks × module kinds."""
+"""How every view lays out a rank plan: blocks × module kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tlora_mlx.method.allocation import ModulePlan, RankPlan
 
 
 def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
-    """Blocks, module kinds, and the full name at each (block, kind): how a plan is laid out.
+    """The blocks, the module kinds, and the module's full name at each (block, kind).
 
     ``model.layers.3.self_attn.q_proj`` is block ``3``, kind ``q_proj``.
     """
@@ -17,7 +17,7 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
         kind = parts[-1]
-        if (parts[number], kind) in cells:  # two of one kind in a block
+        if (parts[number], kind) in cells:  # two modules of one kind in a block
             kind = ".".join(parts[number + 1 :])
         cells[parts[number], kind] = name
     return (
@@ -28,9 +28,9 @@ def plan_grid(plan: RankPlan) -> tuple[list[str], list[str], dict[tuple[str, str
 
 
 def experts_summed(plan: RankPlan) -> RankPlan:
-    """The plan as it is shown: a stacked layer's experts as one, with the sum of their ranks.
+    """The plan with each stacked layer's experts combined into one module, for display.
 
-    Its scale is the mean of those that have an adapter.
+    Its rank is the sum of their ranks, its scale the mean over the adapted experts.
     """
     modules: dict[str, ModulePlan] = {}
     stacks: dict[str, list[ModulePlan]] = {}
@@ -52,7 +52,7 @@ def experts_summed(plan: RankPlan) -> RankPlan:
 
 
 def plan_cell(plan: RankPlan, name: str | None) -> str:
-    """One module of the table: "12×1.5", a dash for rank 0, nothing where there is no module."""
+    """A cell of the table: "12×1.5", a dash for rank 0, empty if there is no module."""
     if name is None:
         return ""
     module = plan.modules[name]

@@ -21,16 +21,16 @@ def render(template: str, **values: Any) -> Markup:
 
     Args:
         template: the name of a file in ``templates/``.
-        values: what the template names. Everything is escaped, except for what another call of
-            this function returned.
+        values: the template's variables. Everything is escaped, except for the result of another
+            call of this function.
 
     Returns:
         HTML or SVG, safe to insert into another template.
 
     Raises:
-        jinja2.UndefinedError: the template names a value that was not given.
+        jinja2.UndefinedError: the template uses a value that was not given.
     """
     text = _ENVIRONMENT.get_template(template).render(values)
-    # MarkupSafe writes a quotation mark as &#34;. An ampersand of the values is escaped itself, so
-    # this changes nothing else.
+    # MarkupSafe writes a quotation mark as &#34;. Ampersands in the values are themselves escaped,
+    # so this changes nothing else.
     return Markup(text.replace("&#34;", "&quot;"))

@@ -1,4 +1,4 @@
-"""The report of a run: what its directory holds, collected and written as one page."""
+"""The report of a run: the content of its directory, written as one page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import ENERGIES, EVALUATIONS, METRICS
 from tlora_mlx.storage.files import read_json, user_path, write_text
 
-# How many answers of each evaluation are shown.
+# The number of answers shown from each evaluation.
 SHOWN = 3
 
 
@@ -32,13 +32,13 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
 
     Args:
         config: the options.
-        observer: is told of samples as they are generated.
+        observer: notified as samples are generated.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: the run is not whole, or its data is gone and samples are asked for.
+        UserError: the run is incomplete, or samples are requested but its data is gone.
         RunError: the page cannot be written.
     """
     run = read_run(config.run)
@@ -54,17 +54,17 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
 
 
 def _read_energies(path: Path) -> dict[str, float]:
-    """The captured energies by module; none where there is no such file."""
+    """The captured energies by module; empty if there is no such file."""
     if not path.exists():
         return {}
     energies = read_json(path, "the captured energies")
     if not isinstance(energies, dict) or not all(is_finite(value) for value in energies.values()):
-        raise UserError(f"{path} holds no energies; delete it")
+        raise UserError(f"{path} does not contain captured energies; delete it")
     return energies
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """What ``tlora evaluate`` left in the run directory, by name.
+    """The evaluations that ``tlora evaluate`` wrote to the run directory, sorted by name.
 
     Raises:
         UserError: one is damaged.
@@ -80,15 +80,15 @@ def read_evaluations(path: Path) -> list[Evaluation]:
             samples = [_shown(line) for line in read_lines(place / RESULTS)[:SHOWN]]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
-                f"the evaluation {place} is not as tlora evaluate wrote it ({first_line(error)}); "
-                "delete it and evaluate again"
+                f"the evaluation {place} is damaged ({first_line(error)}); delete it and evaluate "
+                "again"
             ) from None
         found.append(Evaluation(summary, [sample for sample in samples if sample]))
     return found
 
 
 def _shown(line: dict[str, Any]) -> Completion | None:
-    """A line of the results as a sample, where something was written."""
+    """A line of the results as a sample; None if it has no answers."""
     answers = []
     for who in ("base", "adapter"):
         output = line[who]
@@ -104,8 +104,9 @@ def _shown(line: dict[str, Any]) -> Completion | None:
 
 
 def generated(run: Adapter, config: ReportCommand, observer: Observer) -> list[Completion]:
-    """Prompts of the run's validation data (or training data, where there is none), continued by
-    base model and adapter.
+    """Prompts from the run's data, continued by base model and adapter.
+
+    They are from the validation data or, if there is none, from the training data.
     """
     base = load_adapter(run, trust_remote_code=config.trust_remote_code)
     stored = run.config.get
@@ -123,7 +124,7 @@ def generated(run: Adapter, config: ReportCommand, observer: Observer) -> list[C
     rows = (split if split.samples else data["train"]).samples
     step = max(len(rows) / config.samples, 1)
     chosen = [rows[int(i * step)] for i in range(min(config.samples, len(rows)))]
-    # A text without prompt is continued from its middle.
+    # A text without a prompt is continued from its middle.
     cuts = [s.first_target if s.first_target > 1 else -(-len(s.tokens) // 2) for s in chosen]
     prompts = [s.tokens[:cut] for s, cut in zip(chosen, cuts, strict=True)]
     subject = Subject(

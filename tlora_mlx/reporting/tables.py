@@ -33,10 +33,10 @@ def plan_table(plan: RankPlan) -> Table:
 
 
 def plan_totals(plan: RankPlan) -> str:
-    """What a plan adds up to, in one line."""
+    """A plan's totals, in one line."""
     ranks = sum(module.rank for module in plan.modules.values())
     return (
-        f"{len(plan.adapted())} of {len(plan.modules)} modules adapted, ranks add up to {ranks}, "
+        f"{len(plan.adapted())} of {len(plan.modules)} modules adapted, total rank {ranks}, "
         f"{plan.trained_parameters():,} trained parameters"
     )
 

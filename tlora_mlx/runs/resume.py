@@ -1,4 +1,4 @@
-"""When a run may be resumed: the same options, and the same model, data and plan."""
+"""What must be unchanged for a run to be resumed: options, model, data and plan."""
 
 from __future__ import annotations
 
@@ -16,19 +16,33 @@ from tlora_mlx.runs.checkpoint import Checkpoint, read_checkpoint
 from tlora_mlx.runs.run_directory import CHECKPOINTS, CONFIG, PLAN
 from tlora_mlx.storage.files import file_digest, read_json
 
-# What a run computes does not depend on these. Model, data and plan are compared by content,
-# wherever they are now; an adapter to start from is not read again.
+# A run's result does not depend on these. Model, data and plan are compared by content, wherever
+# they are now; an adapter to start from is not read again.
 MAY_CHANGE_ON_RESUME = {
     "adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every",
     "report_to", "skip_nonfinite", "trust_remote_code", "from_adapter",
 }  # fmt: skip
 
 
+# The options of version 0.1.0, in the order of its checkpoints' digests; one that came later is
+# part of a digest only where it is set, so that earlier runs can be resumed.
+FIRST_OPTIONS = (
+    "model", "data", "format", "max_samples", "rank", "alpha", "max_rank", "target_modules",
+    "target_experts", "num_layers", "calibration_samples", "val_split", "batch_size",
+    "max_seq_length", "mask_prompt", "seed", "grad_checkpoint", "allow_unexportable",
+    "trust_remote_code", "adapter_path", "resume", "plan", "from_adapter", "covariance",
+    "calibration_memory", "iters", "epochs", "optimizer", "learning_rate", "lr_schedule",
+    "warmup", "weight_decay", "grad_accumulation_steps", "max_grad_norm", "skip_nonfinite",
+    "val_batches", "steps_per_report", "steps_per_eval", "early_stop", "save_every",
+    "keep_checkpoints", "report_to", "test",
+)  # fmt: skip
+
+
 def check_options(path: Path, config: TrainConfig) -> None:
-    """See that a run is resumed with the options that it was started with.
+    """Check that a run is resumed with the options that it was started with.
 
     Raises:
-        UserError: some differ; all are named.
+        UserError: some differ; all of them are named.
     """
     stored = read_json(path / CONFIG, "the run's configuration")
     differing = [
@@ -38,21 +52,27 @@ def check_options(path: Path, config: TrainConfig) -> None:
     ]
     if differing:
         raise UserError(
-            f"--resume continues {path} as it was started, and these differ: "
+            f"--resume continues {path} with its own options, but these differ: "
             f"{', '.join(differing)}; leave them out, or start another run"
         )
 
 
 def _binding_options(config: TrainConfig, stored: Mapping[str, object]) -> dict[str, object]:
-    """The options that a resumed run must have as they are."""
+    """The options that must not change when a run is resumed."""
     # A given plan or adapter brings its own rank and alpha.
     given = stored.get("plan") or stored.get("from_adapter")
     free = MAY_CHANGE_ON_RESUME | ({"rank", "alpha", "max_rank"} if given else set())
-    return {name: value for name, value in config.to_dict().items() if name not in free}
+    options = config.to_dict()
+    later = [
+        name
+        for name, value in options.items()
+        if name not in FIRST_OPTIONS and value != config.__dataclass_fields__[name].default
+    ]
+    return {name: options[name] for name in (*FIRST_OPTIONS, *later) if name not in free}
 
 
 def own_fingerprints(path: Path, config: TrainConfig) -> dict[str, str]:
-    """Digests of what the directory itself says of the run: it may be edited or damaged.
+    """Digests of the directory's own options and plan, which may have been edited or damaged.
 
     Raises:
         UserError: the rank plan is missing.
@@ -67,16 +87,16 @@ def own_fingerprints(path: Path, config: TrainConfig) -> dict[str, str]:
 
 
 def check_fingerprints(path: Path, now: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """See that model, data and plan are what the run was started with.
+    """Check that model, data and plan are those that the run was started with.
 
     Raises:
-        UserError: some changed; all are named.
+        UserError: some changed; all of them are named.
     """
     changed = [name for name, value in now.items() if checkpoint.fingerprints.get(name) != value]
     if changed:
         raise UserError(
             f"{path} cannot be resumed: its {' and '.join(changed)} changed since it was "
-            "started; bring back what it was, or start another run"
+            "started; restore the original, or start another run"
         )
 
 
@@ -87,9 +107,9 @@ def checkpoint_directories(path: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None where there is none.
+    """The newest intact checkpoint of a run, or None.
 
-    Damaged ones, and what was half-written, are removed.
+    Damaged checkpoints and half-written files are deleted.
     """
     found = None
     directories = checkpoint_directories(path)
@@ -98,10 +118,10 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
             found = read_checkpoint(directory)
             break
         except UserError as error:
-            observer.note(f"checkpoint {directory.name} is skipped: {error}")
+            observer.note(f"skipping checkpoint {directory.name}: {error}")
             shutil.rmtree(directory)
     for left in (*path.glob(".*.part"), *path.glob(f"{CHECKPOINTS}/.*.part")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if directories and not found:
-        observer.note("no checkpoint is whole, so the run begins again")
+        observer.note("no checkpoint is intact, so the run starts over")
     return found

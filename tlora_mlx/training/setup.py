@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tlora_mlx.config.option import flag
-from tlora_mlx.config.training_options import PlanConfig
+from tlora_mlx.config.training_options import DataConfig, PlanConfig
 from tlora_mlx.data.reading import load_data
 from tlora_mlx.data.samples import Split, split_off
 from tlora_mlx.distributed.collectives import from_each, from_first, processes
@@ -20,6 +20,7 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import Linear, target_linears
 from tlora_mlx.models.base_model import BaseModel, load_base_model
 from tlora_mlx.models.names import unexportable
+from tlora_mlx.models.tokenizer import ModelTokenizer, load_tokenizer
 from tlora_mlx.observer import SILENT, Observer
 
 
@@ -55,6 +56,9 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
     """
     if limit := mx.device_info().get("max_recommended_working_set_size"):
         mx.set_wired_limit(limit)  # keeps large models resident on Metal, as mlx-lm does
+    # Before any weights: a fault of the data must not cost their download.
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    data = read_data(config, tokenizer, observer)
     base = load_base_model(config.model, config.trust_remote_code)
     blocks = len(base.model.layers)
     if config.num_layers > blocks:
@@ -69,13 +73,36 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
         if not config.allow_unexportable:
             raise UserError(f"{reason}; train all the same with --allow-unexportable")
         observer.note(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
+    setup = Setup(base, data, targets)
+    if processes() > 1:
+        _compare_processes(config, setup, observer)
+    if config.grad_checkpoint:
+        _enable_grad_checkpoint(base.model)
+    return setup
+
+
+def read_data(
+    config: DataConfig, model: ModelTokenizer, observer: Observer = SILENT
+) -> dict[str, Split]:
+    """The splits as the options have them; it needs the model's tokenizer alone.
+
+    Args:
+        config: the options.
+        model: the tokenizer, and how many embeddings the model has.
+        observer: is told what the splits hold, and what to be warned of.
+
+    Raises:
+        UserError: there is no such data, or rows of it are not right.
+    """
     data = load_data(
         config.data,
-        base.tokenizer,
+        model.tokenizer,
         config.max_seq_length,
         config.mask_prompt,
         config.format,
         config.max_samples,
+        config.columns(),
+        model.embeddings,
     )
     if config.val_split:
         if data["valid"].samples:
@@ -84,12 +111,9 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
     for name, split in data.items():
         if text := _described(name, split, config.max_seq_length):
             observer.note(text)
-    setup = Setup(base, data, targets)
-    if processes() > 1:
-        _compare_processes(config, setup, observer)
-    if config.grad_checkpoint:
-        _enable_grad_checkpoint(base.model)
-    return setup
+    for warning in dict.fromkeys(w for split in data.values() for w in split.warnings):
+        observer.note(f"warning: {warning}")
+    return data
 
 
 def _digest(split: Split) -> str:
