@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_is_skipped(uncut, tmp_path, tlora_here):
     damaged.write_bytes(data)
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert result.returncode == 0
-    assert f"checkpoint {ITERATIONS:07d} is skipped: optimizer.safetensors is damaged" in (
+    assert f"skipping checkpoint {ITERATIONS:07d}: optimizer.safetensors is damaged" in (
         result.stdout
     )
     assert f"continuing after iteration {ITERATIONS - 1}" in result.stdout
@@ -276,8 +276,9 @@ def test_without_any_whole_checkpoint_it_begins_again(uncut, tmp_path, tlora_her
     (run / "checkpoints" / f"{ITERATIONS - 1:07d}" / "state.json").write_text("{")
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert result.returncode == 0
-    assert "is skipped: its state is not valid JSON" in result.stdout
-    assert "no checkpoint is whole, so the run begins again" in result.stdout
+    damaged = f"skipping checkpoint {ITERATIONS - 1:07d}: its state is not valid JSON"
+    assert damaged in result.stdout
+    assert "no checkpoint is intact, so the run starts over" in result.stdout
     assert results(run) == results(uncut)
 
 

@@ -1,1 +1,1 @@
-"""The run directory: its files, its lock, its checkpoints, and who writes them."""
+"""The run directory: its files, its lock, its checkpoints, and the writer of them all."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that the rest of a run depends on, whole or recognised as damaged."""
+"""Checkpoints: all that the rest of a run depends on, with digests that reveal damage."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training goes on from.
+    """What training continues from.
 
     Attributes:
         adapters: ``NAME.lora_a`` (in, rank) and ``NAME.lora_b`` (rank, out).
         optimizer: the optimizer's state by flattened name.
-        best: ``NAME.lora_b`` of the lowest validation loss; empty where nothing was validated.
+        best: ``NAME.lora_b`` with the lowest validation loss; empty before any validation.
     """
 
     adapters: dict[str, mx.array]
@@ -44,8 +44,8 @@ class Checkpoint:
     """A training state, and what ties it to its run.
 
     Attributes:
-        fingerprints: of what the run was started with: model, data, plan.
-        metrics_bytes: how long ``metrics.jsonl`` was.
+        fingerprints: of the model, data and plan that the run was started with.
+        metrics_bytes: the size of ``metrics.jsonl`` at the time.
     """
 
     state: TrainingState
@@ -59,11 +59,11 @@ def b_matrices(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint's directory whole.
+    """Write a checkpoint's directory atomically.
 
-    A directory that is there already holds the same iteration, and so the same tensors: training is
-    deterministic and damaged directories are removed before it begins. Only its state is renewed:
-    validation may have come in between.
+    An existing directory holds the same iteration, and so the same tensors: training is
+    deterministic, and damaged directories are removed before it begins. Only its state is updated,
+    since there may have been a validation in between.
 
     Raises:
         RunError: it could not be written; nothing half-written is left.
@@ -81,12 +81,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _has_best_file(state: TrainingState) -> bool:
-    """Whether the best B is an earlier iteration's, and so not in the adapter's own file."""
+    """Whether the best B is from an earlier iteration, and so not in the adapter's own file."""
     return bool(state.best) and state.progress.best_iteration != state.progress.iteration
 
 
 def checkpoint_from_first(checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """The first process's checkpoint, to all under ``mlx.launch``; the others' is ignored."""
+    """Under ``mlx.launch``, send the first process's checkpoint to all; the others' is ignored."""
     if processes() == 1:
         return checkpoint
     state = None
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check it against its own digests.
 
     Raises:
-        UserError: a file is missing, damaged, or not what was written.
+        UserError: a file is missing, damaged, or was changed.
     """
     state = read_json(path / STATE, "its state")
     if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):

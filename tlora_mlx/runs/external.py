@@ -11,15 +11,15 @@ from tlora_mlx.observer import Observer
 
 
 class ExternalReports:
-    """What ``--report-to`` names; nothing where it names nothing.
+    """The trackers that ``--report-to`` names, if any.
 
     Args:
-        path: the run directory, where trackers keep files of their own.
+        path: the run directory, where trackers keep their own files.
         config: the run's options.
-        observer: is told when a tracker fails while training, which does not end the run.
+        observer: is notified if a tracker fails during training, which does not end the run.
 
     Raises:
-        UserError: a tracker is not known, not installed, or not set up.
+        UserError: a tracker is unknown, not installed, or not set up.
     """
 
     def __init__(self, path: Path, config: TrainConfig, observer: Observer):
@@ -33,11 +33,11 @@ class ExternalReports:
                 log_dir=str(path),
                 config=config.to_dict(),
             )
-        except Exception as error:  # not known, not installed, not logged in, no network
+        except Exception as error:  # unknown, not installed, not logged in, no network
             raise UserError(f"--report-to {config.report_to}: {first_line(error)}") from None
 
     def report(self, metrics: Mapping[str, float | None]) -> None:
-        """Pass one report on; a lost connection does not end a run."""
+        """Forward one report; a lost connection does not end the run."""
         try:
             if self._callback and "train_loss" in metrics:
                 self._callback.on_train_loss_report(dict(metrics))

@@ -1,4 +1,4 @@
-"""A run directory is one training process's while it is in use."""
+"""The lock that gives one training process a run directory for itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tlora_mlx.errors import UserError
 
 
 class RunLock:
-    """The lock on a run directory; the system lets go of it when the process ends, however it does.
+    """The lock on a run directory; the system releases it when the process ends, however it ends.
 
-    Where the file system has no locks, there is none.
+    On a file system without locks it does nothing.
     """
 
     def __init__(self, path: Path):
@@ -20,10 +20,10 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless it is held already; the directory must exist.
+        """Take the lock, unless this object already holds it; the directory must exist.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process holds it.
         """
         if self._descriptor is not None:
             return
@@ -40,7 +40,7 @@ class RunLock:
             pass
 
     def release(self) -> None:
-        """Let go of the lock, if it is held."""
+        """Release the lock, if it is held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""Reading ``metrics.jsonl``, and other files of JSON lines that a run directory holds."""
+"""Reading ``metrics.jsonl`` and other JSON lines files in a run directory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tlora_mlx.errors import UserError
 
 
 def read_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no such file.
+    """The objects of a JSON lines file; none if the file does not exist.
 
-    The last line may be half-written: the run may be going on, or may have crashed.
+    The last line may be incomplete: the run may still be going, or may have crashed.
 
     Args:
         path: the file.
-        skip_damaged: pass over any line that is no JSON object, not the last one alone.
+        skip_damaged: skip every line that is not a JSON object, not just the last.
 
     Raises:
-        UserError: another line is no JSON object; it is named.
+        UserError: a line other than the last is not a JSON object (the message gives its number).
     """
     if not path.exists():
         return []
@@ -33,5 +33,5 @@ def read_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]
         if isinstance(row, dict):
             rows.append(row)
         elif number < len(lines) and not skip_damaged:
-            raise UserError(f"{path}, line {number} is damaged: no JSON object")
+            raise UserError(f"{path}, line {number} is damaged: not a JSON object")
     return rows

@@ -1,4 +1,4 @@
-"""Where a training run stands."""
+"""How far a training run has come."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Window:
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
-        iteration: optimizer updates done, those included that were skipped.
-        batches: micro-batches taken from the data; with the seed it gives epoch and order.
+        iteration: optimizer updates done, including skipped ones.
+        batches: micro-batches taken from the data; with the seed, this gives epoch and order.
         validated: the iteration of the last validation; -1 before the first.
-        skipped: updates left out since they were not finite.
-        stale: validations in a row that did not improve on ``best_loss``.
+        skipped: updates skipped because they were not finite.
+        stale: consecutive validations without an improvement on ``best_loss``.
         trained_tokens: tokens that counted in the loss so far.
-        seconds: spent in updates.
+        seconds: time spent in updates.
     """
 
     iteration: int = 0
@@ -48,7 +48,7 @@ class Progress:
     window: Window = field(default_factory=Window)
 
     def count(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one update in: its summed loss, the tokens that it is over, and its time."""
+        """Count one update: its summed loss, the number of tokens in that sum, and its time."""
         self.trained_tokens += tokens
         self.seconds += seconds
         self.window.loss += loss
@@ -58,7 +58,7 @@ class Progress:
 
     @property
     def kept_iteration(self) -> int:
-        """The iteration whose adapter is kept: of the lowest validation loss, or the last."""
+        """The iteration whose adapter is kept: that of the lowest validation loss, or the last."""
         return self.iteration if self.best_iteration is None else self.best_iteration
 
     @classmethod
@@ -66,9 +66,9 @@ class Progress:
         """The inverse of ``dataclasses.asdict``.
 
         Raises:
-            UserError: it is another version's.
+            UserError: another version wrote it.
         """
         data = {key: value for key, value in data.items() if key != "val_loss"}  # up to 0.1
         if data.keys() != {item.name for item in fields(cls)}:
-            raise UserError("its state is another version's")
+            raise UserError("its state was written by another version")
         return cls(**{**data, "window": Window(**data["window"])})

@@ -1,4 +1,4 @@
-"""Where a training run's reports and states go."""
+"""The interface for what training reports and saves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tlora_mlx.runs.checkpoint import TrainingState
 
 
 class Recorder:
-    """Takes what training reports and saves; this one drops it all.
+    """Receives what training reports and saves; this base class ignores it all.
 
-    The processes beside the first under ``mlx.launch`` use it as it is: on another machine there is
-    no run directory, on the same one it is the first process's (``writer.RunWriter``).
+    Under ``mlx.launch`` all processes but the first use this class: on another machine there is no
+    run directory, and on the same machine the first process writes it (``writer.RunWriter``).
     """
 
     def report(self, metrics: Mapping[str, float | None]) -> None:
-        """Take one report, as a line of ``metrics.jsonl`` holds it."""
+        """Record one report, a line of ``metrics.jsonl``."""
 
     def checkpoint(self, state: TrainingState) -> None:
-        """Keep all that the rest of the run depends on."""
+        """Save all that the rest of the run depends on."""
 
     def finish(self, tensors: Mapping[str, mx.array], iteration: int) -> None:
-        """Keep the adapter that the run came to, and the iteration that it is of."""
+        """Save the resulting adapter and the iteration that it comes from."""

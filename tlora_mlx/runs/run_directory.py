@@ -1,4 +1,4 @@
-"""What a run directory holds, and the options that a run was started with."""
+"""The files in a run directory, and the options that a run was started with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EVALUATIONS = "evaluations"
 
 
 def with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
-    """With ``resume``, whatever was not given is as the run in ``adapter_path`` has it.
+    """With ``resume``, options that were not given are those of the run in ``adapter_path``.
 
-    Under ``mlx.launch`` the directory is the first process's, which tells the others.
+    Under ``mlx.launch`` the first process reads the directory and sends them to the others.
 
     Args:
         given: options by their YAML names.

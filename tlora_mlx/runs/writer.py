@@ -1,4 +1,4 @@
-"""Writing a run directory: locked while it is in use, whole at any moment."""
+"""Writing a run directory: locked while in use, consistent at any moment."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from tlora_mlx.version import __version__
 
 
 class RunWriter(Recorder):
-    """Writes one run's directory; as a context manager, holds it alone until it is left.
+    """Writes one run's directory; a context manager that keeps it locked.
 
     Args:
-        path: the directory; nothing is made before ``create``.
-        config: the run's options. With ``resume`` it may hold a run already, with the same ones.
-        observer: is told of damaged checkpoints, and of trackers that fail.
+        path: the directory; nothing is created before ``create``.
+        config: the run's options. With ``resume`` the directory may hold a run with the same ones.
+        observer: is notified of damaged checkpoints and failing trackers.
 
     Raises (on entering):
-        UserError: the directory holds another run, is in use, or is no directory.
+        UserError: the directory holds another run, is in use, or is a file.
     """
 
     def __init__(self, path: Path, config: TrainConfig, observer: Observer = SILENT):
@@ -67,14 +67,14 @@ class RunWriter(Recorder):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._created and not (self.path / PLAN).exists():  # it ended before there was a run
+        if self._created and not (self.path / PLAN).exists():  # ended before there was a run
             (self.path / METRICS).unlink(missing_ok=True)
-            with suppress(OSError):  # others put something there
+            with suppress(OSError):  # somebody else put something there
                 self._found or self.path.rmdir()
         self._lock.release()
 
     def _hold(self) -> None:
-        """Lock the directory, then see that it is free or may be resumed."""
+        """Lock the directory, then check that it is empty or may be resumed."""
         self._lock.acquire()
         held = [n for n in (CONFIG, PLAN, ADAPTERS, CHECKPOINTS) if (self.path / n).exists()]
         if not self._created and (self.path / METRICS).exists():
@@ -88,7 +88,7 @@ class RunWriter(Recorder):
             check_options(self.path, self.config)
 
     def create(self) -> None:
-        """Make the directory and see that it can be written to, before anything takes long.
+        """Create the directory and check that it is writable, before anything slow begins.
 
         Raises:
             UserError: another process has taken it in the meantime.
@@ -105,18 +105,18 @@ class RunWriter(Recorder):
             ) from None
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, as ``resume.newest_checkpoint`` finds it."""
+        """The newest intact checkpoint, as ``resume.newest_checkpoint`` finds it."""
         return newest_checkpoint(self.path, self._observer)
 
     def rewind(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> RankPlan:
-        """Take the directory back to where the checkpoint was made, and read the run's plan.
+        """Reset the directory to when the checkpoint was saved, and read the run's plan.
 
         Args:
             checkpoint: to resume from.
-            fingerprints: of the model and the data as they are now.
+            fingerprints: of the current model and data.
 
         Raises:
-            UserError: model, data or plan are not what the run was started with; all are named.
+            UserError: model, data or plan have changed since the start; all of them are named.
         """
         self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
         check_fingerprints(self.path, self._fingerprints, checkpoint)
@@ -136,7 +136,7 @@ class RunWriter(Recorder):
     ) -> None:
         """Write the plan, the captured energies by module and the configuration.
 
-        From here on the directory is a run's.
+        From then on the directory holds a run.
         """
         write_json(self.path / PLAN, plan.to_dict())
         write_json(self.path / ENERGIES, dict(energies))
@@ -161,10 +161,10 @@ class RunWriter(Recorder):
         )
 
     def report_to_others(self) -> None:
-        """Let reports go to what ``--report-to`` names too.
+        """Also send reports to the trackers that ``--report-to`` names.
 
         Raises:
-            UserError: it is not known, not installed, or not set up.
+            UserError: a tracker is unknown, not installed, or not set up.
         """
         self._external = ExternalReports(self.path, self.config, self._observer)
 
@@ -183,10 +183,10 @@ class RunWriter(Recorder):
             self._external.report(metrics)
 
     def checkpoint(self, state: TrainingState) -> None:
-        """Save all that the rest of the run depends on; remove what is older than is kept.
+        """Save all that the rest of the run depends on; delete checkpoints that are too old.
 
         Raises:
-            RunError: it could not be written; the checkpoints before are whole.
+            RunError: it could not be written; earlier checkpoints are intact.
         """
         with (self.path / METRICS).open("rb+") as reports:
             os.fsync(reports.fileno())
@@ -197,7 +197,7 @@ class RunWriter(Recorder):
             shutil.rmtree(old)
 
     def finish(self, tensors: Mapping[str, mx.array], iteration: int) -> None:
-        """Write the adapter, A and B, complete by itself.
+        """Write the complete adapter, A and B.
 
         Raises:
             RunError: it could not be written.
@@ -206,9 +206,9 @@ class RunWriter(Recorder):
         write_tensors(self.path / ADAPTERS, tensors, metadata)
 
     def is_finished(self, progress: Progress) -> bool:
-        """Whether training is done and the adapter that it ended with is written.
+        """Whether training is done and its final adapter is written.
 
-        An earlier adapter may be there, from an interruption.
+        There may be an earlier adapter, from an interruption.
         """
         if not progress.finished:
             return False
