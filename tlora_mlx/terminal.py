@@ -1,6 +1,6 @@
-"""The terminal: lines, tables and progress bars, as doors and the observer of commands print them.
+"""The terminal: the lines, tables and progress bars that commands print.
 
-It is in the hall since only the doors use it: no room prints.
+Only the commands use it; the packages below never print.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """A terminal that may go away: a run does not end with whoever watches it."""
+    """A console that may disappear: closing the terminal does not end a run."""
 
     def on_broken_pipe(self) -> None:
-        """Go on in silence; rich's own answer is to exit."""
+        """Continue silently; rich's default is to exit."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def print(self, *objects: object, **options: Any) -> None:
-        """As rich's, from the first process alone; what cannot be written ends in silence."""
+        """Like rich's, but only in the first process, and silent after a write error."""
         if not is_first():
             return
         try:
@@ -49,12 +49,12 @@ console = _Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """A line of text, above the bar where one is shown; nothing in it is read as markup."""
+    """Print a line of text, above any progress bar, without interpreting markup."""
     console.print(text, markup=False)
 
 
 def print_plan(plan: RankPlan) -> None:
-    """A rank plan as a table, and what it adds up to."""
+    """Print a rank plan as a table, and its totals."""
     console.print(plan_table(plan))
     say(plan_totals(plan))
 
@@ -76,39 +76,30 @@ def print_sample(row: int, runs: Sequence[TokenRun]) -> None:
 def print_splits(summaries: Sequence[SplitSummary]) -> None:
     """The splits of the data in figures."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in (
-        "split",
-        "samples",
-        "tokens",
-        "count",
-        "longest",
-        "cut",
-        "left out",
-        "repeated",
-    ):
+    headings = ("split", "samples", "tokens", "count", "longest", "cut", "left out", "repeated")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
     for split in summaries:
         share = f"{split.counted / split.tokens:.0%}" if split.tokens else "–"
         figures = (split.samples, split.tokens, share, split.longest)
         figures += (len(split.cut), len(split.left_out), split.repeated)
         table.add_row(split.name, *(f"{f:,}" if isinstance(f, int) else f for f in figures))
-    return table
     console.print(table)
 
 
 class Terminal(Observer):
-    """The observer that prints what it is told."""
+    """The observer that prints what is reported."""
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print it as a line."""
         say(text)
 
     def planned(self, plan: RankPlan) -> None:
-        """The plan as a table."""
+        """Print the plan as a table."""
         print_plan(plan)
 
     def reported(self, metrics: Mapping[str, Any]) -> None:
-        """One line a report; one of updates that were all left out has none."""
+        """Print one line per report, unless all of its updates were skipped."""
         iteration = metrics["iteration"]
         if "val_loss" in metrics:
             loss = math.nan if metrics["val_loss"] is None else metrics["val_loss"]
@@ -122,7 +113,7 @@ class Terminal(Observer):
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """A progress bar, where there is a terminal to draw it on."""
+        """Show a progress bar, if the output is a terminal."""
         columns = (
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),

@@ -11,7 +11,7 @@ from helpers.paths import ROOT
 import tlora_mlx
 from tlora_mlx.config.export_options import ExportCommand, UploadCommand
 from tlora_mlx.config.option import Config
-from tlora_mlx.config.training_options import PlanCommand, PlanConfig, TrainConfig
+from tlora_mlx.config.training_options import CheckCommand, PlanCommand, PlanConfig, TrainConfig
 from tlora_mlx.config.usage_options import (
     EvaluateCommand,
     GenerateCommand,
@@ -93,7 +93,7 @@ def test_the_messages_that_troubleshooting_quotes():
 
 def test_the_flags_that_the_documents_name():
     commands = (PlanCommand, TrainConfig, ExportCommand, UploadCommand, GenerateCommand)
-    commands += (InspectCommand, EvaluateCommand, ReportCommand)
+    commands += (InspectCommand, EvaluateCommand, ReportCommand, CheckCommand)
     known = {f"--{i.name.replace('_', '-')}" for command in commands for i in fields(command)}
     # Of pip, pytest, mlx-lm, mlx.launch, vLLM, the Hub's client and EvalPlus; and of all commands.
     known |= {"--adapter-path", "--hostfile", "--env", "--hosts", "--over", "--backend"}

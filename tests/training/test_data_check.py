@@ -37,6 +37,9 @@ def test_what_is_shown_without_any_weights(tokenizer_alone, tmp_path, tlora_here
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("--- row ") == 2
     assert "⟦No<|im_end|>" in result.stdout
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert ["train", "7"] in [line[:2] for line in table]
+    assert ["valid", "2"] in [line[:2] for line in table]
     assert "warning: train: 1 samples are there more than once" in result.stdout
     assert "warning: valid: 1 samples are in the training data too" in result.stdout
     lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -88,14 +91,10 @@ def test_it_is_what_training_trains_on(tmp_path):
 def test_a_fault_of_the_data_costs_no_weights(tokenizer_alone, tmp_path, tlora_here):
     """Training looks at the data first: the missing weights are not even missed."""
     write_jsonl(tmp_path / "train.jsonl", [talk("Hi", "Ho"), {"messages": [{"role": "user"}]}])
-    fault, paths = (
-        "message 1 has 'role', but no 'content'",
-        ("--model", tokenizer_alone, "--data", tmp_path),
-    )
+    fault = "line 2, message 1 has 'role', but no 'content'"
+    paths = ("--model", tokenizer_alone, "--data", tmp_path)
     for command in (("check", *paths), ("train", *paths, "--adapter-path", tmp_path / "run")):
-        assert_one_sentence(
-            tlora_here(*command), 2, "line 2, message 1 has 'role', but no 'content'"
-        )
+        assert_one_sentence(tlora_here(*command), 2, fault)
     assert not (tmp_path / "run").exists()
 
 

@@ -123,12 +123,12 @@ class ChatTemplate:
     def _locate(self, conversation: Conversation, text: str, number: int) -> tuple[int, int, str]:
         """Where a turn's content begins, where its end token ends, and that token's text."""
         message = conversation.messages[number]
-        asked = self._asked(conversation, number)
         reasoned = any(message.get(field) for field in REASONING_FIELDS) or any(
             end in message["content"] for end in _THINKING_ENDS
         )
         first, last = self._content(conversation, text, number)
         if message.get("tool_calls") or reasoned:
+            asked = self._asked(conversation, number)
             prompts = (asked, _PROMPT_ENDS.sub("", asked))
             prompt = next((prompt for prompt in prompts if text.startswith(prompt)), None)
             if prompt is not None:
