@@ -287,7 +287,7 @@ def test_adapters_that_cannot_be_combined(model_path, adapters, tmp_path):
     [
         ([], "give either RUN or --adapter"),
         (["RUN", "--adapter", "a:1"], "give either RUN or --adapter"),
-        (["--adapter", "a:1"], "--output must be given with --adapter"),
+        (["--adapter", "a:1"], "--adapter needs --output"),
         (["--adapter", "a:x", "--output", "o"], "--adapter a:x: the weight after the colon is no"),
         (["--adapter", "a:inf", "--output", "o"], "is not a finite number"),
         (["--adapter", "a:1", "--output", "o"], "adapter directory a does not exist"),
@@ -305,7 +305,10 @@ def test_adapters_that_cannot_be_combined(model_path, adapters, tmp_path):
             "--density does nothing with --combine svd",
         ),
         (["--adapter", "a", "--output", "o", "--combine", "slerp"], "must be one of cat, svd"),
-        (["RUN", "--format", "run", "--push-to", "me/it"], "--push-to cannot go with --format run"),
+        (
+            ["RUN", "--format", "run", "--push-to", "me/it"],
+            "--push-to cannot be used with --format run",
+        ),
     ],
 )
 def test_incompatible_combine_options(tlora_here, options, message):

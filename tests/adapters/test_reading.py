@@ -374,7 +374,7 @@ def test_from_adapter_refusals(model_path, data_path, plain, tlora_here, tmp_pat
     start = ["train", *required, "--iters", 2]
     more = ["--from-adapter", plain, "--rank", 4, "--plan", "plan.json"]
     assert_one_sentence(
-        tlora_here(*start, *more), 2, "--rank, --plan cannot be given with --from-adapter"
+        tlora_here(*start, *more), 2, "--rank, --plan cannot be used with --from-adapter"
     )
     wide = save_model(tmp_path / "wide", hidden_size=96)
     result = tlora_here(*start, "--from-adapter", plain, "--model", wide)

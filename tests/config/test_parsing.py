@@ -54,7 +54,7 @@ def test_plan_takes_the_yaml_of_train(tmp_path):
     text = "{model: m, data: d, iters: 5, rank: 3}"
     config = yaml_config(tmp_path, text, config_class=PlanCommand, also_known=TrainConfig)
     assert config.rank == 3
-    with pytest.raises(UserError, match="unknown option 'iterss'; the nearest known is 'iters'"):
+    with pytest.raises(UserError, match="unknown option 'iterss'; the nearest one is 'iters'"):
         yaml_config(
             tmp_path, "{model: m, iterss: 5}", config_class=PlanCommand, also_known=TrainConfig
         )
@@ -96,16 +96,16 @@ def test_bad_values(arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", "unknown option 'lerning_rate'; the nearest known is 'learning_rate'"),
+        ("lerning_rate: 1", "unknown option 'lerning_rate'; the nearest one is 'learning_rate'"),
         ("rank: [1]", r"--rank must be a whole number, not \[1\]"),
         ("rank: true", "--rank must be a whole number, not True"),
         ("rank: null", "--rank must have a value"),
         ("test: maybe", "--test must be true or false, not 'maybe'"),
-        ("adapter_path: 3", "--adapter-path must be a text, not 3"),
+        ("adapter_path: 3", "--adapter-path must be text, not 3"),
         ("target_modules: [3]", "--target-modules must be a list of names"),
         ("learning_rate: .nan", "--learning-rate must be a finite number, not nan"),
         ("rank: 4\n  data: d", "not valid YAML, line 2"),
-        ("- rank", "must hold options"),
+        ("- rank", "must contain options"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -115,7 +115,7 @@ def test_bad_yaml(tmp_path, text, message):
 
 
 def test_what_is_missing():
-    with pytest.raises(UserError, match="--model and --data must be given"):
+    with pytest.raises(UserError, match="missing: --model, --data"):
         parse(TrainConfig, "tlora train", "", [])
     with pytest.raises(UserError, match="give either RUN or --adapter"):
         parse(ExportCommand, "tlora export", "", [])

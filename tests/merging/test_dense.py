@@ -324,12 +324,24 @@ def test_a_base_in_the_hub_clients_cache(model_path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layout", "compact", "--format", "merged"], "--layout cannot go with --format merged"),
-        (["--dtype", "float16", "--format", "merged"], "--dtype cannot go with --format merged"),
-        (["--quantize"], "--quantize cannot go with --format peft"),
-        (["--format", "mlx-lm", "--dequantize"], "--dequantize cannot go with --format mlx-lm"),
-        (["--format", "merged", "--quantize", "--dequantize"], "exclude each other"),
-        (["--format", "merged", "--quantize", "--base-model", "a/b"], "--base-model cannot go"),
+        (
+            ["--layout", "compact", "--format", "merged"],
+            "--layout cannot be used with --format merged",
+        ),
+        (
+            ["--dtype", "float16", "--format", "merged"],
+            "--dtype cannot be used with --format merged",
+        ),
+        (["--quantize"], "--quantize cannot be used with --format peft"),
+        (
+            ["--format", "mlx-lm", "--dequantize"],
+            "--dequantize cannot be used with --format mlx-lm",
+        ),
+        (["--format", "merged", "--quantize", "--dequantize"], "cannot be used together"),
+        (
+            ["--format", "merged", "--quantize", "--base-model", "a/b"],
+            "--base-model cannot be used",
+        ),
         (["--format", "merged", "--quantize"], "is for runs on a quantized MLX model"),
     ],
 )

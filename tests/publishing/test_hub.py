@@ -295,7 +295,7 @@ def test_xet(hub, adapter, tmp_path, xet):
         (["--push-to", "ann/-x"], TOKEN, "repository 'ann/-x': Repo id must use alphanumeric"),
         (["--push-to", "ann/a b"], TOKEN, "repository 'ann/a b': Repo id must use alphanumeric"),
         (["--push-to", ""], TOKEN, "--push-to must not be empty"),
-        (["--private"], TOKEN, "--private goes with --push-to USER/NAME"),
+        (["--private"], TOKEN, "--private needs --push-to USER/NAME"),
         (["--push-to", NAME], "", "log in with hf auth login, or set HF_TOKEN"),
         (["--push-to", NAME], "hf_a b", "has invalid characters"),
         (["--push-to", NAME, "--base-model", "/models/mine"], TOKEN, "directory on this machine"),

@@ -85,4 +85,5 @@ def test_another_rank_from_saved_sensitivities(model_path, data_path, tmp_path, 
     result = tlora_here("plan", "--sensitivities", bad)
     assert result.returncode == 2
     assert "has no table 'modules'" in result.stderr
-    assert "must be given, or --sensitivities" in tlora_here("plan", "--model", "m").stderr
+    expected = "missing: --model and --data, or --sensitivities"
+    assert expected in tlora_here("plan", "--model", "m").stderr

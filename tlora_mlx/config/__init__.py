@@ -1,1 +1,1 @@
-"""Options: one typed configuration per command makes its flags, reads its YAML, and validates."""
+"""Options: one typed configuration per command defines its flags, reads YAML, and validates."""

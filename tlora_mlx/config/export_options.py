@@ -7,13 +7,13 @@ from dataclasses import MISSING, dataclass, fields
 from tlora_mlx.config.option import Config, flag, option
 from tlora_mlx.errors import UserError
 
-# PEFT's combination types that tlora_mlx.exporting.combine knows.
+# PEFT's combination types, as tlora_mlx.adapters.combine implements them.
 COMBINATIONS = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
 COMBINATIONS += ("dare_ties", "dare_ties_svd")
 
-# What can be written, and which options are for some of it alone.
+# The export formats, and the options that apply to only some of them.
 FORMATS = ("peft", "mlx-lm", "merged", "run")
-GOES_WITH = {
+FORMATS_OF_OPTION = {
     "layout": ("peft",),
     "dtype": ("peft", "mlx-lm", "run"),
     "dequantize": ("merged",),
@@ -32,26 +32,27 @@ class AdapterOptions(Config):
     adapter: list[str] | None = option(
         None,
         "PATH:WEIGHT, instead of RUN: adapters to combine into one, each a run, PEFT's or mlx-lm's;"
-        " the weight is 1 where it is left out",
+        " the default weight is 1",
     )
     combine: str = option(
         "cat",
-        "how, by PEFT's names: cat is the exact sum, ranks add up; svd cuts it to --svd-rank; "
-        "linear adds A and B apart, a rough way; ties and dare_… prune to --density",
+        "how to combine, by PEFT's names: cat is the exact sum, and ranks add up; svd cuts that to "
+        "--svd-rank; linear adds A and B separately, roughly the sum; ties and dare_… prune to "
+        "--density",
         choices=COMBINATIONS,
     )
     density: float | None = option(
         None, "share of entries that ties and dare_… keep", above=0.0, at_most=1.0
     )
     svd_rank: int | None = option(
-        None, "rank that svd and …_svd cut to; default: the adapters' largest", at_least=1
+        None, "rank that svd and …_svd cut to; default: the adapters' largest rank", at_least=1
     )
     majority_sign_method: str | None = option(
         None,
-        "ties: total (default) goes by the sum's sign, frequency by the number of signs",
+        "ties: total (default) takes the sign of the sum, frequency the most frequent sign",
         choices=("total", "frequency"),
     )
-    seed: int = option(0, "seed of dare_…'s random choice", at_least=0)
+    seed: int = option(0, "seed for dare_…'s random choice", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,26 +74,26 @@ class AdapterOptions(Config):
 
 @dataclass(kw_only=True)
 class ExportCommand(AdapterOptions):
-    """``python -m tlora_mlx.export``, and what ``tlora_mlx.export`` takes.
+    """``python -m tlora_mlx.export``, and the configuration of ``tlora_mlx.export``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
     format: str = option(
         "peft",
         "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
-        "merged: the whole model with the adapter in its weights; run: a run directory, of another "
-        "tool's adapter or of several",
+        "merged: the whole model with the adapter in its weights; run: a run directory, made from "
+        "another tool's adapter or from several",
         choices=FORMATS,
     )
-    output: str | None = option(None, "directory to make; default: RUN-FORMAT")
+    output: str | None = option(None, "directory to create; default: RUN-FORMAT")
     layout: str = option(
         "portable",
         "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
-        "by rank_pattern and alpha_pattern, PEFT only",
+        "through rank_pattern and alpha_pattern, for PEFT only",
         choices=("portable", "compact"),
     )
     dtype: str = option(
@@ -100,48 +101,50 @@ class ExportCommand(AdapterOptions):
     )
     base_model: str | None = option(
         None,
-        "the base model: the Hub repository that an adapter names, the repository or directory "
-        "whose weights are merged, and for another tool's adapter the one to load it on; default: "
-        "what the adapter names",
+        "the base model: the Hub repository that the export should name, the repository or "
+        "directory whose weights to merge into, or the model to load another tool's adapter on; "
+        "default: the one that the adapter names",
     )
     dequantize: bool = option(
-        False, "merged: into the weights of the run's own quantized model, written dense"
+        False, "merged: merge into the weights of the run's own quantized model, written dense"
     )
     quantize: bool = option(
         False,
-        "merged: into the weights of the run's own quantized model, quantized again; says how much "
-        "of the adapter survives",
+        "merged: merge into the weights of the run's own quantized model, quantized again; says "
+        "how much of the adapter survives",
     )
     push_to: str | None = option(
-        None, "also push it to the Hugging Face Hub as USER/NAME, which is made if it is missing"
+        None, "also push it to the Hugging Face Hub as USER/NAME, which is created if missing"
     )
-    private: bool = option(False, "make the repository of --push-to private")
+    private: bool = option(False, "create the repository of --push-to as a private one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        wrong = [flag(f.name) for f in given if self.format not in GOES_WITH.get(f.name, FORMATS)]
+        wrong = [
+            flag(f.name) for f in given if self.format not in FORMATS_OF_OPTION.get(f.name, FORMATS)
+        ]
         if wrong:
-            raise UserError(f"{' and '.join(wrong)} cannot go with --format {self.format}")
+            raise UserError(f"{' and '.join(wrong)} cannot be used with --format {self.format}")
         if self.dequantize and self.quantize:
-            raise UserError("--dequantize and --quantize exclude each other")
+            raise UserError("--dequantize and --quantize cannot be used together")
         if self.base_model and (self.dequantize or self.quantize):
             raise UserError(
-                "--base-model cannot go with --dequantize or --quantize, which merge into the "
+                "--base-model cannot be used with --dequantize or --quantize, which merge into the "
                 "run's own model"
             )
         if self.private and self.push_to is None:
-            raise UserError("--private goes with --push-to USER/NAME")
+            raise UserError("--private needs --push-to USER/NAME")
         if self.adapter and not self.output:
-            raise UserError("--output must be given with --adapter")
+            raise UserError("--adapter needs --output")
 
 
 @dataclass(kw_only=True)
 class UploadCommand(Config):
     """``python -m tlora_mlx.upload``."""
 
-    directory: str = option(MISSING, "directory that tlora export made", positional=True)
+    directory: str = option(MISSING, "directory that tlora export wrote", positional=True)
     repository: str = option(
-        MISSING, "USER/NAME on the Hugging Face Hub, made if it is missing", positional=True
+        MISSING, "USER/NAME on the Hugging Face Hub, created if missing", positional=True
     )
-    private: bool = option(False, "make the repository private")
+    private: bool = option(False, "create the repository as a private one")

@@ -45,7 +45,7 @@ def flag(name: str) -> str:
 
 
 class Config:
-    """Base of all configurations: every value is checked when one is made."""
+    """Base class of all configurations: every value is checked on construction."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -1,4 +1,4 @@
-"""Flags and YAML to a configuration; an unknown name is an error that has the nearest known one."""
+"""From flags and YAML to a configuration; an unknown name is an error that suggests the nearest."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def parse(
         config_class: a subclass of ``Config``.
         prog: the command's name in the help.
         description: its first line.
-        argv: the arguments; those of the process where it is None.
-        also_known: a configuration whose options the YAML may hold too, to no effect.
+        argv: the arguments; None: those of the process.
+        also_known: a configuration whose options are accepted in the YAML too, but ignored.
         complete: adds options that follow from those that were given.
 
     Raises:
-        UserError: an argument, a key or a value is not right; it names the flag or the file.
+        UserError: an argument, a key or a value is invalid; the message names the flag or the file.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tlora_mlx {__version__}")
@@ -57,12 +57,12 @@ def parse(
     values = complete(_typed(values | given, config_class))
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
-        raise UserError(f"{' and '.join(_shown(f) for f in missing)} must be given; see --help")
+        raise UserError(f"missing: {', '.join(_shown(f) for f in missing)}; see --help")
     return config_class(**_typed(values, config_class))
 
 
 def _typed(values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """The values as their options' types."""
+    """The values, converted to their options' types."""
     hints = typing.get_type_hints(config_class)
     return {name: _convert(value, hints[name], flag(name)) for name, value in values.items()}
 
@@ -77,13 +77,13 @@ def _shown(item: dataclasses.Field) -> str:
 
 
 def _kind(hint: Any) -> Any:
-    """The type behind an optional one: int of ``int | None``."""
+    """The type inside an optional: int for ``int | None``."""
     options = [h for h in typing.get_args(hint) if h is not type(None)]
     return options[0] if options and typing.get_origin(hint) is not list else hint
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: Any) -> None:
-    """Every value arrives as text (or a flag's True or False); ``_convert`` gives it its type."""
+    """Values arrive as text (True or False for a flag); ``_convert`` converts them."""
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not MISSING and item.default is not None and item.default is not False:
         text += f" (default: {item.default})"
@@ -101,7 +101,7 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value``, from a flag (text) or YAML (text or typed), as the option's type.
+    """Convert ``value``, from a flag (text) or YAML (text or typed), to the option's type.
 
     PyYAML reads 1e-4 as text, so numbers are accepted as text from both.
     """
@@ -117,7 +117,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return items
     if kind in (str, bool):
         if type(value) is not kind:
-            what = "a text" if kind is str else "true or false"
+            what = "text" if kind is str else "true or false"
             raise UserError(f"{name} must be {what}, not {value!r}")
         if value == "":
             raise UserError(f"{name} must not be empty")
@@ -135,12 +135,14 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _read_yaml(path: Path, config_class: type, also_known: type | None) -> dict[str, Any]:
-    """The options that a YAML file gives for ``config_class``."""
+    """The options of ``config_class`` that a YAML file sets."""
     data = read_yaml(path, "the configuration file")
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"the configuration file {path} must hold options as 'name: value' lines")
+        raise UserError(
+            f"the configuration file {path} must contain options as 'name: value' lines"
+        )
     own = {item.name for item in fields(config_class)}
     known = own | ({item.name for item in fields(also_known)} if also_known else set())
     values = {}
@@ -148,9 +150,7 @@ def _read_yaml(path: Path, config_class: type, also_known: type | None) -> dict[
         name = str(key).replace("-", "_")
         if name not in known:
             nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"{path} has an unknown option '{key}'; the nearest known is '{nearest}'"
-            )
+            raise UserError(f"{path} has an unknown option '{key}'; the nearest one is '{nearest}'")
         if name in own:
             values[name] = value
     return values

@@ -11,7 +11,7 @@ from tlora_mlx.errors import UserError
 
 @dataclass(kw_only=True)
 class DataConfig(Config):
-    """Which data is read, and how it is tokenized."""
+    """Which data to read, and how to tokenize it."""
 
     model: str = option(MISSING, "model directory, or a Hub repository that mlx-lm loads")
     data: str = option(
@@ -21,36 +21,36 @@ class DataConfig(Config):
     )
     format: str | None = option(
         None,
-        "how rows of a well-known data set become prompt and completion; not needed where they "
-        "have mlx-lm's keys",
+        "how rows of a well-known data set become prompt and completion; not needed if they have "
+        "mlx-lm's keys",
         choices=tuple(FORMATS),
     )
     prompt_column: str | None = option(
-        None, "name of the rows' column that is the prompt, where it is not 'prompt'"
+        None, "name of the column that holds the prompt, if it is not 'prompt'"
     )
     completion_column: str | None = option(
-        None, "name of the rows' column that is the completion, where it is not 'completion'"
+        None, "name of the column that holds the completion, if it is not 'completion'"
     )
     messages_column: str | None = option(
-        None, "name of the rows' column that holds the messages, where it is not 'messages'"
+        None, "name of the column that holds the messages, if it is not 'messages'"
     )
     max_samples: int | None = option(
-        None, "only the first so many rows of the training data", at_least=1
+        None, "use only the first N rows of the training data", at_least=1
     )
     val_split: float | None = option(
         None,
-        "share of the training rows to validate on, drawn by --seed, where the data has no "
+        "share of the training rows to validate on, drawn with --seed, if the data has no "
         "validation split",
         above=0.0,
         below=1.0,
     )
-    max_seq_length: int = option(2048, "longer samples are cut to so many tokens", at_least=2)
+    max_seq_length: int = option(2048, "longer samples are cut to N tokens", at_least=2)
     mask_prompt: bool | None = option(
         None,
-        "leave the prompt out of the loss; default: yes where the data has prompts, as in the "
-        "paper (mlx-lm: no)",
+        "leave the prompt out of the loss; default: yes if the data has prompts, as in the paper "
+        "(mlx-lm: no)",
     )
-    seed: int = option(0, "seed of sampling and data order", at_least=0)
+    seed: int = option(0, "seed for sampling and data order", at_least=0)
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class DataConfig(Config):
             raise UserError("--prompt-column and --completion-column must be given together")
 
     def columns(self) -> dict[str, str]:
-        """``prompt``, ``completion`` and ``messages`` by the column that is named for each."""
+        """``prompt``, ``completion`` and ``messages``, by the name of each one's column."""
         names = ("prompt", "completion", "messages")
         given = {getattr(self, f"{name}_column"): name for name in names}
         return {column: name for column, name in given.items() if column is not None}
@@ -67,12 +67,12 @@ class DataConfig(Config):
 
 @dataclass(kw_only=True)
 class CheckCommand(DataConfig):
-    """``python -m tlora_mlx.check``, and what ``tlora_mlx.check`` takes.
+    """``python -m tlora_mlx.check``, and the configuration of ``tlora_mlx.check``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
     rows: int = option(3, "how many samples of the training data to show", at_least=0)
@@ -83,7 +83,7 @@ class CheckCommand(DataConfig):
 
 @dataclass(kw_only=True)
 class PlanConfig(DataConfig):
-    """What calibration and allocation need."""
+    """The options for calibration and allocation."""
 
     rank: int = option(
         8,
@@ -93,11 +93,11 @@ class PlanConfig(DataConfig):
     alpha: float | None = option(
         None,
         "base alpha: a module's scale is at least alpha / rank; default: the rank, as in the "
-        "paper (scales from 1 up; mlx-lm's one scale is 20)",
+        "paper (scales of 1 or more; mlx-lm uses 20 for all modules)",
         above=0.0,
     )
     max_rank: int | None = option(
-        None, "no module gets a higher rank; what is cut off goes to the others", at_least=1
+        None, "no module gets a higher rank; the excess goes to the others", at_least=1
     )
     target_modules: list[str] | None = option(
         None,
@@ -105,23 +105,27 @@ class PlanConfig(DataConfig):
         "layer in the transformer blocks",
     )
     target_experts: bool = option(
-        False, "adapt the experts of a mixture too, each with a rank of its own"
+        False, "also adapt the experts of a mixture, each with its own rank"
     )
     num_layers: int = option(
         -1,
-        "adapt only the last so many blocks; -1: all (mlx-lm: 16), since the ranks are placed by "
+        "adapt only the last N blocks; -1: all (mlx-lm: 16), since ranks are allocated by "
         "sensitivity anyway",
         at_least=-1,
     )
     calibration_samples: int = option(
-        256, "training samples to calibrate on, drawn by --seed; all if there are fewer", at_least=1
+        256,
+        "training samples to calibrate on, drawn with --seed; all if there are fewer",
+        at_least=1,
     )
     batch_size: int = option(
-        4, "samples per batch, over all processes of mlx.launch together", at_least=1
+        4, "samples per batch, in total over all processes of mlx.launch", at_least=1
     )
-    grad_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory")
+    grad_checkpoint: bool = option(
+        False, "recompute activations in the backward pass to save memory"
+    )
     allow_unexportable: bool = option(
-        False, "go on with a model family or module whose export will be refused"
+        False, "continue even if the model family or a module cannot be exported"
     )
 
     def __post_init__(self) -> None:
@@ -134,30 +138,32 @@ class PlanConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class PlanCommand(PlanConfig):
-    """``python -m tlora_mlx.plan``, and what ``tlora_mlx.plan`` takes.
+    """``python -m tlora_mlx.plan``, and the configuration of ``tlora_mlx.plan``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
     model: str | None = option(None, "model directory, or a Hub repository that mlx-lm loads")
     data: str | None = option(None, "directory with train.jsonl, or a Hub data set, as for train")
     sensitivities: str | None = option(
         None,
-        "an earlier plan: allocate from its sensitivities by --rank, --alpha and --max-rank, "
+        "an earlier plan: allocate from its sensitivities with --rank, --alpha and --max-rank, "
         "without model and data",
     )
-    output: str = option("plan.json", "where the plan goes; a picture beside it with matplotlib")
+    output: str = option(
+        "plan.json", "file for the plan; with matplotlib, a picture is put next to it"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sensitivities is None and not (self.model and self.data):
-            raise UserError("--model and --data must be given, or --sensitivities; see --help")
+            raise UserError("missing: --model and --data, or --sensitivities; see --help")
 
 
-# What makes ranks, scales and A, where no adapter brings them.
+# The options that determine ranks, scales and A, unless an adapter provides them.
 INITIALISATION_OPTIONS = {
     "rank",
     "alpha",
@@ -171,33 +177,33 @@ INITIALISATION_OPTIONS |= {"plan", "calibration_samples", "covariance", "calibra
 
 @dataclass(kw_only=True)
 class TrainConfig(PlanConfig):
-    """``python -m tlora_mlx.train``, and what ``tlora_mlx.train`` takes.
+    """``python -m tlora_mlx.train``, and the configuration of ``tlora_mlx.train``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
-    adapter_path: str = option("adapters", "run directory to make")
+    adapter_path: str = option("adapters", "run directory to create")
     resume: bool = option(
         False,
-        "go on with the run in --adapter-path from its newest whole checkpoint, to the same result "
+        "resume the run in --adapter-path from its newest intact checkpoint, with the same result "
         "as if it had never stopped; its options need not be given again",
     )
     plan: str | None = option(
-        None, "take ranks and scales from this file of tlora plan, edited by hand or not"
+        None, "take ranks and scales from this file, which tlora plan wrote and you may edit"
     )
     from_adapter: str | None = option(
         None,
-        "start from this adapter (a run, PEFT's or mlx-lm's) instead of calibrating: its ranks, "
-        "scales, A and B, of which A stays frozen",
+        "start from this adapter (a run, PEFT's or mlx-lm's) instead of calibrating: from its "
+        "ranks, scales, A and B; A stays frozen",
     )
     covariance: str = option(
         "auto",
         "exact keeps covariances (in × in), in as many passes over the calibration samples as "
-        "--calibration-memory asks for; streaming keeps a few (in × (rank + 32)) per module "
-        "and takes some 5 passes forwards; auto: exact where the one pass will do",
+        "--calibration-memory requires; streaming keeps a few (in × (rank + 32)) per module and "
+        "needs about 5 forward passes; auto: exact if one pass is enough",
         choices=("auto", "exact", "streaming"),
     )
     calibration_memory: float | None = option(
@@ -210,7 +216,7 @@ class TrainConfig(PlanConfig):
         1000, "optimizer updates (each takes --grad-accumulation-steps batches)", at_least=1
     )
     epochs: int | None = option(
-        None, "train for so many passes over the data instead of --iters", at_least=1
+        None, "train for N passes over the data, instead of --iters", at_least=1
     )
     optimizer: str = option(
         "adamw", "with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
@@ -223,12 +229,12 @@ class TrainConfig(PlanConfig):
     )
     lr_schedule: str = option(
         "cosine",
-        "after the warm-up; the paper trains with cosine or linear (mlx-lm: constant)",
+        "of the rate after the warm-up; the paper uses cosine or linear (mlx-lm: constant)",
         choices=("cosine", "linear", "constant"),
     )
     warmup: float = option(
         0.03,
-        "share of the updates in which the rate rises from 0, as in the paper",
+        "share of the updates during which the rate rises from 0, as in the paper",
         at_least=0.0,
         at_most=1.0,
     )
@@ -238,12 +244,12 @@ class TrainConfig(PlanConfig):
     )
     max_grad_norm: float = option(
         1.0,
-        "the gradient is scaled down to this norm, as in transformers' trainer; 0: never (mlx-lm)",
+        "gradients are scaled down to this norm, as in transformers' trainer; 0: never (mlx-lm)",
         at_least=0.0,
     )
     skip_nonfinite: int = option(
         0,
-        "leave out so many updates whose loss or gradient is not finite, instead of stopping",
+        "skip up to N updates whose loss or gradient is not finite, instead of stopping",
         at_least=0,
     )
     val_batches: int = option(25, "validation batches per evaluation; -1: all", at_least=-1)
@@ -251,7 +257,7 @@ class TrainConfig(PlanConfig):
     steps_per_eval: int = option(200, "updates between validations", at_least=1)
     early_stop: int | None = option(
         None,
-        "stop after so many validations in a row without a lower loss than the lowest",
+        "stop after N consecutive validations without improvement",
         at_least=1,
     )
     save_every: int = option(100, "updates between checkpoints", at_least=1)
@@ -269,7 +275,7 @@ class TrainConfig(PlanConfig):
             raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
 
     def _refuse_with_adapter(self) -> None:
-        """An adapter that is gone on from has its ranks and A already."""
+        """An adapter that training starts from already has ranks, scales and A."""
         given = [
             flag(item.name)
             for item in fields(self)
@@ -277,6 +283,6 @@ class TrainConfig(PlanConfig):
         ]
         if given:
             raise UserError(
-                f"{', '.join(given)} cannot be given with --from-adapter, which brings its own "
-                "ranks, scales and A; leave them out"
+                f"{', '.join(given)} cannot be used with --from-adapter, which has its own ranks, "
+                "scales and A; leave them out"
             )

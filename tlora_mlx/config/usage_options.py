@@ -1,4 +1,4 @@
-"""Options of what uses a finished adapter: ``generate``, ``inspect``, ``evaluate``, ``report``."""
+"""Options of the commands for finished adapters: ``generate``, ``inspect``, ``evaluate``, …"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GenerateCommand(Config):
     """``python -m tlora_mlx.generate``."""
 
     run: str = option(MISSING, "run directory, or a PEFT or mlx-lm adapter", positional=True)
-    prompt: str = option(MISSING, "what to complete; '-' reads it from standard input")
-    max_tokens: int = option(100, "tokens to generate at most", at_least=1)
+    prompt: str = option(MISSING, "text to complete; '-' reads it from standard input")
+    max_tokens: int = option(100, "generate at most N tokens", at_least=1)
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
 
@@ -28,35 +28,35 @@ class InspectCommand(Config):
 
 @dataclass(kw_only=True)
 class EvaluateCommand(Config):
-    """``python -m tlora_mlx.evaluate``, and what ``tlora_mlx.evaluate`` takes.
+    """``python -m tlora_mlx.evaluate``, and the configuration of ``tlora_mlx.evaluate``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
-    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    run: str = option(MISSING, "run directory that tlora train created", positional=True)
     task: str = option(
         MISSING,
-        "how rows are read and scored",
+        "how to read and score rows",
         choices=("math", "commonsense", "nlu", "code", "chat", "perplexity"),
     )
     data: str = option(
         MISSING,
-        "file of rows, one JSON object a line; or a Hub data set, whose test split is taken",
+        "file of rows, one JSON object per line; or a Hub data set, whose test split is used",
     )
     format: str | None = option(
-        None, "how raw rows are read; default: as the run was trained", choices=tuple(FORMATS)
+        None, "how to read raw rows; default: as in the run's training", choices=tuple(FORMATS)
     )
-    output: str | None = option(None, "directory to make; default: RUN/evaluations/TASK-FILE")
-    max_samples: int | None = option(None, "only the first so many rows", at_least=1)
-    batch_size: int = option(8, "prompts, or choices, per batch", at_least=1)
-    max_tokens: int = option(512, "tokens per answer at most", at_least=1)
+    output: str | None = option(None, "directory to create; default: RUN/evaluations/TASK-FILE")
+    max_samples: int | None = option(None, "use only the first N rows", at_least=1)
+    batch_size: int = option(8, "prompts or choices per batch", at_least=1)
+    max_tokens: int = option(512, "at most N tokens per answer", at_least=1)
     execute: bool = option(
         False,
-        "run the code that the models wrote, in processes without network and with limits on time "
-        "and memory; it is no sandbox",
+        "run the code that the models write, in processes without network and with limits on time "
+        "and memory; this is not a sandbox",
     )
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
@@ -68,18 +68,18 @@ class EvaluateCommand(Config):
 
 @dataclass(kw_only=True)
 class ReportCommand(Config):
-    """``python -m tlora_mlx.report``, and what ``tlora_mlx.report`` takes.
+    """``python -m tlora_mlx.report``, and the configuration of ``tlora_mlx.report``.
 
     The fields are the options, with their help as ``metadata["help"]``.
 
     Raises:
-        UserError: a value is outside of what its option allows.
+        UserError: a value is not allowed for its option.
     """
 
-    run: str = option(MISSING, "run directory that tlora_mlx.train made", positional=True)
+    run: str = option(MISSING, "run directory that tlora train created", positional=True)
     output: str | None = option(None, "HTML file to write; default: RUN/report.html")
     samples: int = option(
-        0, "also let base model and adapter continue so many validation prompts", at_least=0
+        0, "also show how base model and adapter continue N validation prompts", at_least=0
     )
-    max_tokens: int = option(120, "tokens per sample at most", at_least=1)
+    max_tokens: int = option(120, "at most N tokens per sample", at_least=1)
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
