@@ -1,7 +1,7 @@
 """TLoRA (task-aware LoRA, ACL 2026) for Apple Silicon on MLX, with an exporter to PEFT.
 
-The public names below are imported when they are first used, so that the package itself, and with
-it every command's ``--help``, loads at once. Editors and type checkers read the imports.
+The public names below are imported on first use, so that the package itself, and with it every
+command's ``--help``, loads instantly. Editors and type checkers read the imports.
 """
 
 import sys
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from tlora_mlx.training.session import TrainingResult as TrainingResult
     from tlora_mlx.training.session import train as train
 
-# The module that has each name; a test compares it with the imports above.
+# The module that defines each name; a test compares it with the imports above.
 _MODULES = {
     "adapters.adapter": ("Adapter",),
     "adapters.combine": ("Combination", "combine"),
@@ -106,9 +106,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps ``tlora_mlx.train`` the function when the command of that name has been imported.
+    """Makes sure that ``tlora_mlx.train`` stays the function when the command is imported.
 
-    Python binds a submodule to its package once it is loaded, which would hide the function:
+    Python binds a submodule to its package once it is loaded, and that would hide the function:
     https://docs.python.org/3/reference/import.html#submodules
     """
 

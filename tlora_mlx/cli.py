@@ -1,4 +1,4 @@
-"""The ``tlora`` console script, one subcommand per module of the same name; how a command ends."""
+"""The ``tlora`` console script, one subcommand per module of that name, and how a command ends."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ COMMANDS = {
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
     "export": "write a run as an adapter for PEFT or mlx-lm, or merged; combine adapters",
-    "inspect": "describe an adapter: a run, PEFT's or mlx-lm's",
+    "inspect": "describe an adapter: a run, or one of PEFT or mlx-lm",
     "upload": "push an export to the Hugging Face Hub",
-    "generate": "complete a prompt with base model and adapter",
-    "evaluate": "base model and adapter on a task, side by side",
+    "generate": "complete a prompt with the base model and with the adapter",
+    "evaluate": "compare base model and adapter on a task",
     "report": "write a run as one HTML page",
 }
 
@@ -42,22 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         return import_module(f"tlora_mlx.{arguments[0]}").main(arguments[1:])
     lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
-    usage = "\n".join(["usage: tlora COMMAND …; tlora COMMAND --help says more", *lines])
+    usage = "\n".join(["usage: tlora COMMAND …; see tlora COMMAND --help", *lines])
     if arguments in (["-h"], ["--help"]):
         print(usage)
         return 0
-    said = f"unknown command '{arguments[0]}'" if arguments else "no command given"
-    print(f"error: {said}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
+    problem = f"unknown command '{arguments[0]}'" if arguments else "no command given"
+    print(f"error: {problem}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
 
 
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print its failure as one sentence on stderr and return the exit code.
 
-    A failure that is none of ours and not the system's is a bug: its traceback is what a bug
-    report needs, so it is let through. Under ``mlx.launch`` a failure in one process ends all.
+    Any other exception is a bug, and passes through, since a bug report needs its traceback. Under
+    ``mlx.launch`` a failure in one process ends all.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # for terminals that have no × or emoji
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for terminals without × or emoji
         sys.stdout.reconfigure(errors="replace")
     if not _launched():
         code, message = _outcome(command)
@@ -88,12 +88,12 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _launched() -> bool:
-    """Whether ``mlx.launch`` started this process, with one of its backends (or Open MPI did)."""
+    """Whether ``mlx.launch``, with any of its backends, or Open MPI started this process."""
     return "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
 
 
 def _outcome(command: Callable[[], object]) -> tuple[int, str]:
-    """The exit code and, where it failed, why."""
+    """The exit code and, if the command failed, the reason."""
     try:
         with sigterm_as_ctrl_c():
             command()

@@ -1,4 +1,4 @@
-"""The ways a command fails, and how another library's failure becomes one line."""
+"""The ways in which a command fails, and how another library's error becomes one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM outside the training loop, handled like Ctrl-C: what is half-written is removed."""
+    """SIGTERM outside the training loop, handled like Ctrl-C: half-written files are removed."""
 
 
 def interruption_code(stop: KeyboardInterrupt) -> int:
@@ -35,5 +35,5 @@ def interruption_code(stop: KeyboardInterrupt) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of its failure, cut to its first line."""
+    """The first line of another library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

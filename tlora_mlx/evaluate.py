@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.evaluate``: base model and adapter on a task, side by side."""
+"""``python -m tlora_mlx.evaluate``: compare base model and adapter on a task."""
 
 from __future__ import annotations
 

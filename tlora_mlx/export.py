@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.export``: a run directory becomes what other tools read."""
+"""``python -m tlora_mlx.export``: convert a run to what other tools read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.config.parsing import parse
 
 DESCRIPTION = (
-    "Export a run, another tool's adapter, or several combined: an adapter or a merged model."
+    "Export a run, another tool's adapter, or several combined, as an adapter or a merged model."
 )
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Export, say what was verified and how to load it, and push it where that is asked for."""
+    """Export, print what was verified and how to load it, and push it if requested."""
     config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)
 
     from tlora_mlx.publishing.export import export
@@ -32,7 +32,7 @@ def command(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    # Merging has threads of its own: those of numpy's OpenBLAS, not loaded yet, would fight them.
+    # Merging has its own threads; those of numpy's OpenBLAS, not loaded yet, would compete.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return run_command(lambda: command(argv))
 

@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.generate``: what the base model says, and what the adapter makes of it."""
+"""``python -m tlora_mlx.generate``: a completion by the base model and one with the adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, g
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Print both completions as they grow."""
+    """Print both completions as they are generated."""
     config = parse(GenerateCommand, "tlora generate", DESCRIPTION, argv)
 
     from tlora_mlx.evaluation.completion import completions

@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.inspect``: what an adapter directory holds, and who would read it right."""
+"""``python -m tlora_mlx.inspect``: describe an adapter directory, and who reads it correctly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tlora_mlx.cli import run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import InspectCommand
 
-DESCRIPTION = "Describe an adapter directory: a run of tlora_mlx.train, PEFT's or mlx-lm's."
+DESCRIPTION = "Describe an adapter directory: a run, or an adapter of PEFT or mlx-lm."
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Print format, base model, ranks, size, and the scale by which each reader takes it."""
+    """Print format, base model, ranks, size, and the scale that each reader applies."""
     config = parse(InspectCommand, "tlora inspect", DESCRIPTION, argv)
 
     from tlora_mlx.adapters.registry import read_adapter

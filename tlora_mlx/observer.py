@@ -1,7 +1,7 @@
-"""How library functions tell what they are doing: they call an observer, and never print.
+"""How library functions report progress: they call an observer, and never print.
 
 Source of the pattern: ml-explore/mlx-lm, ``mlx_lm/tuner/callbacks.py``, a base class that does
-nothing, for those who want only some of the calls.
+nothing, for callers that need only some of the calls.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Called as work gets done: with the number of steps and, where there is one, a text to show.
+# Called as work is done, with the number of steps and, optionally, a text to show.
 Advance = Callable[..., None]
 
 
 def no_advance(steps: int = 1, text: str | None = None) -> None:
-    """An ``Advance`` that tells nobody."""
+    """An ``Advance`` that does nothing."""
 
 
 class Observer:
-    """What a library function tells whoever called it; this one ignores it all.
+    """Receives what library functions report; this base class ignores it.
 
-    ``terminal.Terminal`` is the one that prints. A subclass overrides what it is interested in.
+    A subclass overrides the methods that it needs; ``terminal.Terminal`` prints.
     """
 
     def note(self, text: str) -> None:
         """One line about what was found or decided."""
 
     def planned(self, plan: Any) -> None:
-        """Ranks and scales are known: a ``method.allocation.RankPlan``."""
+        """The ranks and scales, once they are known: a ``method.allocation.RankPlan``."""
 
     def reported(self, metrics: Mapping[str, Any]) -> None:
-        """One report of a training run, as a line of ``metrics.jsonl`` holds it."""
+        """One report of a training run, with the content of a line of ``metrics.jsonl``."""
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """A stage of ``total`` steps, of which ``done`` are done; yields what advances it."""
+        """A stage of ``total`` steps, of which ``done`` are done; yields its ``Advance``."""
         yield no_advance
 
 

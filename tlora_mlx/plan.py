@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.plan``: calibrate and allocate only, to look before training."""
+"""``python -m tlora_mlx.plan``: only calibrate and allocate, for a look before training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tlora_mlx.cli import run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
 
-DESCRIPTION = "Calibrate a model on task samples and show how TLoRA would spread its ranks."
+DESCRIPTION = "Calibrate a model on task samples and show how TLoRA would distribute the ranks."
 
 
 def command(argv: Sequence[str] | None) -> None:

@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.report``: a run as one HTML page to look at."""
+"""``python -m tlora_mlx.report``: write a run as one HTML page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTION = "Write a run as one self-contained HTML page."
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Write the page, and say where it is."""
+    """Write the page, and print where it is."""
     config = parse(ReportCommand, "tlora report", DESCRIPTION, argv)
 
     from tlora_mlx.reporting.report import report

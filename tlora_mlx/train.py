@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.train``: calibrate, allocate, initialise and train, in one screen."""
+"""``python -m tlora_mlx.train``: calibrate, allocate, initialise and train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DESCRIPTION = "Fine-tune a language model with TLoRA (task-aware LoRA: A frozen,
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Train, and say what it came to."""
+    """Train, and print a summary."""
     config = parse(TrainConfig, "tlora train", DESCRIPTION, argv, complete=_with_stored_options)
 
     from tlora_mlx.terminal import Terminal, say
@@ -30,7 +30,7 @@ def command(argv: Sequence[str] | None) -> None:
 
 
 def _with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Late, so that ``--help`` imports nothing heavy."""
+    """Imported late, so that ``--help`` loads nothing heavy."""
     from tlora_mlx.runs.run_directory import with_stored_options
 
     return with_stored_options(given)

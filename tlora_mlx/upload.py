@@ -1,4 +1,4 @@
-"""``python -m tlora_mlx.upload``: an exported directory goes to the Hugging Face Hub."""
+"""``python -m tlora_mlx.upload``: push an exported directory to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTION = "Push what tlora export wrote to the Hugging Face Hub, as one comm
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Push, and say where it is."""
+    """Push, and print the commit's address."""
     config = parse(UploadCommand, "tlora upload", DESCRIPTION, argv)
 
     from tlora_mlx.publishing.hub import push

@@ -1,3 +1,3 @@
-"""The package's version, importable without anything heavy."""
+"""The package's version, which can be imported without anything heavy."""
 
 __version__ = "0.1.0"

@@ -389,5 +389,5 @@ def test_a_differing_base_model_is_mentioned(model_path, data_path, plain, capsy
     again = shutil.copytree(model_path, tmp_path / "again")
     quick_train(again, data_path, tmp_path / "run", from_adapter=str(plain), rank=8, iters=1)
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert f"warning: {plain} was made for {model_path}, and --model is {again}" in said
+    assert f"warning: {plain} was made for {model_path}, but --model is {again}" in said
     assert load_adapter(tmp_path / "run").name == str(again)

@@ -211,7 +211,7 @@ def test_processes_without_a_sample(ranks, model_path, data_path, tmp_path):
     three = ranks(3, command, "train", arguments(model_path, data, tmp_path / "three", *flags))
     codes, outputs = three.wait()
     assert codes == [0, 0, 0], outputs
-    assert "--batch-size 1 is shared out to 3 processes" in outputs[0]
+    assert "--batch-size 1 is split among 3 processes" in outputs[0]
     assert outputs[1] == outputs[2] == ""
     assert_the_same(tmp_path / "three", one)
 
@@ -364,7 +364,7 @@ def test_bad_input_is_said_once(ranks, model_path, data_path, run_path, tmp_path
     for each, message in (
         (nowhere, "no does not exist"),
         (held, "holds another run"),
-        (more, "process 1 has another option --seed than the first"),
+        (more, "process 1 has a different option --seed than the first"),
     ):
         codes, outputs = each.wait()
         assert codes == [2, 2], outputs

@@ -251,7 +251,7 @@ def test_what_else_lies_in_a_run_or_is_missing(uncut, tmp_path, tlora_here):
     (run / "rank_plan.json").write_bytes(plan)
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "loss.png is not drawn" in result.stdout
+    assert "loss.png was not drawn" in result.stdout
     assert (run / "adapters.safetensors").read_bytes() == results(uncut)[0]
 
 
@@ -523,7 +523,7 @@ def test_a_loss_that_is_not_finite(tmp_path, tlora_here):
     assert int(newest(run)) > at
     through = tlora_here(*resumed, "--skip-nonfinite", 2)
     assert through.returncode == 0, through.stderr
-    assert "2 updates left out as not finite" in through.stdout
+    assert "2 updates skipped as not finite" in through.stdout
     assert all(mx.isfinite(t).all().item() for t in read_run(run).tensors.values())
 
 

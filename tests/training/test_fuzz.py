@@ -1,4 +1,4 @@
-"""Whatever the data and the sizes: exit 0, or one sentence and exit 2."""
+"""Whatever the data and the sizes, the command exits with 0, or with one sentence and 2."""
 
 import json
 import shutil

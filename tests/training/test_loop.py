@@ -26,7 +26,7 @@ def config(**options):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_loss_against_numpy(dtype):
-    """In double precision, token by token, from the logits as they are in the model's dtype."""
+    """In double precision, token by token, from the logits in the model's dtype."""
     batch = collate(SAMPLES, 2048)
     mx.random.seed(0)
     logits = (4 * mx.random.normal((*batch.tokens.shape, 50))).astype(dtype)
@@ -106,7 +106,7 @@ def test_epochs_count_every_sample(tmp_path, model_path, data_path):
     assert trained[-1] == 2 * sum(len(s.tokens) - s.first_target for s in split.samples)
 
 
-def test_accumulation_trains_as_one_large_batch(tmp_path, model_path, data_path):
+def test_accumulation_equals_one_large_batch(tmp_path, model_path, data_path):
     def b_matrices(**options):
         name = "-".join(map(str, options.values()))
         run = quick_train(model_path, data_path, tmp_path / name, epochs=1, **options)
@@ -120,7 +120,7 @@ def test_accumulation_trains_as_one_large_batch(tmp_path, model_path, data_path)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, model_path, data_path):
-    """In processes of their own: mlx-lm's checkpointing patches the block's class for good."""
+    """In separate processes: mlx-lm's checkpointing patches the block's class permanently."""
     tensors = []
     for flags in ([], ["--grad-checkpoint"]):
         run = tmp_path / f"run{len(flags)}"
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, model_path,
         assert mx.abs(value - checkpointed[key]).max().item() < 1e-5, key
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path, model_path, data_path):
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, model_path, data_path):
     result = tlora(
         "train", "--model", model_path, "--data", data_path, "--adapter-path", tmp_path / "run",
         "--rank", 4, "--learning-rate", "1e30", "--optimizer", "adam", "--iters", 50,

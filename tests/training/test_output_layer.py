@@ -1,4 +1,4 @@
-"""The piecewise loss against autodiff through the model's own whole logits."""
+"""The piecewise loss compared with autodiff through the model's complete logits."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +48,7 @@ def assert_equal(model, rows, separable, tolerance=1e-5):
 # gemma2 caps its logits and ties the output layer to the embedding.
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("piece", [2**21, 300 * 16])
-def test_loss_and_gradient_are_those_of_whole_logits(tmp_path, monkeypatch, family, piece):
+def test_loss_and_gradient_equal_those_of_complete_logits(tmp_path, monkeypatch, family, piece):
     monkeypatch.setattr(output_layer, "PIECE", piece)
     monkeypatch.setattr(output_layer, "PIECE_ROWS", 16)
     model = trained(save_model(tmp_path, family))
@@ -69,7 +69,7 @@ def test_half_precision(tmp_path):
     assert_equal(model, target_rows(BATCH), True, tolerance=0.03)
 
 
-def test_a_nan_where_nothing_counts_reaches_neither_loss_nor_gradient():
+def test_a_nan_outside_the_counted_tokens_changes_nothing():
     states = mx.random.normal((8, 4))
     counts = mx.array([True] * 5 + [False] * 3)
     poisoned = mx.where(counts[:, None], states, mx.nan)
@@ -84,7 +84,7 @@ def test_a_nan_where_nothing_counts_reaches_neither_loss_nor_gradient():
     assert (gradient[5:] == 0).all()
 
 
-def test_what_is_not_separable(tmp_path):
+def test_models_that_are_not_separable(tmp_path):
     model = trained(save_model(tmp_path))
     model.eval()
     tokens = BATCH.tokens[:1]

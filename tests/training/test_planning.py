@@ -6,9 +6,7 @@ from helpers.commands import tlora
 from tlora_mlx import RankPlan
 
 
-def test_the_plan_is_what_train_makes_of_the_same_options(
-    model_path, data_path, run_path, tmp_path
-):
+def test_train_with_the_same_options_makes_the_same_plan(model_path, data_path, run_path, tmp_path):
     out = tmp_path / "plan.json"
     arguments = ["--model", model_path, "--data", data_path, "--rank", 4, "--output", out]
     result = tlora("plan", *arguments)
@@ -34,7 +32,7 @@ def test_the_options_reach_the_plan(model_path, data_path, tmp_path, tlora_here)
     assert min(m.scale for m in plan.modules.values()) == 2.0
 
 
-def test_modules_of_one_kind_in_one_block_all_have_a_cell():
+def test_every_module_of_a_kind_in_a_block_has_a_cell():
     from tlora_mlx.method.allocation import ModulePlan
     from tlora_mlx.reporting.plan_grid import plan_grid
 
@@ -67,7 +65,7 @@ def test_bad_output(model_path, data_path, tmp_path, tlora_here):
     assert "must be a file" in tlora_here("plan", *arguments, tmp_path / "pipe").stderr
     result = tlora_here("plan", *arguments, tmp_path / "plan.png")
     assert result.returncode == 2
-    assert "the picture goes beside it" in result.stderr
+    assert "the .png is written beside it" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 

@@ -1,4 +1,4 @@
-"""The command as a user runs it: what it writes, that it repeats, and how it fails."""
+"""The command as a user runs it: its files, its reproducibility, and how it fails."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_trained_parameters_before_and_after_a_save(run_path, model_path):
 
 
 def test_a_hub_repository(model_path, data_path, tmp_path):
-    """By its name, from the Hub client's own cache: there is no network here."""
+    """By its name, from the cache of the Hub's client: there is no network here."""
     commit = "0123456789" * 4
     repository = tmp_path / "cache" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_a_hub_repository(model_path, data_path, tmp_path):
 
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
 def test_a_quantized_base(data_path, tmp_path, bits, mode):
-    """A conversion by mlx-lm's own command, as users have them; exported onto its original."""
+    """A model converted by mlx-lm's own command, as users do it; exported for its original."""
     original = save_model(tmp_path / "original", hidden_size=64, intermediate_size=128)
     converted = tmp_path / "converted"
     command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(original)]
@@ -210,9 +210,7 @@ def test_bad_data_and_targets(model_path, data_path, tmp_path, tlora_here):
     assert_one_sentence(result, 2, "--test needs samples")
 
 
-def test_a_directory_that_holds_another_run_is_left_alone(
-    model_path, data_path, run_path, tlora_here
-):
+def test_a_directory_with_another_run_is_left_alone(model_path, data_path, run_path, tlora_here):
     before = {p: p.read_bytes() for p in run_path.rglob("*") if p.is_file()}
     result = tlora_here(*arguments(model_path, data_path, run_path))
     assert_one_sentence(result, 2, "holds another run")
@@ -221,7 +219,7 @@ def test_a_directory_that_holds_another_run_is_left_alone(
     assert_one_sentence(result, 2, "is a file")
 
 
-def test_somebody_elses_reports_are_left_alone(model_path, data_path, tmp_path, tlora_here):
+def test_another_programs_reports_are_left_alone(model_path, data_path, tmp_path, tlora_here):
     (tmp_path / "metrics.jsonl").write_text("mine")
     result = tlora_here(*arguments(model_path, data_path, tmp_path))
     assert_one_sentence(result, 2, "holds another run (metrics.jsonl)")
@@ -246,8 +244,8 @@ def test_a_base_model_that_is_not_finite(data_path, tmp_path, tlora_here):
 # ---------------------------------------------------------------- plans and covariances
 
 
-def test_a_plan_that_is_given(model_path, data_path, run_path, tmp_path, tlora_here):
-    """The plan that training would make, given: the same adapter, without the sensitivities."""
+def test_training_with_a_given_plan(model_path, data_path, run_path, tmp_path, tlora_here):
+    """Given the plan that training would make, the adapter is the same, without sensitivities."""
     common = ["--learning-rate", "1e-2", "--iters", 6, "--seed", 0]
     result = tlora_here(
         *arguments(model_path, data_path, tmp_path / "run", *common),
@@ -286,11 +284,11 @@ def test_all_faults_of_a_plan_in_one_message(model_path, data_path, run_path, tm
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     result = tlora_here(*arguments(model_path, data_path, tmp_path / "run", "--plan", path))
-    assert_one_sentence(result, 2, "is not right")
+    assert_one_sentence(result, 2, "is invalid")
     assert f"'scale' of {third} is not a finite number" in result.stderr
     assert f"{first} has rank 49, above min(48, 48)" in result.stderr
-    assert f"{second} has shape (24, 48) in the model, (24, 7) in the plan" in result.stderr
-    assert "model.layers.9.mlp.up_proj is no target module of the model" in result.stderr
+    assert f"{second} has shape (24, 48) in the model, but (24, 7) in the plan" in result.stderr
+    assert "model.layers.9.mlp.up_proj is not a target module of the model" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -303,7 +301,7 @@ def test_all_faults_of_a_plan_in_one_message(model_path, data_path, run_path, tm
         (["--covariance", "streaming"], "covariance: streaming, about"),
     ],
 )
-def test_every_way_to_the_covariance(
+def test_every_covariance_option(
     model_path, data_path, run_path, tmp_path, tlora_here, options, said
 ):
     run = tmp_path / "run"
@@ -317,8 +315,8 @@ def test_every_way_to_the_covariance(
 # ---------------------------------------------------------------- where reports go
 
 
-def test_reports_go_to_wandb_too(model_path, data_path, tmp_path):
-    """The real client, offline: it writes what it was told into the run's directory."""
+def test_reports_also_go_to_wandb(model_path, data_path, tmp_path):
+    """The real client, offline: it writes the reports into the run's directory."""
     run = tmp_path / "run"
     environment = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
     command = arguments(model_path, data_path, run, "--report-to", "wandb", "--steps-per-report", 2)
@@ -383,7 +381,7 @@ def test_bad_reporters(model_path, data_path, tmp_path, tlora_here, monkeypatch)
 # ---------------------------------------------------------------- validation data
 
 
-def test_a_share_of_the_training_rows_validates(model_path, data_path, tmp_path, tlora_here):
+def test_validating_on_a_share_of_the_training_rows(model_path, data_path, tmp_path, tlora_here):
     write_jsonl(tmp_path / "data" / "train.jsonl", ROWS[:13])
     command = arguments(model_path, tmp_path / "data", tmp_path / "run", "--val-split", "0.25")
     result = tlora_here(*command)
@@ -400,7 +398,7 @@ def test_a_share_of_the_training_rows_validates(model_path, data_path, tmp_path,
 
 
 def test_clipping(model_path, data_path, tmp_path):
-    """Against plain gradient descent in disguise: Adam's first step shows the clipped norm."""
+    """Plain gradient descent in disguise: Adam's first step shows the clipped norm."""
     reports = {}
     for bound in (0.0, 1e-3):
         run = quick_train(

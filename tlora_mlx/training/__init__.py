@@ -1,1 +1,1 @@
-"""Training: from options to a finished run, B alone trained."""
+"""Training: from options to a finished run, in which only B is trained."""

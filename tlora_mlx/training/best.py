@@ -1,4 +1,4 @@
-"""The adapter of the lowest validation loss, kept in memory until training ends."""
+"""The adapter with the lowest validation loss, kept in memory until training ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlora_mlx.runs.checkpoint import b_matrices
 
 
 class BestAdapter:
-    """B of the lowest validation loss so far; A never changes.
+    """B at the lowest validation loss so far; A never changes.
 
     Attributes:
         b: ``NAME.lora_b`` (rank, out); empty before the first validation.
@@ -22,9 +22,9 @@ class BestAdapter:
         self.b = dict(b or {})
 
     def keep(self, model: nn.Module) -> None:
-        """Keep the model's B as it is."""
+        """Keep a copy of the model's current B."""
         self.b = b_matrices(adapter_tensors(model))
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model the B that was kept, if any was."""
+        """Put the B that was kept, if any, back into the model."""
         restore_b(model, self.b)

@@ -1,4 +1,4 @@
-"""The training loop: B alone is trained, the loss is a mean over the tokens that count."""
+"""The training loop: only B is trained, and the loss is the mean over the counted tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tlora_mlx.training.validation import evaluate
 
 
 def batches_per_epoch(samples: int, config: TrainConfig) -> int:
-    """How many micro-batches an epoch has, the last partial one included."""
+    """The number of micro-batches in an epoch, including a partial last one."""
     return -(-samples // config.batch_size)
 
 
 def total_updates(samples: int, config: TrainConfig) -> int:
-    """How many optimizer updates a run takes: ``iters``, or ``epochs`` times those of an epoch."""
+    """The number of optimizer updates in a run: ``iters``, or those of ``epochs`` epochs."""
     if config.epochs is None:
         return config.iters
     batches = config.epochs * batches_per_epoch(samples, config)
@@ -45,7 +45,7 @@ def total_updates(samples: int, config: TrainConfig) -> int:
 def training_batches(
     samples: list[Sample], config: TrainConfig, start: int
 ) -> Iterator[list[Sample]]:
-    """Micro-batch after micro-batch from number ``start`` on; ``epochs``, if given, ends them."""
+    """The micro-batches from number ``start`` on; endless, unless ``epochs`` is given."""
     lengths = [len(sample.tokens) for sample in samples]
     first, skip = divmod(start, batches_per_epoch(len(samples), config))
     for epoch in range(first, config.epochs) if config.epochs else count(first):
@@ -56,24 +56,24 @@ def training_batches(
 
 
 class Training:
-    """A model on its way through a run: what the loop reads, and what it brings forward.
+    """The state of a training run: what the loop reads, and what it updates.
 
-    All that follows depends on the arguments alone, so that a run that is resumed from a checkpoint
-    ends with the same bits as one that was never cut (on the CPU).
+    Everything depends only on the arguments, so a run that is resumed from a checkpoint ends with
+    the same bits as an uninterrupted one (on the CPU).
 
     Args:
         model: with ``TLoRALinear`` layers attached.
-        optimizer: from ``make_optimizer``, its state as of ``progress``.
+        optimizer: from ``make_optimizer``, with its state as of ``progress``.
         train: samples to learn from.
         valid: samples to validate on; may be empty.
         config: the run's options.
-        progress: where the run stands; brought forward in place.
-        best: the adapter of the lowest validation loss so far; brought forward in place.
-        recorder: is given each report: ``iteration`` and either ``train_loss``, ``learning_rate``,
+        progress: where the run stands; updated in place.
+        best: the adapter with the lowest validation loss so far; updated in place.
+        recorder: receives each report: ``iteration`` and either ``train_loss``, ``learning_rate``,
             ``grad_norm`` (of the last update, before clipping), ``iterations_per_second``,
             ``tokens_per_second``, ``trained_tokens`` and ``peak_memory`` (GB), or ``val_loss`` and
-            ``val_time`` (s); and a state every ``save_every`` updates and before it is left.
-        observer: is told the same reports, and each update.
+            ``val_time`` (s); and the state, every ``save_every`` updates and at the end.
+        observer: notified of the same reports, and of each update.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Training:
         self.updates = total_updates(len(train), config)
 
     def save(self) -> None:
-        """Have the recorder keep all that the rest of the run depends on."""
+        """Have the recorder save everything that the rest of the run depends on."""
         self.recorder.checkpoint(
             TrainingState(
                 adapter_tensors(self.model),
@@ -107,7 +107,7 @@ class Training:
         )
 
     def finish(self) -> None:
-        """Leave the model with the adapter to keep, and have the recorder keep it."""
+        """Give the model the adapter to keep, and have the recorder save it."""
         self.best.restore(self.model)
         self.recorder.finish(adapter_tensors(self.model), self.progress.kept_iteration)
 
@@ -115,9 +115,10 @@ class Training:
         """Train the model's trainable parameters in place, from where the run stands to the end.
 
         Raises:
-            RunError: a loss or gradient is not finite; the weights are those of the last good
+            RunError: a loss or gradient is not finite; the weights are those after the last good
                 update.
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; the weights are those of the last update.
+            Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the weights are those after the last
+                update.
         """
         progress, config = self.progress, self.config
         self.model.eval()
@@ -158,7 +159,7 @@ class Training:
                     self.save()
 
     def _validate_or_stop(self, stops: list[int]) -> None:
-        """Validate where it is due; stop where a signal came, with everything saved."""
+        """Validate if it is due; if a signal arrived, save everything and stop."""
         now = self.progress.iteration
         due = now % self.config.steps_per_eval == 0 or now == self.updates
         try:
@@ -178,27 +179,27 @@ class Training:
         if not 0 < (self.config.early_stop or 0) <= stale:
             return False
         self.observer.note(
-            f"stopped early: the last {stale} validations were not below "
+            f"stopped early: {stale} consecutive validations without improvement on "
             f"{self.progress.best_loss:.4f}"
         )
         return True
 
     def _skip_or_fail(self, loss: float, batches: list[list[Sample]]) -> None:
-        """Leave an update out that is not finite, or end the run where that is not allowed."""
+        """Skip an update that is not finite, or end the run if no more may be skipped."""
         progress, allowed = self.progress, self.config.skip_nonfinite
         what = _not_finite(progress.iteration + 1, loss, batches, self.train)
         if progress.skipped == allowed:
             self.save()
             raise RunError(
-                f"{what}; the weights of iteration {progress.iteration} are untouched and "
-                "saved: look at these samples, try a lower --learning-rate, or leave such "
-                f"updates out with --skip-nonfinite {progress.skipped + 1}"
+                f"{what}; the weights of iteration {progress.iteration} are unchanged and "
+                "saved: look at these samples, try a lower --learning-rate, or skip such "
+                f"updates with --skip-nonfinite {progress.skipped + 1}"
             )
         progress.skipped += 1
-        self.observer.note(f"{what}; left out ({progress.skipped} of {allowed})")
+        self.observer.note(f"{what}; skipped ({progress.skipped} of {allowed})")
 
     def _validate(self, stops: list[int]) -> None:
-        """Validate, and keep the adapter where its loss is the lowest so far."""
+        """Validate, and keep the adapter if its loss is the lowest so far."""
         progress, config = self.progress, self.config
         start = time.perf_counter()
         loss = evaluate(
@@ -210,20 +211,20 @@ class Training:
         if now == 0:
             progress.first_val_loss = known
         lowest = known is not None and (progress.best_loss is None or known < progress.best_loss)
-        # Before the first update there is an adapter to keep only where one was given: else B is 0.
+        # Before the first update B is 0, so there is nothing to keep, unless an adapter was given.
         if lowest and (now > 0 or config.from_adapter):
             progress.best_loss, progress.best_iteration, progress.stale = known, now, 0
             self.best.keep(self.model)
         elif now > 0:
             progress.stale += 1
         seconds = time.perf_counter() - start
-        self._tell({"iteration": now, "val_loss": known, "val_time": seconds})
+        self._send_report({"iteration": now, "val_loss": known, "val_time": seconds})
 
     def _report(self, rate: float, norm: float) -> None:
-        """Report what the window holds, and empty it."""
+        """Report the window's figures, and empty it."""
         progress, window = self.progress, self.progress.window
         progress.window = Window()
-        self._tell(
+        self._send_report(
             {
                 "iteration": progress.iteration,
                 "train_loss": window.loss / window.tokens if window.tokens else None,
@@ -236,13 +237,13 @@ class Training:
             }
         )
 
-    def _tell(self, metrics: dict[str, float | None]) -> None:
+    def _send_report(self, metrics: dict[str, float | None]) -> None:
         self.observer.reported(metrics)
         self.recorder.report(metrics)
 
 
 def _not_finite(iteration: int, loss: float, batches: list[list[Sample]], train: Split) -> str:
-    """What was not finite, and in which samples."""
+    """A message that says what was not finite, and in which samples."""
     what = "gradient" if math.isfinite(loss) else "loss"
     rows = sorted(sample.row for samples in batches for sample in samples)
     shown = ", ".join(map(str, rows[:20])) + (", …" if len(rows) > 20 else "")

@@ -1,8 +1,9 @@
-"""The loss without all logits: the output layer sees target positions alone, some at a time.
+"""The loss without all logits: the output layer is applied to a few target positions at a time.
 
 With a large vocabulary the logits of a batch are the largest array of a training step, and many of
-them count for nothing: those after prompt and padding. Since loss and gradient of one position need
-no other position, a piece's gradient is computed right after its loss and its logits are dropped.
+them are not needed: those for prompt and padding. Since the loss and gradient of a position do not
+depend on other positions, a piece's gradient is computed right after its loss, and its logits are
+dropped.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from mlx.utils import tree_flatten
 
 from tlora_mlx.method.batch import Batch
 
-# Logits that are there at a time: so many entries, but no fewer rows than make a good product.
+# The logits in memory at a time: this many entries, but enough rows for an efficient product.
 PIECE = 2**21
 PIECE_ROWS = 128
 
-# The first positions of a sample tell whether the output layer can be applied apart.
+# The number of positions used to test whether the output layer can be applied separately.
 PROBE_TOKENS = 8
 
-# So many shapes for each batch's size: every one is compiled.
+# The number of shapes for each batch size: each of them is compiled.
 SHAPES = 8
 
 OutputLayer = Callable[[mx.array], mx.array]
 
 
 class _BodyStandIn:
-    """Stands in for a model's body: gives ``states`` whatever it is called with."""
+    """Replaces a model's body: returns ``states`` whatever it is called with."""
 
     def __init__(self, body: nn.Module, states: mx.array):
         self._body, self._states = body, states
@@ -38,16 +39,16 @@ class _BodyStandIn:
     def __call__(self, *args: object, **kwargs: object) -> mx.array:
         return self._states
 
-    def __getattr__(self, name: str) -> object:  # a tied output layer is in the body
+    def __getattr__(self, name: str) -> object:  # a tied output layer is part of the body
         return getattr(self._body, name)
 
 
 def apply_output_layer(model: nn.Module, states: mx.array) -> mx.array:
-    """What the model makes of its body's states (batch, T, hidden), by its own code.
+    """The model's logits for its body's states (batch, T, hidden), computed by its own code.
 
-    So scaling, soft-capping and tied embeddings are the model's, whatever its family.
+    So scaling, soft-capping and tied embeddings are right for every family.
     """
-    # An attribute of the object hides the submodule of that name and leaves the module tree alone.
+    # An instance attribute hides the submodule of that name without changing the module tree.
     vars(model)["model"] = _BodyStandIn(model.model, states)
     try:
         return model(mx.zeros(states.shape[:2], mx.int32))
@@ -56,10 +57,10 @@ def apply_output_layer(model: nn.Module, states: mx.array) -> mx.array:
 
 
 def is_separable(model: nn.Module, tokens: mx.array) -> bool:
-    """Whether the output layer may be applied to some positions alone, after ``model.model``.
+    """Whether the output layer can be applied to selected positions, after ``model.model``.
 
-    It is tried out: on every second of the first positions it must give what the model gives there.
-    Nothing that is trained may lie outside of ``model.model``.
+    This is tested: on every second of the first positions it must give the model's own logits.
+    All trained parameters must be inside ``model.model``.
 
     Args:
         model: in evaluation mode.
@@ -72,18 +73,18 @@ def is_separable(model: nn.Module, tokens: mx.array) -> bool:
         return False
     try:
         logits = model(tokens)[:, ::2]
-        apart = apply_output_layer(model, body(tokens)[:, ::2])
-        if apart.shape != logits.shape:
+        separate = apply_output_layer(model, body(tokens)[:, ::2])
+        if separate.shape != logits.shape:
             return False
-        # Products round by their number of rows; another function would differ by far more.
+        # Rounding depends on the number of rows; a different function would differ by far more.
         tolerance = max(1e-3, 4 * mx.finfo(logits.dtype).eps) * mx.abs(logits).max()
-        return bool((mx.abs(apart - logits).max() <= tolerance).item())
-    except Exception:  # the model's own code, called in an unusual way: whatever it raises, no
+        return bool((mx.abs(separate - logits).max() <= tolerance).item())
+    except Exception:  # the model's code, called in an unusual way, may raise anything: then no
         return False
 
 
 def target_rows(batch: Batch) -> int:
-    """For how many positions the loss is computed: all that count, rounded up for few shapes."""
+    """How many positions to compute the loss for: all that count, rounded up to few shapes."""
     positions = batch.tokens[:, 1:].size
     step = -(-positions // SHAPES)
     return min(positions, step * -(-int(np.array(batch.counts).sum()) // step))
@@ -98,14 +99,14 @@ def summed_loss(
 ) -> tuple[mx.array, mx.array]:
     """The loss summed over the tokens that count, and their number; both scalars, float32.
 
-    It is computed in float32 whatever the logits' dtype. Nothing after the body gets a gradient.
+    It is computed in float32, whatever the logits' dtype. Nothing after the body gets a gradient.
 
     Args:
-        model: in training mode the gradient comes with the loss, otherwise the loss alone.
+        model: in training mode the gradient is computed with the loss, otherwise only the loss.
         tokens: (batch, T) token ids, padded on the right.
         counts: (batch, T) bool: which tokens count as targets; the first never does.
-        rows: for how many positions the loss is computed: at least those that count; None: all.
-        separable: what ``is_separable`` says of the model.
+        rows: how many positions to compute the loss for, at least those that count; None: all.
+        separable: the result of ``is_separable`` for the model.
     """
     targets = tokens[:, 1:]
     counts = counts[:, 1:].flatten()
@@ -136,14 +137,14 @@ def _summed_cross_entropy(
     with_gradient: bool,
 ) -> mx.array:
     """Σ cross-entropy over the rows of ``states`` (n, hidden) that count, piece by piece."""
-    vocabulary = output_layer(states[:1]).shape[-1]  # a shape: it is never evaluated
+    vocabulary = output_layer(states[:1]).shape[-1]  # only the shape: it is never evaluated
     step = max(PIECE_ROWS, PIECE // vocabulary)
     detached = mx.stop_gradient(states) if with_gradient else states
     losses, gradients = [], []
     for start in range(0, len(labels), step):
         piece = slice(start, start + step)
         x = detached[piece]
-        if losses:  # first be done with the piece before, so that its logits are gone
+        if losses:  # finish the previous piece first, so that its logits are freed
             x = mx.depends(x, gradients[-1] if with_gradient else losses[-1])
         loss, gradient = _piece(output_layer, x, labels[piece], counts[piece])
         losses.append(loss)
@@ -170,7 +171,7 @@ def _piece(
 ) -> tuple[mx.array, mx.array]:
     """Summed cross-entropy, float32, and its gradient by ``x`` (n, hidden).
 
-    Where a row does not count, not even a NaN reaches the sum. One exponential serves both.
+    Even a NaN in a row that does not count stays out of the sum. Both share one exponential.
     """
     raw = output_layer(x)
     logits = raw.astype(mx.float32)

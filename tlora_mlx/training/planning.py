@@ -1,4 +1,4 @@
-"""The rank plan of a run: calibrated, read from a file, or allocated anew; and A with it."""
+"""The rank plan of a run (calibrated, read from a file, or reallocated), and its A."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from tlora_mlx.method.layers import Linear, linear_shape
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.pictures import can_draw, draw_plan
 from tlora_mlx.storage.files import read_json, user_path, write_json
+from tlora_mlx.training.memory import end_stage
 from tlora_mlx.training.setup import Setup, prepare
 
 
 def plan(config: PlanCommand, observer: Observer = SILENT) -> RankPlan:
-    """Calibrate and allocate as configured, or allocate anew from an earlier plan.
+    """Calibrate and allocate as configured, or reallocate from an earlier plan.
 
     Args:
         config: the options; nothing is written to ``config.output``.
-        observer: is told how it goes.
+        observer: notified of the progress.
 
     Returns:
         Ranks and scales of all target modules.
 
     Raises:
-        UserError: the configuration, the model or the data are not right.
+        UserError: the configuration, the model or the data are invalid.
         RunError: it failed while running.
     """
     if config.sensitivities:
@@ -54,7 +55,7 @@ def plan(config: PlanCommand, observer: Observer = SILENT) -> RankPlan:
 
 
 def plan_output(config: PlanCommand) -> Path:
-    """Where the plan goes, seen before anything takes long.
+    """Where the plan will be written, checked before anything slow starts.
 
     Raises:
         UserError: it cannot be written there.
@@ -64,14 +65,14 @@ def plan_output(config: PlanCommand) -> Path:
     if is_first() and not fits:
         raise UserError(f"--output {output} must be a file in a directory that exists")
     if output.suffix == ".png":
-        raise UserError(f"--output {output} is the plan's JSON; the picture goes beside it as .png")
+        raise UserError(f"--output {output} is for the plan's JSON; the .png is written beside it")
     return output
 
 
 def write_plan(plan: RankPlan, output: Path) -> list[Path]:
     """Write a plan as JSON and, with matplotlib, as a picture; returns the files.
 
-    Under ``mlx.launch`` the first process alone does.
+    Under ``mlx.launch`` only the first process writes.
     """
     if not is_first():
         return []
@@ -80,33 +81,33 @@ def write_plan(plan: RankPlan, output: Path) -> list[Path]:
 
 
 def reallocate(earlier: RankPlan, config: PlanCommand) -> RankPlan:
-    """Allocate anew, by another rank, alpha or cap, from an earlier plan's sensitivities.
+    """Allocate again from an earlier plan's sensitivities, with another rank, alpha or cap.
 
     Raises:
-        UserError: the sensitivities are of no use.
+        UserError: the sensitivities are unusable.
     """
     sensitivities = {name: module.sensitivity for name, module in earlier.modules.items()}
     shapes = {name: (m.out_features, m.in_features) for name, m in earlier.modules.items()}
     try:
         return plan_ranks(sensitivities, shapes, config.rank, config.alpha, config.max_rank)
     except ValueError as error:
-        raise UserError(f"the rank plan {config.sensitivities} is not right: {error}") from None
+        raise UserError(f"the rank plan {config.sensitivities} is invalid: {error}") from None
 
 
 def budget(config: PlanConfig) -> Budget:
-    """What the options allocate ranks by."""
+    """The rank budget that the options describe."""
     return Budget(config.rank, config.alpha, config.max_rank)
 
 
 def calibration_batches(config: PlanConfig, train: Split) -> list[Batch]:
-    """The calibration samples in batches: under ``mlx.launch``, this process's share of them."""
+    """The calibration samples in batches; under ``mlx.launch``, this process's share."""
     samples = draw_samples(train.samples, config.calibration_samples, config.seed)
     batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
     return [batch for batch in batches if batch]
 
 
 def plan_from_first(mine: RankPlan | None) -> RankPlan | None:
-    """The first process's plan, to all under ``mlx.launch``; the others' is ignored."""
+    """Send the first process's plan to all under ``mlx.launch``; the others' is ignored."""
     data = from_first(mine and mine.to_dict())
     return data and RankPlan.from_dict(data)
 
@@ -115,7 +116,7 @@ def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPla
     """Read a plan and, where targets are given, check it against them.
 
     Raises:
-        UserError: it is no plan, or does not fit the model; all faults in one message.
+        UserError: it is not a plan, or does not fit the model; all faults in one message.
     """
     data = read_json(user_path(path), "the rank plan")
     faults = RankPlan.faults(data)
@@ -125,20 +126,20 @@ def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPla
     if not faults and not RankPlan.from_dict(data).adapted():
         faults = ["no module has a rank above 0"]
     if faults:
-        raise UserError(f"the rank plan {path} is not right: {'; '.join(faults)}")
+        raise UserError(f"the rank plan {path} is invalid: {'; '.join(faults)}")
     return RankPlan.from_dict(data)
 
 
 def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> Iterator[str]:
-    """What keeps a plan's modules, as its JSON has them, from being these targets."""
+    """The differences between a plan's modules, as in its JSON, and these targets."""
     for name, module in modules.items():
         if name not in targets:
-            yield f"{name} is no target module of the model"
+            yield f"{name} is not a target module of the model"
         elif isinstance(module, dict):
             shape = linear_shape(targets[name])
             rank, *found = (module.get(key) for key in ("rank", "out_features", "in_features"))
             if None not in found and tuple(found) != shape:
-                yield f"{name} has shape {shape} in the model, {tuple(found)} in the plan"
+                yield f"{name} has shape {shape} in the model, but {tuple(found)} in the plan"
             elif type(rank) is int and rank > min(shape):
                 yield f"{name} has rank {rank}, above min{shape}"
 
@@ -149,11 +150,11 @@ def plan_and_initialise(
     """The rank plan, and A of every adapted module.
 
     Raises:
-        UserError: the plan that was given does not fit, or a module cannot be calibrated.
+        UserError: the given plan does not fit, or a module cannot be calibrated.
         RunError: a statistic is not finite.
     """
     given, targets = None, setup.targets
-    if config.plan:  # the first process's file counts; the others need not have it
+    if config.plan:  # only the first process reads the file; the others need not have it
         given = plan_from_first(read_plan(config.plan, targets) if is_first() else None)
         targets = {name: targets[name] for name in targets if name in given.modules}
     start, model_memory = time.perf_counter(), mx.get_active_memory()
@@ -174,22 +175,23 @@ def plan_and_initialise(
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory
     observer.note(f"initialised in {seconds:.1f} s, peak memory {decimal(peak)} above the model")
     mx.reset_peak_memory()
+    end_stage()
     return found
 
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Within the block, what the method raises becomes one of the two ways that a command fails."""
+    """Within the block, turn the method's exceptions into the two that commands report."""
     try:
         yield
     except NotImplementedError as error:
-        raise UserError(f"{error}; leave it out with --target-modules") from None
+        raise UserError(f"{error}; exclude it with --target-modules") from None
     except ValueError as error:
         raise RunError(str(error)) from None
 
 
 def default_memory() -> float:
-    """GB: a quarter of what Metal recommends for the GPU; elsewhere, of the machine's memory."""
+    """A quarter, in GB, of what Metal recommends for the GPU or, elsewhere, of all memory."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
     total = recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total / 4e9

@@ -1,4 +1,4 @@
-"""The learning rate of each update, as a function of its number alone."""
+"""The learning rate of each update, as a function of the update's number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def learning_rate(update: int, updates: int, peak: float, schedule: str, warmup:
         updates: how many there are in all.
         peak: the rate right after the warm-up.
         schedule: ``cosine`` or ``linear`` (both end at 0 after the last update) or ``constant``.
-        warmup: share of all updates in which the rate rises linearly; its first is above 0.
+        warmup: share of all updates in which the rate rises linearly; the first is above 0.
     """
     warmup_updates = math.ceil(updates * warmup)
     if update < warmup_updates:

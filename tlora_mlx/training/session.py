@@ -1,4 +1,4 @@
-"""A training run from its options to the finished adapter, and its resumption."""
+"""A training run from its options to the finished adapter, new or resumed."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tlora_mlx.training.validation import evaluate
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        directory: the run directory, which holds ``adapter_config.json``, ``rank_plan.json``,
+        directory: the run directory, with ``adapter_config.json``, ``rank_plan.json``,
             ``adapters.safetensors``, ``metrics.jsonl`` and ``checkpoints/``.
         progress: iterations, tokens, time and losses.
-        test_loss: after training; None where it was not asked for, or is not finite.
-        was_finished: the run was finished before, so nothing was done.
+        test_loss: the loss after training; None if not requested, or not finite.
+        was_finished: the run had already finished, so nothing was done.
     """
 
     directory: Path
@@ -55,12 +55,12 @@ class TrainingResult:
         lines = [
             f"trained {progress.iteration} iterations on {progress.trained_tokens:,} tokens in "
             f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            + (f", {progress.skipped} updates left out as not finite" if progress.skipped else "")
+            + (f", {progress.skipped} updates skipped as not finite" if progress.skipped else "")
         ]
         if progress.best_loss is not None and progress.first_val_loss is not None:
             lines.append(
                 f"validation loss {progress.first_val_loss:.4f} before, {progress.best_loss:.4f} "
-                f"after iteration {progress.best_iteration}, whose adapter is kept"
+                f"after iteration {progress.best_iteration} (the adapter that was kept)"
             )
         if progress.test_loss is not None or self.test_loss is not None:
             losses = (
@@ -73,19 +73,19 @@ class TrainingResult:
 def train(config: TrainConfig, observer: Observer = SILENT) -> TrainingResult:
     """Train an adapter as configured; under ``mlx.launch``, together with the other processes.
 
-    Each of them has its share of every batch and the same weights; the first one alone writes.
+    Each of them has its share of every batch and the same weights; only the first one writes.
 
     Args:
         config: the options.
-        observer: is told how it goes.
+        observer: notified of the progress.
 
     Returns:
-        The run directory, and what training came to.
+        The run directory, and the figures of the run.
 
     Raises:
-        UserError: the configuration, the model or the data are not right.
+        UserError: the configuration, the model or the data are invalid.
         RunError: it failed while running.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; everything was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; everything was saved.
     """
     path = user_path(config.adapter_path)
     if not is_first():
@@ -106,7 +106,7 @@ def _train(
             return TrainingResult(path, progress, was_finished=True)
     setup = prepare(config, observer)
     if config.test and not setup.data["test"].samples:
-        raise UserError(f"--test needs samples in {config.data}/test.jsonl, and there are none")
+        raise UserError(f"--test needs samples in {config.data}/test.jsonl, but there are none")
     if config.early_stop and not setup.data["valid"].samples:
         raise UserError("--early-stop needs validation data: valid.jsonl, or --val-split")
     if checkpoint:
@@ -118,7 +118,7 @@ def _train(
         training.fit()
         training.best.restore(training.model)
         test_loss = _test_loss(training, setup.data["test"])
-        training.finish()  # last: it says that the run is finished
+        training.finish()  # last: it marks the run as finished
     except Interrupted as interruption:
         training.finish()
         raise Interrupted(
@@ -126,7 +126,7 @@ def _train(
         ) from None
     except RunError as error:
         raise RunError(f"{error}; to continue from the last checkpoint: {again}") from None
-    except KeyboardInterrupt as stop:  # where no step waits for it to be finished
+    except KeyboardInterrupt as stop:  # outside the training loop
         raise Interrupted(
             f"interrupted; continue from the last checkpoint: {again}", interruption_code(stop)
         ) from None
@@ -138,7 +138,7 @@ def _train(
 def _begin(
     config: TrainConfig, setup: Setup, writer: RunWriter | None, observer: Observer
 ) -> Training:
-    """A new run: the plan and A are found or taken over, and the directory is made."""
+    """A new run: find or load the plan and A, and create the directory."""
     base, fingerprints = setup.base, setup.fingerprints()
     given = _from_adapter(config.from_adapter, base, observer) if config.from_adapter else None
     if writer:
@@ -173,7 +173,7 @@ def _resume(
     writer: RunWriter | None,
     observer: Observer,
 ) -> Training:
-    """A run as its checkpoint left it."""
+    """A run in the state of its checkpoint."""
     state, fingerprints = checkpoint.state, setup.fingerprints()
     plan = plan_from_first(writer.rewind(checkpoint, fingerprints) if writer else None)
     observer.note(f"continuing after iteration {state.progress.iteration}")
@@ -202,14 +202,14 @@ def _from_adapter(path: str, base: BaseModel, observer: Observer) -> Adapter:
     """
     adapter = read_adapter(path)
     if adapter.base and adapter.base not in (base.name, base.original):
-        observer.note(f"warning: {path} was made for {adapter.base}, and --model is {base.name}")
+        observer.note(f"warning: {path} was made for {adapter.base}, but --model is {base.name}")
     adapter = drop_zero_ranks(bind_to_model(adapter, base.description()))
     observer.planned(adapter.plan)
     return adapter
 
 
 def _test_loss(training: Training, split: Split) -> float | None:
-    """The loss on the test split, reported; None where it is not wanted, or not finite."""
+    """Compute and report the loss on the test split; None if not requested, or not finite."""
     if not training.config.test:
         return None
     iteration = training.progress.iteration
@@ -224,9 +224,9 @@ def _test_loss(training: Training, split: Split) -> float | None:
 
 
 def _draw_losses(path: Path, observer: Observer) -> None:
-    """Draw the losses as ``loss.png``, where matplotlib is installed and the reports are whole."""
+    """Draw the losses as ``loss.png``, if matplotlib is installed and the reports are intact."""
     try:
         if can_draw():
             draw_losses(read_lines(path / METRICS), path / LOSSES)
     except (RunError, UserError, ValueError) as error:
-        observer.note(f"{LOSSES} is not drawn: {first_line(error)}")
+        observer.note(f"{LOSSES} was not drawn: {first_line(error)}")

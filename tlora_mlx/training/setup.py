@@ -1,4 +1,4 @@
-"""From options to what training needs: the base model, its target modules, and the data."""
+"""Preparing what training needs: the base model, its target modules, and the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from tlora_mlx.config.option import flag
@@ -22,11 +21,12 @@ from tlora_mlx.models.base_model import BaseModel, load_base_model
 from tlora_mlx.models.names import unexportable
 from tlora_mlx.models.tokenizer import ModelTokenizer, load_tokenizer
 from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.training.memory import limit_memory
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and planning work on.
+    """The model and data for training or planning.
 
     Attributes:
         data: the splits ``train``, ``valid`` and ``test``.
@@ -38,7 +38,7 @@ class Setup:
     targets: dict[str, Linear]
 
     def fingerprints(self) -> dict[str, str]:
-        """What a resumed run must find again: digests of model and tokenized samples."""
+        """Digests of the model and the tokenized samples, which must not change before a resume."""
         return {"model": self.base.fingerprint()} | {
             f"{name} data": _digest(self.data[name]) for name in ("train", "valid")
         }
@@ -49,14 +49,13 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
 
     Args:
         config: the options.
-        observer: is told what the splits hold, and what to be warned of.
+        observer: notified of the splits' contents, and of warnings.
 
     Raises:
-        UserError: any of them is not as the configuration says.
+        UserError: one of them does not match the configuration.
     """
-    if limit := mx.device_info().get("max_recommended_working_set_size"):
-        mx.set_wired_limit(limit)  # keeps large models resident on Metal, as mlx-lm does
-    # Before any weights: a fault of the data must not cost their download.
+    limit_memory()
+    # Before the weights, so that an error in the data does not cost their download.
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     data = read_data(config, tokenizer, observer)
     base = load_base_model(config.model, config.trust_remote_code)
@@ -71,7 +70,7 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
         raise UserError(f"--target-modules, --target-experts: {error}") from None
     if reason := unexportable(base.config["model_type"], targets):
         if not config.allow_unexportable:
-            raise UserError(f"{reason}; train all the same with --allow-unexportable")
+            raise UserError(f"{reason}; train anyway with --allow-unexportable")
         observer.note(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
     setup = Setup(base, data, targets)
     if processes() > 1:
@@ -84,15 +83,15 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
 def read_data(
     config: DataConfig, model: ModelTokenizer, observer: Observer = SILENT
 ) -> dict[str, Split]:
-    """The splits as the options have them; it needs the model's tokenizer alone.
+    """Read the splits that the options describe; of the model, only the tokenizer is needed.
 
     Args:
         config: the options.
         model: the tokenizer, and how many embeddings the model has.
-        observer: is told what the splits hold, and what to be warned of.
+        observer: notified of the splits' contents, and of warnings.
 
     Raises:
-        UserError: there is no such data, or rows of it are not right.
+        UserError: there is no such data, or rows are invalid.
     """
     data = load_data(
         config.data,
@@ -117,13 +116,13 @@ def read_data(
 
 
 def _digest(split: Split) -> str:
-    # Gaps where there are any: digests of runs from before there were stay the same.
+    # Gaps only if there are any, so that digests from versions without gaps stay the same.
     samples = [[s.tokens, s.first_target, *([s.gaps] if s.gaps else [])] for s in split.samples]
     return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
 
 
 def _compare_processes(config: PlanConfig, setup: Setup, observer: Observer) -> None:
-    """See that all processes have the same model, data and options, wherever these are."""
+    """Check that all processes have the same model, data and options, wherever they are."""
     options = {k: v for k, v in config.to_dict().items() if k not in ("model", "data")}
     mine: Mapping[str, Any] = {
         **setup.fingerprints(),
@@ -135,18 +134,18 @@ def _compare_processes(config: PlanConfig, setup: Setup, observer: Observer) -> 
     for number, names in enumerate(faults):
         if names:
             raise UserError(
-                f"process {number} has another {' and another '.join(names)} than the first; all "
-                "need the same model, data and options"
+                f"process {number} has a different {' and a different '.join(names)} than the "
+                "first; all need the same model, data and options"
             )
     if config.batch_size < processes():
         observer.note(
-            f"warning: --batch-size {config.batch_size} is shared out to {processes()} processes, "
+            f"warning: --batch-size {config.batch_size} is split among {processes()} processes, "
             "so some have nothing to do"
         )
 
 
 def _described(name: str, split: Split, max_seq_length: int) -> str:
-    """What a split holds, in one line; empty for a split without rows."""
+    """A split's contents in one line; empty for a split without rows."""
     if not (split.samples or split.left_out):
         return ""
     text = f"{name}: {len(split)} samples"

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin while training: the step under way is finished first, in all processes."""
+"""Ctrl-C and similar signals during training: all processes finish the current step first."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tlora_mlx.distributed.collectives import largest
 def stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP in a list, so that the loop can finish its step first.
 
-    A second signal is acted on at once, by the handler that was there before. SIGHUP is what ssh
-    makes of a Ctrl-C at ``mlx.launch``; where it is ignored (nohup), it stays so.
+    A second signal goes straight to the previous handler. ssh turns a Ctrl-C at ``mlx.launch``
+    into SIGHUP; if SIGHUP is ignored (nohup), it stays ignored.
     """
     received: list[int] = []
 
@@ -32,5 +32,5 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def agreed(stops: list[int]) -> int:
-    """The signal that came, to this process or any other, so that all stop after the same step."""
+    """The signal that this or any other process received, so that all stop after the same step."""
     return largest(stops[0] if stops else 0)

@@ -1,4 +1,4 @@
-"""One optimizer update: gradients of some micro-batches, added up, checked, applied."""
+"""One optimizer update: sum the gradients of some micro-batches, check them, apply them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tlora_mlx.training.output_layer import summed_loss, target_rows
 def make_optimizer(
     config: TrainConfig, model: nn.Module, state: Mapping[str, mx.array] | None = None
 ) -> optim.Optimizer:
-    """The optimizer for the model's trainable parameters; its rate is set before each update.
+    """The optimizer for the model's trainable parameters; the rate is set before each update.
 
-    With bias correction, as published and as in torch; MLX's default is without.
+    It has bias correction, as in the paper and in torch; MLX's default does not.
 
     Args:
         config: the run's options.
         model: with ``TLoRALinear`` layers attached.
-        state: as a checkpoint keeps it, by flattened name.
+        state: from a checkpoint, by flattened name.
     """
     if config.optimizer == "adamw":
         optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
@@ -36,14 +36,14 @@ def make_optimizer(
         optimizer = optim.Adam(0.0, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     if state:
-        # In the order that init gave: mx.compile fuses by it, and so rounds by it.
+        # In the order of init: mx.compile's fusion, and with it the rounding, depends on it.
         names = [name for name, _ in tree_flatten(optimizer.state)]
         optimizer.state = tree_unflatten([(name, state[name]) for name in names])
     return optimizer
 
 
 class Step:
-    """One optimizer update: gradients of some micro-batches, added up, checked, applied."""
+    """One optimizer update: sum the gradients of some micro-batches, check them, apply them."""
 
     def __init__(
         self, model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, separable: bool
@@ -75,14 +75,14 @@ class Step:
     def __call__(
         self, batches: list[list[Sample]], rate: float, number: int
     ) -> tuple[float, int, float]:
-        """Update the model unless loss or gradient are not finite.
+        """Update the model, unless the loss or the gradient is not finite.
 
         Args:
-            batches: the micro-batches' samples; under ``mlx.launch`` all processes have the same,
-                and each takes its share of each.
+            batches: the micro-batches' samples; under ``mlx.launch`` all processes get the same
+                ones, and each uses its share.
             rate: learning rate.
-            number: of the first micro-batch in the run; with the seed and the process's own number
-                it gives the random state.
+            number: the first micro-batch's number in the run; with the seed and the process's
+                number, it determines the random state.
 
         Returns:
             The summed loss, the number of tokens that counted, and the mean gradient's norm.
@@ -92,7 +92,7 @@ class Step:
         for samples in filter(None, map(share, batches)):
             batch = collate(samples, self.config.max_seq_length)
             result = self._gradient(batch.tokens, batch.counts, target_rows(batch))
-            # Sums, not means: a token weighs the same in each micro-batch.
+            # Sums, not means, so that a token weighs the same in every micro-batch.
             total = result if total is None else tree_map(mx.add, total, result)
             mx.eval(total)
         if total is None:  # more processes than samples

@@ -1,4 +1,4 @@
-"""The loss on a split: while training, and on the test split before and after."""
+"""The loss on a split: during training, and on the test split before and after."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tlora_mlx.distributed.collectives import processes, total
 from tlora_mlx.errors import Interrupted
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
+from tlora_mlx.training.memory import end_stage
 from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
 from tlora_mlx.training.signals import agreed
 
@@ -21,10 +22,10 @@ from tlora_mlx.training.signals import agreed
 def mean_loss(
     model: nn.Module, batches: Iterable[Batch | None], advance: Advance = no_advance
 ) -> float:
-    """The mean loss per token that counts; every batch weighs as many tokens as it has.
+    """The mean loss per counted token, over all batches.
 
-    Under ``mlx.launch`` each process gives its part of each batch (None: it has none), and all get
-    the mean over all.
+    Under ``mlx.launch`` each process passes its part of each batch (None if it has none), and all
+    get the mean over all.
     """
     model.eval()
     sums, separable = [0.0, 0.0], None
@@ -53,7 +54,7 @@ def evaluate(
     """``mean_loss`` over a split, or over ``limit`` evenly spread batches of it, as a stage.
 
     Raises:
-        Interrupted: ``stops`` is not empty any more, in any process.
+        Interrupted: a signal arrived in ``stops``, in any process.
     """
     samples = split.samples
     if 0 < limit * config.batch_size < len(samples):
@@ -67,4 +68,6 @@ def evaluate(
                 raise Interrupted("", 128 + stop)
 
         batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
-        return mean_loss(model, batches, advance_or_stop)
+        loss = mean_loss(model, batches, advance_or_stop)
+    end_stage()
+    return loss
