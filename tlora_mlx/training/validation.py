@@ -14,6 +14,7 @@ from tlora_mlx.distributed.collectives import processes, total
 from tlora_mlx.errors import Interrupted
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
+from tlora_mlx.training.memory import end_stage
 from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
 from tlora_mlx.training.signals import agreed
 
@@ -68,4 +69,5 @@ def evaluate(
 
         batches = batches_in_order(samples, config.batch_size, config.max_seq_length)
         loss = mean_loss(model, batches, advance_or_stop)
+    end_stage()
     return loss
