@@ -1,4 +1,4 @@
-"""The method against what the authors' code gave on a small Llama (tests/golden)."""
+"""The method compared with the output of the authors' code on a small Llama (tests/golden)."""
 
 import json
 from dataclasses import replace
@@ -100,7 +100,7 @@ def test_task_subspaces(model, calibration, expected):
 
 
 @pytest.mark.parametrize("size", [2, 3, 12])
-def test_a_batch_gives_what_its_samples_give_one_by_one(model, samples, size):
+def test_a_batch_gives_the_same_as_its_samples_one_by_one(model, samples, size):
     one_by_one = calibrate_in_batches(model, samples, 1)
     batched = calibrate_in_batches(model, samples, size)
     assert batched.samples == one_by_one.samples == len(samples)
@@ -109,7 +109,7 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(model, samples, size):
         assert relative(batched.covariances[name], one_by_one.covariances[name]) < 2e-6
 
 
-def test_what_is_in_the_padding_has_no_effect(model, samples):
+def test_padding_has_no_effect(model, samples):
     batch = collate(samples[:4], 512)
     positions = mx.arange(batch.tokens.shape[1])
     noisy = mx.where(positions < batch.lengths[:, None], batch.tokens, (positions * 7 + 3) % 128)
@@ -133,7 +133,7 @@ def test_the_prompt_is_masked(model, samples):
         assert relative(unmasked_result.covariances[name], covariance) < 1e-6
 
 
-def test_the_model_is_as_it_was(model, samples):
+def test_the_model_is_unchanged_afterwards(model, samples):
     before = dict(model.named_modules())
     tokens = mx.array([samples[0].tokens])
     logits = model(tokens)

@@ -47,7 +47,7 @@ def test_scale_is_over_the_base_rank_and_never_below_the_base_scale():
     assert [m.scale for m in result.modules.values()] == [14 / 4, 6 / 4, 6 / 4]
 
 
-def test_what_a_cap_cuts_off_goes_to_the_others_in_proportion():
+def test_ranks_above_a_cap_go_to_the_others_in_proportion():
     # Uncapped: 18, 4, 2. The first is capped at 10; its 8 go 2 : 1.
     assert ranks([18, 4, 2], 8) == [18, 4, 2]
     assert ranks([18, 4, 2], 8, shape=[(10, 50), (50, 50), (50, 50)]) == [10, 9, 5]
@@ -58,7 +58,7 @@ def test_a_budget_above_all_caps_fills_every_module():
     assert ranks([5, 1, 1], 100, shape=[(8, 4), (3, 9), (7, 7)]) == [4, 3, 7]
 
 
-def test_excess_reaches_modules_of_no_sensitivity_last():
+def test_excess_reaches_modules_without_sensitivity_last():
     assert ranks([1, 0, 0], 4, max_rank=6) == [6, 3, 3]
 
 

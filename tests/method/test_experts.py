@@ -1,4 +1,4 @@
-"""Experts as modules of their own, against the gradients of the stacked weights themselves."""
+"""Experts as separate modules, compared with the gradients of the stacked weights."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -145,7 +145,7 @@ def test_covariances_are_of_the_tokens_routed_to_an_expert():
         np.testing.assert_allclose(got, expected[e], atol=1e-4)
 
 
-def test_gate_and_up_of_an_expert_read_the_same():
+def test_gate_and_up_of_an_expert_share_their_input():
     model = make()
     targets = target_linears(model, experts=True)
     leaders = input_leaders(model, targets)
@@ -157,7 +157,7 @@ def test_gate_and_up_of_an_expert_read_the_same():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters_of_experts_are_dense_updates_of_their_weights(quantized):
-    """Ranks that differ, 0 among them, on both sides of mlx-lm's sorting."""
+    """Differing ranks, including 0, on both sides of mlx-lm's sorting."""
     model, dense = make(quantized), make()
     modules, tensors = {}, {}
     targets = target_linears(model, experts=True)

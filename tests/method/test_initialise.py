@@ -1,4 +1,4 @@
-"""Both ways to the task subspaces, on the shipped example's activations and on a wide model."""
+"""Both ways to the task subspaces, on the included example's activations and on a wide model."""
 
 from functools import cache
 
@@ -30,7 +30,7 @@ def example():
 
 
 def wide():
-    """Random and wide: its covariances have slowly decaying spectra."""
+    """A random, wide model: its covariances have slowly decaying spectra."""
     mx.random.seed(0)
     settings = {"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 500}
@@ -42,7 +42,7 @@ def wide():
 
 
 def narrow_and_deep():
-    """Its covariances take more than anything else."""
+    """A model whose covariances need more memory than anything else."""
     settings = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
     settings |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 100}
     model = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, **settings))

@@ -54,7 +54,7 @@ def test_targets_are_the_linear_layers_in_the_blocks(model):
     ]
 
 
-def test_unknown_targets_are_answered_with_those_that_exist(model):
+def test_the_message_about_unknown_targets_names_those_that_exist(model):
     with pytest.raises(ValueError, match=r"named proj_q; .* are down_proj, .*, v_proj"):
         target_linears(model, suffixes=["q_proj", "proj_q"])
 

@@ -1,4 +1,4 @@
-"""Users have Metal, and there is none here: what would fail on it is kept to one module."""
+"""Users run on Metal, which is missing here: what would fail on it stays in one module."""
 
 import ast
 
@@ -47,7 +47,7 @@ def test_linalg_names_the_cpu_stream_in_every_call():
 
 
 def test_linalg_evaluates_before_it_returns():
-    """All that a factorisation gives is an argument of a later ``mx.eval`` in its function."""
+    """Every result of a factorisation is passed to a later ``mx.eval`` in the same function."""
     tree = ast.parse((ROOT / "tlora_mlx/method/linalg.py").read_text())
     checked = 0
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):

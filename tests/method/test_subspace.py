@@ -99,3 +99,45 @@ def test_the_captured_energy(spectrum):
     assert np.allclose(estimates, share, atol=0.05)
     assert abs(np.mean(estimates) - share) < 0.01
     assert captured_energy(weight, mx.zeros_like(covariance), a) == 0.0
+
+
+def driven(steps):
+    """The result of a Krylov generator whose C is the identity: A in doubles, and whether it is."""
+    block = next(steps)
+    while True:
+        try:
+            block = steps.send(block)
+        except StopIteration as end:
+            a, converged = end.value
+            return np.array(a, np.float64), converged
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1183.0, 1e4])
+@pytest.mark.parametrize("products", ["exact", "streaming"])
+def test_what_is_behind_a_huge_direction(ratio, products):
+    """Of W·C whose first singular value is nearly all of it, with a slow tail: directions 2 to 16.
+
+    As in real models, whose activations have a few massive directions.
+    """
+    random = np.random.default_rng(3)
+    size, rank = 640, 16
+    left, _ = np.linalg.qr(random.standard_normal((size, size)))
+    right, _ = np.linalg.qr(random.standard_normal((size, size)))
+    values = np.concatenate([[ratio], np.arange(1, size) ** -0.3])
+    weight = mx.array((left * values) @ right.T, mx.float32)
+    tolerance, most, oversampling = (
+        (subspace.TOLERANCE, subspace.PRODUCTS, subspace.OVERSAMPLING)
+        if products == "exact"
+        else (5e-5, 12, 32)
+    )
+    steps = subspace.krylov_subspace(
+        lambda: weight, (size, size), rank, oversampling, most, tolerance, seed=0
+    )
+    a, converged = driven(steps)
+    assert converged
+    exact = np.array(weight, np.float64)
+    _, s, vt = np.linalg.svd(exact)
+    beyond = vt[1:rank] @ a.T  # of directions 2 to 16, what A's rows span
+    captured = np.square(s[1:rank, None] * beyond).sum() / np.square(s[1:rank]).sum()
+    assert captured > 1 - 5e-6
+    assert np.abs(a @ a.T - np.eye(rank)).max() < 1e-5

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 
 import mlx.core as mx
+import numpy as np
 
 from tlora_mlx.method import linalg
 
 # Vectors beyond the rank in each Krylov block: clusters of singular values converge faster.
 OVERSAMPLING = 8
-# The captured energy has converged when another product raises it by less than this share.
+# The captured energy, and that beyond any number of leading directions, has converged when another
+# product raises it by less than this share.
 TOLERANCE = 1e-6
+# Singular values are known to this share of the largest, in float32.
+NOISE = 4e-7
 # Maximal number of products with C; if the energy has not converged by then, the exact way is used.
 PRODUCTS = 32
 # Number of random vectors for estimating the energy outside a subspace.
@@ -145,8 +149,8 @@ def krylov_subspace(
         rank: number of vectors, between 1 and min(out, in).
         oversampling: vectors beyond the rank in each block.
         products: maximal number of products with C, at least 2.
-        tolerance: the captured energy has converged when a product raises it by less than this
-            share.
+        tolerance: the captured energy has converged when a product raises neither it nor what is
+            captured beyond any number of leading directions by more than this share.
         seed: of the random block.
 
     Yields:
@@ -168,7 +172,7 @@ def krylov_subspace(
     newest, _ = linalg.qr(_finite((yield _finite(weight().T @ random))))
     basis, left = newest, mx.zeros((out_features, 0))
     small = mx.zeros((0, width))  # Uᵀ M V
-    energy, used = 0.0, 1
+    energies, used = np.zeros(rank), 1
     while True:
         image = _finite(weight() @ (yield newest))
         used += 1
@@ -185,12 +189,25 @@ def krylov_subspace(
                 column = mx.pad(rest.T, [(left.shape[1] - rest.shape[1], 0), (0, 0)])
                 small = mx.concatenate([small, column], axis=1)
             _, s, vt = linalg.svd(small)
-            before, energy = energy, mx.square(s[:rank]).sum().item()
+            before, energies = energies, _tail_energies(s, rank)
             exhausted = newest.shape[1] == 0 or u.shape[1] == 0
-            converged = exhausted or energy <= before * (1 + tolerance)
+            noise = rank * (NOISE * s[0].item()) ** 2
+            rise = energies - before <= np.maximum(tolerance * energies, noise)
+            converged = exhausted or bool(rise.all())
             if converged or used >= products:
                 a, _ = linalg.qr(basis @ vt[:rank].T)
                 return mx.contiguous(a.T), converged
+
+
+def _tail_energies(singular_values: mx.array, rank: int) -> np.ndarray:
+    """Σ_{i≥j} σ_i² over the first ``rank`` singular values, for j = 1 … rank, float64.
+
+    The first is the captured energy; in real models one direction is nearly all of it, so the
+    others show whether the directions behind it have been found.
+    """
+    squares = np.zeros(rank)
+    squares[: singular_values.size] = np.square(np.array(singular_values[:rank], np.float64))
+    return np.cumsum(squares[::-1])[::-1]
 
 
 def _extend(basis: mx.array, block: mx.array, most: int) -> tuple[mx.array, mx.array, mx.array]:
