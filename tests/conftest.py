@@ -36,7 +36,7 @@ def data_path(tmp_path_factory):
 
 @pytest.fixture
 def tlora_here(capsys):
-    """``tlora`` in this process, for cases that need no process of their own: no 3 s start."""
+    """``tlora`` in this process, which saves the 3 s of starting another."""
 
     def run(command, *arguments):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What ``import tlora_mlx`` offers: spelt out and typed, its functions not hidden by commands."""
+"""The public names of ``tlora_mlx``: explicit, typed, and not hidden by commands."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ def spelt_out():
             yield alias.name, node.module
 
 
-def test_editors_see_what_python_gives():
+def test_editors_see_the_same_names_as_python():
     assert {name: f"tlora_mlx.{module}" for name, module in tlora_mlx._MODULE_OF.items()} == dict(
         spelt_out()
     )
@@ -50,8 +50,8 @@ def test_importing_the_package_loads_nothing_heavy():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_what_could_be_confused_is_given_by_name():
-    """After the adapter and the place to write, options are keywords."""
+def test_options_are_keyword_only():
+    """After the adapter and the output directory, arguments must be passed by name."""
     for name in tlora_mlx.__all__:
         thing = getattr(tlora_mlx, name)
         if inspect.isfunction(thing) and name.startswith(("export_", "load_adapter")):
@@ -60,7 +60,7 @@ def test_what_could_be_confused_is_given_by_name():
             assert all(p.kind is p.KEYWORD_ONLY for p in options), name
 
 
-def test_a_path_is_taken_wherever_an_adapter_is(run_path, tmp_path):
+def test_a_path_is_accepted_wherever_an_adapter_is(run_path, tmp_path):
     by_path = tlora_mlx.export_peft(str(run_path), tmp_path / "path")
     by_adapter = tlora_mlx.export_peft(tlora_mlx.read_run(run_path), tmp_path / "adapter")
     for file in sorted(by_path.directory.iterdir()):
@@ -70,7 +70,7 @@ def test_a_path_is_taken_wherever_an_adapter_is(run_path, tmp_path):
 
 
 def test_library_functions_print_nothing(model_path, data_path, tmp_path, capsys):
-    """The observer is silent unless another is given."""
+    """The observer is silent by default."""
     config = tlora_mlx.TrainConfig(
         model=str(model_path),
         data=str(data_path),
@@ -87,7 +87,7 @@ def test_library_functions_print_nothing(model_path, data_path, tmp_path, capsys
     assert (output.out, output.err) == ("", "")
 
 
-def test_an_observer_is_told(model_path, data_path, tmp_path):
+def test_an_observer_is_notified(model_path, data_path, tmp_path):
     class Listener(tlora_mlx.Observer):
         def __init__(self):
             self.plans, self.losses, self.notes = [], [], []

@@ -1,4 +1,4 @@
-"""The house keeps its order: a room imports from rooms below it alone, and importing does nothing.
+"""The layout is enforced: a room imports only from rooms below it, and importing does nothing.
 
 The order is that of ``ROOMS``; CONTRIBUTING.md says what each room is for.
 """
@@ -11,7 +11,7 @@ import pytest
 from helpers.paths import ROOT
 
 PACKAGE = ROOT / "tlora_mlx"
-# From the ground up. A name is a folder, or a module in the hall.
+# From the bottom up. A name is a folder, or a module directly in the package.
 ROOMS = (
     "version",
     "errors",
@@ -66,7 +66,7 @@ def test_every_module_is_in_a_room():
     assert {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"} <= {*ROOMS, *DOORS}
 
 
-def test_no_arrow_runs_up():
+def test_no_room_imports_from_a_higher_one():
     height = {room: floor for floor, room in enumerate((*ROOMS, *DOORS))}
     found = [
         f"{name_of(path)} imports {other}"
@@ -78,7 +78,7 @@ def test_no_arrow_runs_up():
     assert not found, "\n".join(found)
 
 
-def test_no_circle():
+def test_there_are_no_circular_imports():
     arrows = {name_of(path): set(imports_of(path)) - {name_of(path)} for path in modules()}
     left = dict(arrows)
     while ground := [name for name, below in left.items() if not below & left.keys()]:
@@ -113,7 +113,7 @@ def test_one_name_has_one_meaning():
     assert not {stem: found for stem, found in stems.items() if len(found) > 1}
 
 
-def test_formats_of_adapters_are_told_apart_by_themselves_alone():
+def test_only_adapter_formats_know_their_names():
     """No comparison with a format's name: a format is an object, or a row of a table."""
     found = []
     for path in modules():
@@ -127,7 +127,7 @@ def test_formats_of_adapters_are_told_apart_by_themselves_alone():
 
 
 def test_no_room_prints():
-    """Rooms return values and tell observers; the doors and the terminal print."""
+    """Rooms return values and notify observers; only the doors and the terminal print."""
     found = []
     for path in modules():
         if path.parent == PACKAGE or name_of(path).startswith("tlora_mlx.distributed"):
@@ -139,7 +139,7 @@ def test_no_room_prints():
 
 
 def test_importing_starts_no_communication_and_reads_no_file():
-    """With every module imported, no group of processes was formed and no file of ours read."""
+    """Importing every module forms no process group and reads none of our files."""
     names = [name_of(path) for path in modules()]
     code = f"""
 import builtins, importlib, sys

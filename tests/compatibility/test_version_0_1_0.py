@@ -1,4 +1,4 @@
-"""What version 0.1.0 made is read as before: runs, plans, checkpoints and exports.
+"""Files from version 0.1.0 are still read: runs, plans, checkpoints and exports.
 
 ``version_0_1_0/`` was made by that version on the shipped example, with PROJECT and RUNS in place
 of its paths:
@@ -31,7 +31,7 @@ KEPT = Path(__file__).parent / "version_0_1_0"
 
 @pytest.fixture
 def old(tmp_path):
-    """All of it with the paths of this machine."""
+    """All of them, with this machine's paths."""
     place = shutil.copytree(KEPT, tmp_path / "old")
     for path in place.rglob("*.json"):
         text = path.read_text().replace("PROJECT", str(ROOT)).replace("RUNS", str(place))
@@ -40,7 +40,7 @@ def old(tmp_path):
 
 
 def files_of(directory):
-    """What readers take: bytes of tensors, contents of configurations."""
+    """What matters to readers: the bytes of tensors, the contents of configurations."""
     tensors = {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
     return tensors | {p.name: json.loads(p.read_text()) for p in directory.glob("*.json")}
 
@@ -65,7 +65,7 @@ def test_a_run_into_mlx_lm(old, tmp_path):
 
 
 def test_a_run_into_a_merged_model(old, tmp_path):
-    """Sums of floats may round otherwise where another BLAS takes them."""
+    """Another BLAS may round sums of floats differently."""
     merged = export_merged(old / "run", tmp_path / "new") / "model.safetensors"
     base, run = mx.load(str(EXAMPLE / "model/model.safetensors")), read_run(old / "run")
     for name, weight in mx.load(str(merged)).items():
@@ -79,8 +79,8 @@ def test_a_run_into_a_merged_model(old, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["run", "peft-portable", "peft-compact", "mlx-lm", "combined"])
-def test_every_adapter_is_taken_over_alike(old, kind):
-    """The same deltas, under MLX's names, whichever format they went through."""
+def test_every_adapter_gives_the_same_deltas(old, kind):
+    """The same deltas, with MLX's names, whichever format they went through."""
     run = read_run(old / "run")
     adapter = resolve_adapter(read_adapter(old / kind), str(EXAMPLE / "model"))
     assert adapter.model == str(EXAMPLE / "model")
@@ -94,7 +94,7 @@ def test_every_adapter_is_taken_over_alike(old, kind):
         np.testing.assert_allclose(*deltas, rtol=1e-5, atol=1e-8)
 
 
-def test_a_run_that_was_cut_is_resumed(old, tlora_here):
+def test_an_interrupted_run_is_resumed(old, tlora_here):
     """From iteration 4, to what the run came to: the model, the data and the options are the same.
 
     On the machine that made it the bits are equal; elsewhere products may round otherwise.
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_is_resumed(old, tlora_here):
     assert {key: state[key] for key in same} == {key: kept[key] for key in same}
 
 
-def test_a_finished_run_is_finished(old, tlora_here):
+def test_a_finished_run_stays_finished(old, tlora_here):
     before = {p: hashlib.sha256(p.read_bytes()).digest() for p in old.rglob("*") if p.is_file()}
     done = tlora_here("train", "--adapter-path", old / "run", "--resume")
     assert (done.returncode, done.stderr) == (0, "")

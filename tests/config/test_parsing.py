@@ -114,7 +114,7 @@ def test_bad_yaml(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing():
+def test_missing_options():
     with pytest.raises(UserError, match="missing: --model, --data"):
         parse(TrainConfig, "tlora train", "", [])
     with pytest.raises(UserError, match="give either RUN or --adapter"):
@@ -127,7 +127,7 @@ def test_what_is_missing():
     "command", ["train", "plan", "export", "generate", "inspect", "evaluate", "report"]
 )
 def test_help_loads_nothing_heavy(command):
-    """Not a time, which a busy machine would spoil, but what makes it short."""
+    """The loaded modules are tested, not the time, which a busy machine would spoil."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['tlora', '--help']\n"
@@ -143,7 +143,7 @@ def test_help_loads_nothing_heavy(command):
     assert "usage: tlora" in result.stdout
 
 
-def test_a_terminal_without_our_characters():
+def test_a_terminal_that_lacks_our_characters():
     result = tlora("train", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stderr) == (0, "")
     assert "(in ? in)" in result.stdout
@@ -160,7 +160,7 @@ def test_the_console_script():
     unknown = tlora_script("trian")
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        "error: unknown command 'trian'; it is one of train, plan, export, inspect, upload, "
-        "generate, evaluate, report\n"
+        "error: unknown command 'trian'; choose one of check, train, plan, export, inspect, "
+        "upload, generate, evaluate, report\n"
     )
     assert tlora("train", "--rank", "0").returncode == 2

@@ -1,4 +1,4 @@
-"""Several processes are as one: what they compute, who writes, and that none waits for ever."""
+"""Several processes act as one: what they compute, who writes, and none waits forever."""
 
 import faulthandler
 import hashlib
@@ -31,7 +31,7 @@ IMPATIENT = {"SILENCE": 6.0, "STUCK": 6.0}
 
 
 def free_ports(number):
-    """Ports in a row, outside of the range from which systems take those of outgoing connections.
+    """Consecutive ports, outside the range that systems use for outgoing connections.
 
     A process that looks for one that does not listen yet could find itself there.
     """
@@ -44,7 +44,7 @@ def free_ports(number):
 
 
 def launch(*arguments):
-    """Two processes of a command, by mlx.launch itself."""
+    """Run a command as two processes with mlx.launch itself."""
     scripts = str(Path(sys.executable).parent)
     script = shutil.which("mlx.launch", path=scripts)
     # "python" by PATH, as in the README: MLX 0.31 takes a full path for a script of Python's.
@@ -58,7 +58,7 @@ def launch(*arguments):
 
 
 class Ranks:
-    """Processes started as mlx.launch starts them, but whose exit codes and outputs are seen."""
+    """Processes started like mlx.launch does it, but with visible exit codes and outputs."""
 
     def __init__(self, context, path, number, work, *arguments):
         path.mkdir()
@@ -73,7 +73,7 @@ class Ranks:
             process.start()
 
     def wait(self, seconds=120):
-        """All exit codes (a process still there after so long is None), and what each printed."""
+        """All exit codes (None for a process that is still running), and what each printed."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -113,7 +113,7 @@ def command(rank, name, arguments, patience=None, only_first=()):
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that start at once: forked off one that has everything heavy imported.
+    """Processes that start instantly: forked from one that has imported everything heavy.
 
     Nothing of ours, since that would look for the group of processes before there is one.
     """
@@ -216,8 +216,8 @@ def test_processes_without_a_sample(ranks, model_path, data_path, tmp_path):
     assert_the_same(tmp_path / "three", one)
 
 
-def test_a_run_of_one_process_is_gone_on_with_by_two(ranks, model_path, data_path, tmp_path):
-    """The checkpoint, its best adapter and the plan are the first process's alone."""
+def test_a_run_of_one_process_is_resumed_by_two(ranks, model_path, data_path, tmp_path):
+    """Only the first process has the checkpoint, its best adapter and the plan."""
     options = {"iters": 12, "save_every": 4, "steps_per_eval": 3, "keep_checkpoints": 9}
     options |= {"test": True, "plan": None, "early_stop": 50}
     one = quick_train(model_path, data_path, tmp_path / "one", **options)
@@ -236,7 +236,7 @@ def test_a_run_of_one_process_is_gone_on_with_by_two(ranks, model_path, data_pat
 
 
 def sums(rank):
-    """The collectives by themselves, as a rank sees them."""
+    """The collectives alone, as a rank sees them."""
     import numpy as np
 
     from tlora_mlx.distributed import collectives as together
@@ -271,7 +271,7 @@ def test_collectives(ranks):
 
 
 def initialised_on_unequal_machines(rank, config):
-    """Machines that round otherwise and have less memory come to the first one's A."""
+    """Machines that round differently and have less memory get the first one's A."""
     from tlora_mlx import Terminal, TrainConfig
     from tlora_mlx.distributed import collectives as distributed
     from tlora_mlx.method import initialise, linalg
@@ -344,7 +344,7 @@ def test_all_stop_after_the_same_step(ranks, model_path, data_path, tmp_path, ra
     assert read_run(run).tensors
 
 
-def test_what_is_not_finite_stops_all(ranks, model_path, data_path, tmp_path):
+def test_a_loss_that_is_not_finite_stops_all(ranks, model_path, data_path, tmp_path):
     flags = [*QUICK, "--learning-rate", "1e30", "--optimizer", "adam", "--iters", 50]
     two = ranks(2, command, "train", arguments(model_path, data_path, tmp_path / "run", *flags))
     codes, outputs = two.wait()
@@ -354,8 +354,8 @@ def test_what_is_not_finite_stops_all(ranks, model_path, data_path, tmp_path):
     assert outputs[1] == ""
 
 
-def test_bad_input_is_said_once(ranks, model_path, data_path, run_path, tmp_path):
-    """On all, on the first alone, and on another alone."""
+def test_bad_input_is_reported_once(ranks, model_path, data_path, run_path, tmp_path):
+    """On all processes, only on the first, and only on another."""
     nowhere = ranks(2, command, "train", arguments(tmp_path / "no", data_path, tmp_path / "run"))
     held = ranks(2, command, "train", arguments(model_path, data_path, run_path))
     more = ranks(
@@ -377,8 +377,8 @@ def test_bad_input_is_said_once(ranks, model_path, data_path, run_path, tmp_path
 # ---------------------------------------------------------------- none waits for ever
 
 
-def test_a_process_is_killed_and_the_run_gone_on_with(ranks, model_path, data_path, tmp_path):
-    """Of three, so that not all are its neighbours; three again end with an uncut run's bits."""
+def test_a_process_is_killed_and_the_run_is_resumed(ranks, model_path, data_path, tmp_path):
+    """One of three, so that not all are its neighbours; resumed, the bits are the same."""
     flags = ["--iters", 80, "--rank", 4, "--batch-size", 4, "--steps-per-report", 1]
     flags += ["--steps-per-eval", 30, "--save-every", 5]
     uncut, run = tmp_path / "uncut", tmp_path / "run"
@@ -422,8 +422,8 @@ def test_a_process_hangs(ranks, model_path, data_path, tmp_path):
     assert "has been silent for 6 s" in outputs[0]
 
 
-def test_all_stopped_and_gone_on(ranks, model_path, data_path, tmp_path):
-    """Ctrl-Z stops all for longer than one may be silent: nobody is to blame for it."""
+def test_all_stopped_and_continued(ranks, model_path, data_path, tmp_path):
+    """Ctrl-Z stops all for longer than a process may be silent: that is not a failure."""
     run = tmp_path / "run"
     flags = arguments(model_path, data_path, run, *LONG)
     two = ranks(2, command, "train", flags, IMPATIENT)
@@ -453,7 +453,7 @@ def a_long_time_alone(rank):
     return run_command(work)
 
 
-def test_waiting_is_no_deadlock_and_a_deadlock_ends(ranks):
+def test_waiting_is_not_a_deadlock_and_a_deadlock_ends(ranks):
     codes, outputs = ranks(2, a_long_time_alone).wait(60)
     assert codes == [1, 1], outputs
     assert "sum 3" in outputs[0]
@@ -461,7 +461,7 @@ def test_waiting_is_no_deadlock_and_a_deadlock_ends(ranks):
 
 
 def alone(rank):
-    """A process whose only fellow never starts."""
+    """A process whose only partner never starts."""
     from tlora_mlx.cli import run_command
     from tlora_mlx.distributed import connecting
 

@@ -1,4 +1,4 @@
-"""What README and guide tell people to type works: block by block, in order, on stand-ins.
+"""The commands in README and guide work: block by block, in order, on stand-ins.
 
 The models are served under the names that the documents use, by the loopback Hub; the data that
 ships is cut short. ``tlora`` and Python run in this process, other commands in a shell.
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def desk(models, hub, tmp_path, monkeypatch):
-    """The directory that the commands run in: the repository's root, as a user has it."""
+    """The directory that the commands run in: the repository's root, as for a user."""
     for name, path in models.items():
         hub.create(name, files=files_of(path))
     for split, rows in {"train": 12, "valid": 4, "test": 4}.items():
@@ -115,7 +115,7 @@ def test_the_guide(desk, hub, monkeypatch, capfd):
 
 
 def test_the_readme_and_the_options(desk, hub, capfd):
-    """The data set that is evaluated on is a file of its name here."""
+    """The data set for the evaluation is replaced by a file of the same name."""
     shutil.copytree("examples/data", "my-data")
     rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1\n#### {i + 1}"} for i in range(3)]
     write_jsonl(desk / "openai/gsm8k:main", rows)

@@ -1,4 +1,4 @@
-"""The documents tell the truth about what can be checked: options, files, links, messages."""
+"""The documents are correct wherever that can be checked: options, files, links, messages."""
 
 import ast
 import inspect
@@ -50,7 +50,7 @@ def test_the_other_commands_flags():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_what_it_names_exists(document):
+def test_the_files_and_links_in_it_exist(document):
     text = document.read_text()
     folders = "scripts|examples|docs|tests|tlora_mlx"
     for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w(?!\*|\w)", text):
@@ -66,7 +66,7 @@ def test_what_it_names_exists(document):
 
 
 def texts_of_the_code():
-    """All texts in the package, with … where a value goes."""
+    """All texts in the package, with … in place of values."""
     for path in (ROOT / "tlora_mlx").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -79,7 +79,7 @@ def texts_of_the_code():
 
 
 def test_the_messages_that_troubleshooting_quotes():
-    """Each part of one, between semicolons and colons, is in the code; … may be anything."""
+    """Each part of a quote, split at semicolons and colons, is in the code; … may be anything."""
     text = (ROOT / "docs/TROUBLESHOOTING.md").read_text()
     quotes = [" ".join(quote.split()) for quote in re.findall(r"\*\*`([^`]+)`\*\*", text)]
     assert len(quotes) > 30
@@ -107,7 +107,7 @@ def test_the_flags_that_the_documents_name():
 
 @pytest.mark.parametrize("name", [name for name in tlora_mlx.__all__ if name != "__version__"])
 def test_public_names_are_described(name):
-    """Each argument or attribute by name, and what a function gives and raises."""
+    """Each argument or attribute by name, and what a function returns and raises."""
     thing = getattr(tlora_mlx, name)
     text = inspect.getdoc(thing)
     if isinstance(thing, type) and issubclass(thing, (Exception, Config)):

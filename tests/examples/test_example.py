@@ -1,4 +1,4 @@
-"""What ships in examples/: whole, small, and enough to learn the task from."""
+"""The files in examples/: complete, small, and enough to learn the task."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def test_the_tokenizer_gives_back_every_row():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run: a fraction of the demo's."""
+    """A short run, a fraction of the demo."""
     run = tmp_path_factory.mktemp("example") / "run"
     options = {"iters": 12, "rank": 8, "learning_rate": 3e-3, "calibration_samples": 16}
     return quick_train(EXAMPLE / "model", EXAMPLE / "data", run, val_batches=4, **options)

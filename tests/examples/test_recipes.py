@@ -1,4 +1,4 @@
-"""The recipes train and are evaluated as they stand, on stand-ins of the same raw shape."""
+"""The recipes can be trained and evaluated unchanged, on stand-ins with the same raw rows."""
 
 import json
 import re
@@ -55,7 +55,7 @@ RAW = {
 
 
 def commands(recipe):
-    """The commands that a recipe's comments give, each in one line."""
+    """The commands in a recipe's comments, each on one line."""
     lines = [line[1:].strip() for line in (EXAMPLE / f"{recipe}.yaml").read_text().splitlines()
              if line.startswith("#")]  # fmt: skip
     text = "\n".join(lines).replace("\\\n", " ")
@@ -106,7 +106,7 @@ def test_the_authors_settings():
         assert (c.alpha, c.warmup, c.weight_decay) == (c.rank, 0.03, 0.0)
 
 
-def test_the_memory_that_the_readme_adds_up():
+def test_the_memory_calculation_in_the_readme():
     text = (EXAMPLE / "README.md").read_text()
     for terms, total in re.findall(r"((?:[\d.]+\s\+\s)+[\d.]+) = (\d+) GB", text):
         assert round(sum(map(float, re.split(r"\s\+\s", terms)))) == int(total)

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, adapters, commands, and the Hub on the loopback."""
+"""What tests share: tiny models, adapters, commands, and a stand-in for the Hub."""

@@ -42,7 +42,7 @@ def make_run(path, model_path, rank_of, num_layers=-1, experts=False, **config):
 
 
 def zero_one_cap(i, shape):
-    """Ranks with 0, 1, the cap and others among them."""
+    """Ranks that include 0, 1 and the cap."""
     return [0, 1, min(shape), 3, 5, 0, 2][i % 7]
 
 

@@ -1,4 +1,4 @@
-"""Exports into which something else is written than should be."""
+"""Exports whose writes are corrupted."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tlora_mlx.storage.blocks import OpenFile
 def finds_every_wrong_write(export, tmp_path, monkeypatch, more_than, match, first=0):
     """Have ``export`` write into a directory with each of many blocks corrupted in turn.
 
-    It must refuse each and leave nothing of it; it writes more blocks than ``more_than``.
+    It must refuse each and leave nothing behind; it writes more blocks than ``more_than``.
     """
     write, calls = OpenFile.write, []
     monkeypatch.setattr(

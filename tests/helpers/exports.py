@@ -1,4 +1,4 @@
-"""The public exports: their proof printed, as the command does, and the directory returned."""
+"""The public exports; they print the proof, like the command, and return the directory."""
 
 import tlora_mlx
 

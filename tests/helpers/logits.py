@@ -1,4 +1,4 @@
-"""What models give for the same tokens, by MLX, transformers, PEFT and mlx-lm."""
+"""The logits for the same tokens from MLX, transformers, PEFT and mlx-lm."""
 
 import json
 import warnings

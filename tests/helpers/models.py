@@ -31,7 +31,7 @@ def tiny_tokenizer(vocab_size=300):
 
 
 def save_model(path, family="llama", dtype="float32", chat_template=None, **settings):
-    """A random checkpoint of a family, as the Hub has it, with a tokenizer."""
+    """A random checkpoint of a family, as on the Hub, with a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -53,7 +53,7 @@ def save_model(path, family="llama", dtype="float32", chat_template=None, **sett
 
 
 def as_on_the_hub(path, family):
-    """What the Hub's checkpoints have and transformers 5 leaves out, and the other way round."""
+    """Convert between the Hub's checkpoints and those of transformers 5."""
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | (FAMILIES | FAILS)[family].hub))
     if family == "gpt2":

@@ -1,4 +1,4 @@
-"""Every family, from a checkpoint that transformers makes to one that transformers reads again.
+"""Every family, from a checkpoint that transformers writes to one that transformers reads.
 
 scripts/make_models_table.py writes what it finds into docs/MODELS.md.
 """
@@ -73,7 +73,7 @@ EXPERT_FAMILIES = [family for family in FAMILIES if names.FAMILIES[family].exper
 
 
 def round_trip(family, data_path, path, experts=False):
-    """Logits' largest differences: of the bases, that training made, and of each export."""
+    """The largest logit differences: between the bases, through training, and of each export."""
     model_path = save_model(path / "model", family)
     mlx_path = path_for_mlx(model_path, family)
     base = load_base_model(str(mlx_path))
@@ -110,7 +110,7 @@ EARLY = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3"}
 
 
 def installed(family):
-    """Whether both libraries have the family, and are as new as those of docs/MODELS.md."""
+    """Whether both libraries have the family, in versions as new as those of docs/MODELS.md."""
     from mlx_lm.utils import MODEL_REMAPPING
     from transformers import CONFIG_MAPPING
 
@@ -156,7 +156,7 @@ def test_round_trip(family, experts, data_path, tmp_path):
 
 
 def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
-    """To the bits of an uncut run, from a checkpoint; without any covariance being formed."""
+    """From a checkpoint to the same bits as an uninterrupted run; no covariance is formed."""
     from mlx_lm.convert import convert
 
     settings = {"hidden_size": 64, "intermediate_size": 64}
@@ -186,7 +186,7 @@ def test_experts_of_a_4_bit_conversion_resumed(data_path, tmp_path):
     assert difference(theirs, conversions) < TOLERANCE
 
 
-def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path, tmp_path):
+def test_experts_that_are_missing_or_cannot_be_exported(model_path, data_path, tmp_path):
     with pytest.raises(UserError, match="--target-experts: the model has no experts"):
         quick_train(model_path, data_path, tmp_path / "run", target_experts=True)
     llama4 = save_model(tmp_path / "llama4", "llama4")
@@ -199,7 +199,7 @@ def test_experts_that_are_not_there_or_cannot_be_exported(model_path, data_path,
     ("targets", "num_layers"), [(["up_proj"], -1), (["down_proj"], 1), (["q_proj", "gate_proj"], 1)]
 )
 def test_some_matrices_of_experts(targets, num_layers, mixtral_path, data_path, tmp_path):
-    """Gate or up without the other, experts alone, the last block alone."""
+    """Gate or up without the other, only experts, only the last block."""
     options = {"target_experts": True, "target_modules": targets, "num_layers": num_layers}
     run = quick_train(mixtral_path, data_path, tmp_path / "run", iters=2, **options)
     expected = mlx_logits(load_adapter(run).model)
@@ -220,8 +220,8 @@ def failure(family, path, **settings):
 
 
 @pytest.mark.parametrize("family", FAILS)
-def test_what_does_not_work(family, tmp_path):
-    """If one of these does not fail any more, it can go into the matrix."""
+def test_families_that_do_not_work(family, tmp_path):
+    """If one of these no longer fails, it can move to the matrix."""
     assert failure(family, tmp_path / "model")
     assert names.unexportable(family, [])
 
@@ -259,7 +259,7 @@ def test_a_4_bit_conversion_for_its_original(family, data_path, tmp_path):
     assert difference(merged(run_path, model_path, tmp_path / "merged"), expected) < TOLERANCE
 
 
-def test_refused_before_any_training(model_path, data_path, tmp_path, tlora_here, monkeypatch):
+def test_refusals_before_any_training(model_path, data_path, tmp_path, tlora_here, monkeypatch):
     """A family or module without a name, and one whose export could not be right."""
 
     def refused(run, message):
@@ -302,7 +302,7 @@ def test_a_table_that_is_not_one_to_one():
 
 @pytest.mark.parametrize("layout", ["portable", "compact"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
-def test_the_last_block_alone_by_other_names(family, layout, tmp_path):
+def test_only_the_last_block_with_other_names(family, layout, tmp_path):
     model_path = save_model(tmp_path / "model", family)
     run = make_run(tmp_path / "run", model_path, lambda i, shape: 2, num_layers=1)
     adapter = export_peft(read_run(run), tmp_path / "peft", layout)

@@ -30,7 +30,7 @@ SLOW |= {"steps_per_eval": 7, "batch_size": 3, "grad_accumulation_steps": 2}
 
 
 def results(run):
-    """All files that a cut run must have in common with one that was never cut."""
+    """All files that an interrupted run must have in common with an uninterrupted one."""
     reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for report in reports:
         for key in ("val_time", "iterations_per_second", "tokens_per_second", "peak_memory"):
@@ -48,7 +48,7 @@ def train_quietly(model, data, run, options):
 
 @pytest.fixture(scope="module")
 def forks():
-    """Processes that start at once: forked off one that has everything imported."""
+    """Processes that start instantly: forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tlora_mlx.training.session", "matplotlib"])
     return context
@@ -113,7 +113,7 @@ def started(command, run):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_gone_on_with(model_path, data_path, tmp_path, tlora_here, number, code):
+def test_interrupted_and_resumed(model_path, data_path, tmp_path, tlora_here, number, code):
     run = tmp_path / "run"
     command = [*arguments(model_path, data_path, run), "--iters", 3000, "--batch-size", 2]
     command += ["--steps-per-report", 1, "--steps-per-eval", 7]
@@ -196,7 +196,7 @@ def test_a_signal_while_a_file_is_written(tmp_path):
 
 
 def test_nobody_reads_the_output(model_path, data_path, tmp_path):
-    """A terminal or pipe that goes away does not take the run with it."""
+    """A terminal or pipe that disappears does not end the run."""
     run = tmp_path / "run"
     command = ["tlora_mlx.train", *arguments(model_path, data_path, run)[1:]]
     command = [sys.executable, "-m", *map(str, command)]
@@ -240,7 +240,7 @@ def test_the_adapter_of_a_finished_run_is_cut_short(uncut, tmp_path, tlora_here,
     assert results(run) == results(uncut)
 
 
-def test_what_else_lies_in_a_run_or_is_missing(uncut, tmp_path, tlora_here):
+def test_extra_and_missing_files_in_a_run(uncut, tmp_path, tlora_here):
     run = unfinished(uncut, tmp_path / "run")
     (run / "checkpoints" / "9999999").write_text("no directory")
     (run / "metrics.jsonl").write_bytes(b"\xff no report\n" * 1000)
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_skipped(uncut, tmp_path, tlora_here):
     assert results(run) == results(uncut)
 
 
-def test_without_any_whole_checkpoint_it_begins_again(uncut, tmp_path, tlora_here):
+def test_without_any_intact_checkpoint_the_run_starts_again(uncut, tmp_path, tlora_here):
     run = unfinished(uncut, tmp_path / "run")
     (run / "checkpoints" / f"{ITERATIONS - 1:07d}" / "state.json").write_text("{")
     result = tlora_here("train", "--adapter-path", run, "--resume")
@@ -288,7 +288,7 @@ def test_without_any_whole_checkpoint_it_begins_again(uncut, tmp_path, tlora_her
     position=st.floats(0, 1),
     change=st.one_of(st.integers(1, 255), st.just("cut")),
 )
-def test_damage_anywhere_is_seen(uncut, tmp_path_factory, name, position, change):
+def test_damage_anywhere_is_detected(uncut, tmp_path_factory, name, position, change):
     from tlora_mlx.runs.checkpoint import read_checkpoint
 
     path = uncut / "checkpoints" / f"{ITERATIONS:07d}"
@@ -325,7 +325,7 @@ def test_damage_anywhere_is_seen(uncut, tmp_path_factory, name, position, change
 def test_a_run_damaged_anywhere(
     uncut, tmp_path_factory, tlora_here, finished, file, position, change
 ):
-    """Resumed to the adapter of the whole run, or one sentence; no traceback either way."""
+    """It resumes to the same adapter as the undamaged run, or fails with one sentence."""
     run = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(uncut, run) if finished else unfinished(uncut, run)
     files = sorted(p for p in run.rglob("*") if p.is_file() and p.suffix != ".png")
@@ -345,7 +345,7 @@ def test_a_run_damaged_anywhere(
     shutil.rmtree(run)
 
 
-def test_what_changed_is_refused(uncut, model_path, data_path, tmp_path, tlora_here):
+def test_changed_inputs_are_refused(uncut, model_path, data_path, tmp_path, tlora_here):
     run = unfinished(uncut, tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
@@ -424,7 +424,7 @@ def test_random_state_is_resumed(model_path, data_path, tmp_path, monkeypatch):
 
 
 def test_a_full_disk(model_path, data_path, tmp_path):
-    """The system's own limit on file sizes stands in: a write fails part-way, as on a full disk."""
+    """Simulated by the system's limit on file sizes: a write fails part-way, as on a full disk."""
 
     def limit(size):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -450,7 +450,7 @@ def test_a_full_disk(model_path, data_path, tmp_path):
 
 
 def poisoned_model(path):
-    """One poisoned token, ``~``: its embedding is not a number."""
+    """A model with one poisoned token, ``~``: its embedding is NaN."""
     model = save_model(path)
     from transformers import AutoTokenizer
 
@@ -481,7 +481,7 @@ def test_a_validation_or_test_loss_that_is_not_finite(tmp_path, tlora_here):
 
 
 def test_a_gradient_that_is_not_finite(model_path, data_path, tmp_path, monkeypatch):
-    """The loss is finite, its gradient at B = 0 is not: B stays what it was."""
+    """The loss is finite, but its gradient at B = 0 is not: B stays unchanged."""
     from tlora_mlx.training import step
 
     plain = step.summed_loss

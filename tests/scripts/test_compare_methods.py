@@ -44,7 +44,7 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_rate_rises_until_the_loss_does_and_the_best_is_for_all_seeds(run, method):
+def test_the_rate_rises_until_the_loss_does_and_all_seeds_use_the_best(run, method):
     rows = [row for row in rows_of(run[0]) if row["method"] == method]
     first = {row["rate"]: row["valid"] for row in rows if row["seed"] == 0}
     losses = [first[rate] for rate in RATES[: len(first)]]
@@ -62,7 +62,7 @@ def test_trained_parameters(run, model_path):
     assert all(abs(trained[name] / (8 * outs) - 1) < 0.15 for name in EQUAL)
 
 
-def test_a_finished_comparison_trains_nothing_anew_and_prints_tables(run):
+def test_a_finished_comparison_trains_nothing_and_prints_tables(run):
     path, arguments = run
     before = path.read_text()
     assert compare(*arguments) == ""

@@ -32,7 +32,7 @@ def test_safetensors_reads_what_we_write(tmp_path):
     assert path.read_bytes() == first
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     write_text(path, "before")
 
@@ -46,7 +46,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_new_directory_is_whole_or_not_there(tmp_path):
+def test_a_new_directory_is_complete_or_missing(tmp_path):
     def fail():
         with new_directory(tmp_path / "a") as beside:
             (beside / "half").write_text("")
