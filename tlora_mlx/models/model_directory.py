@@ -88,11 +88,11 @@ def read_index(directory: Path) -> dict[str, str]:
 def weight_files(path: Path, name: str) -> list[Path]:
     """A model's weight files: those that its index names or, without one, ``model*.safetensors``.
 
-    mlx-lm loads every ``model*.safetensors``, whatever the index says, so none may be there that
+    mlx-lm loads every ``model*.safetensors``, whatever the index says, so there must be none that
     the index does not name.
 
     Raises:
-        UserError: there is none, or one that the index does not name; pickled weights, which can
+        UserError: there are none, or some that the index does not name; pickled weights, which can
             run code when they are read, do not count.
     """
     files = sorted(path.glob("model*.safetensors"))

@@ -1,4 +1,4 @@
-"""A model's tokenizer alone, so that data can be looked at before any weights are there."""
+"""Only a model's tokenizer, so that data can be inspected before any weights are downloaded."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# One of these is there wherever transformers finds a tokenizer.
+# transformers finds no tokenizer unless one of these exists.
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """A tokenizer as mlx-lm wraps it, and what it must fit.
+    """A tokenizer as mlx-lm wraps it, and the size of its model's vocabulary.
 
     Attributes:
         tokenizer: mlx-lm's wrapper, with the model's end tokens.
-        embeddings: how many token ids the model has; None where its configuration does not say.
+        embeddings: how many token ids the model has; None if its configuration does not say.
     """
 
     tokenizer: TokenizerWrapper
@@ -38,14 +38,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> ModelTokenizer
         trust_remote_code: let the repository run its own code.
 
     Raises:
-        UserError: it does not exist, has no tokenizer, or none that transformers loads.
+        UserError: it does not exist, or has no tokenizer that transformers can load.
     """
     name, path = find_model(name, MODEL_FILES)
     return read_tokenizer(name, path, trust_remote_code)
 
 
 def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> ModelTokenizer:
-    """Load the tokenizer of a model that is on this machine; arguments as ``load_tokenizer``."""
+    """Load the tokenizer of a model on this machine; arguments as for ``load_tokenizer``."""
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
@@ -64,7 +64,7 @@ def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> ModelToken
 
 
 def _embeddings(config: dict[str, Any]) -> int | None:
-    """How many embeddings a model has, by its configuration or its language model's."""
+    """A model's number of embeddings, from its configuration or its language model's."""
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
         if type(size := part.get("vocab_size")) is int:

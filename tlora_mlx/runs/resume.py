@@ -24,8 +24,8 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-# The options of version 0.1.0, in the order of its checkpoints' digests; one that came later is
-# part of a digest only where it is set, so that earlier runs can be resumed.
+# The options of version 0.1.0, in the order of its checkpoints' digests; a later option is part of
+# a digest only if it is set, so that earlier runs can be resumed.
 FIRST_OPTIONS = (
     "model", "data", "format", "max_samples", "rank", "alpha", "max_rank", "target_modules",
     "target_experts", "num_layers", "calibration_samples", "val_split", "batch_size",
