@@ -38,9 +38,11 @@ def test_a_run(run, model_path):
         f"run of tlora_mlx.train in {run}",
         f"base model: {model_path}",
         "10 of 14 modules adapted, total rank 70, 2,608 trained parameters",
-        "A and B: 5,968 parameters, float32; 0.03 MB on disk",
     ):
         assert line in result.stdout
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    size = f"A and B: 5,968 parameters, float32; {size / 1000:.1f} kB on disk"
+    assert size in result.stdout
     assert re.search(r"^ +1 +– +1×1.5 +24×1.62 ", result.stdout, re.MULTILINE)
     assert "the scale is then 1, and vLLM needs --max-lora-rank 32" in result.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
 from rich.table import Table
 
 from tlora_mlx.adapters.adapter import Adapter
@@ -25,7 +26,7 @@ def size(adapter: Adapter) -> str:
     files = (file for file in adapter.directory.rglob("*") if file.is_file())
     return (
         f"A and B: {parameters:,} parameters, {' and '.join(sorted(dtypes))}; "
-        f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB on disk"
+        f"{decimal(sum(file.stat().st_size for file in files))} on disk"
     )
 
 

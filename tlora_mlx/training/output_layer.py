@@ -145,10 +145,11 @@ def _summed_cross_entropy(
         piece = slice(start, start + step)
         x = detached[piece]
         if losses:  # finish the previous piece first, so that its logits are freed
-            x = mx.depends(x, gradients[-1] if with_gradient else losses[-1])
-        loss, gradient = _piece(output_layer, x, labels[piece], counts[piece])
+            x = mx.depends(x, [losses[-1], *gradients[-1:]])
+        loss, by_logits = _piece(output_layer(x), labels[piece], counts[piece])
         losses.append(loss)
-        gradients.append(gradient)
+        if with_gradient:
+            gradients.append(mx.vjp(output_layer, [x], [by_logits])[1][0])
     total = sum(losses)
     if not with_gradient:
         return total
@@ -166,14 +167,11 @@ def _summed_cross_entropy(
     return known(states, total, mx.stop_gradient(gradient))
 
 
-def _piece(
-    output_layer: OutputLayer, x: mx.array, labels: mx.array, counts: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Summed cross-entropy, float32, and its gradient by ``x`` (n, hidden).
+def _piece(raw: mx.array, labels: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
+    """Summed cross-entropy, float32, and its gradient by the logits ``raw`` (n, vocabulary).
 
     Even a NaN in a row that does not count stays out of the sum. Both share one exponential.
     """
-    raw = output_layer(x)
     logits = raw.astype(mx.float32)
     largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     powers = mx.exp(logits - largest)
@@ -182,5 +180,4 @@ def _piece(
     losses = mx.where(counts, (mx.log(norms) + largest - own).squeeze(-1), 0.0)
     is_own = mx.arange(logits.shape[-1]) == labels[:, None]
     by_logits = mx.where(counts[:, None], powers / norms - is_own, 0.0).astype(raw.dtype)
-    _, (gradient,) = mx.vjp(output_layer, [x], [by_logits])
-    return losses.sum(), gradient
+    return losses.sum(), by_logits
