@@ -147,6 +147,157 @@ def test_a_template_that_marks_the_turns_is_taken_at_its_word(tmp_path):
     assert not split_of(tmp_path, {"messages": messages}, tokenizer).warnings
 
 
+@pytest.mark.parametrize(
+    ("inside", "after", "text"),
+    [
+        ("m['content'] + '<|im_end|>\n'", "", "Ho<|im_end|>\n"),  # LFM2.5, TRL's templates
+        ("m['content']", "{{ '<|im_end|>\n' }}", "Ho<|im_end|>"),
+    ],
+)
+def test_marked_turns_end_with_their_token_once(tmp_path, inside, after, text):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ " + inside + " }}{% endgeneration %}"
+        + after + "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    tokenizer = tokenizer_of(template)
+    split = split_of(tmp_path, {"prompt": "Hi", "completion": "Ho"}, tokenizer)
+    assert learnt(tmp_path, {"prompt": "Hi", "completion": "Ho"}, tokenizer) == [text]
+    assert tokenizer.decode(split.samples[0].tokens).count("<|im_end|>") == 2
+    assert not split.warnings
+
+
+def test_an_assistant_that_begins_does_not_make_the_prompt_count(tmp_path):
+    """No prompt comes before the first message, be it with thoughts or with calls."""
+    tokenizer = tokenizer_of(QWEN3)
+    messages = [ASSISTANT("Close it with </think>."), USER("ok"), ASSISTANT("Yes")]
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer)
+    assert "<|im_start|>" not in "".join(texts)
+    assert texts[-1].endswith("Yes<|im_end|>")
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    result = {"role": "tool", "content": "3"}
+    messages = [call, result, ASSISTANT("It is 3."), USER("ok"), ASSISTANT("Yes")]
+    texts = learnt(tmp_path, {"messages": messages, "tools": [ADD]}, tokenizer)
+    assert texts[0].startswith("<tool_call>")
+    assert texts[0].endswith("</tool_call><|im_end|>")
+
+
+def test_an_empty_thinking_block_is_the_templates(tmp_path):
+    """GLM-4.5 and Nemotron put one where thoughts of earlier turns were."""
+    template = CHATML.replace(
+        "m['content'] + '<|im_end|>",
+        "('<think></think>\n' if m['role'] == 'assistant' else '') + m['content'] + '<|im_end|>",
+    )
+    assert template != CHATML
+    messages = [USER("a"), {**ASSISTANT("b"), "reasoning_content": "r"}, USER("c"), ASSISTANT("d")]
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer_of(template))
+    assert texts == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_calls_that_the_template_does_not_show_are_refused(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    row = {"messages": [USER("1+2?"), call, USER("And?"), ASSISTANT("3")]}
+    marked = CHATML.replace(
+        "m['content']", "'' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ ''"
+    )
+    for template in (CHATML, marked):
+        with pytest.raises(
+            UserError, match="with certainty: the template does not show tool_calls"
+        ):
+            split_of(tmp_path, row, tokenizer_of(template))
+
+
+def test_steps_whose_thinking_is_dropped_once_another_question_follows(tmp_path):
+    """An agent's conversation: no step begins with the prompt that it answered."""
+    call = {"type": "function", "function": CALL}
+    step = {"role": "assistant", "reasoning_content": "Let me add.", "tool_calls": [call]}
+    result = {"role": "tool", "content": "3"}
+    messages = [USER("1+2?"), step, result, step, result, ASSISTANT("3"), USER("b"), ASSISTANT("c")]
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer_of(QWEN3))
+    assert texts[:2] == [called, called]
+    assert [text.split("</think>")[-1].strip() for text in texts[2:]] == [
+        "3<|im_end|>",
+        "c<|im_end|>",
+    ]
+
+
+def test_tools_shown_before_the_last_question(tmp_path):
+    """Mistral: no earlier turn's prompt begins the conversation."""
+    template = (
+        "{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{% if tools and loop.index0 >= messages | length - 2 %}"
+        "{{ '[AVAILABLE_TOOLS]' + tools | tojson }}{% endif %}{{ '[INST]' + m['content'] }}[/INST]"
+        "{% elif m['tool_calls'] %}{{ '[TOOL_CALLS]' }}{% for call in m['tool_calls'] %}"
+        "{{ call.function | tojson }}{% endfor %}{{ '</s>' }}"
+        "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    messages = [USER("1+2?"), call, {"role": "tool", "content": "3"}, ASSISTANT("It is 3."),
+                USER("b"), ASSISTANT("c")]  # fmt: skip
+    tokenizer = tokenizer_of(template, ["[INST]", "[/INST]", "[TOOL_CALLS]"], ["</s>"])
+    texts = learnt(tmp_path, {"messages": messages, "tools": [ADD]}, tokenizer)
+    assert texts[0].startswith('[TOOL_CALLS]{"name": "add"')
+    assert [text.strip() for text in texts[1:]] == ["It is 3.</s>", "c</s>"]
+
+
+def test_a_template_that_wants_the_arguments_as_text(tmp_path):
+    """DeepSeek V3's."""
+    template = CHATML.replace(
+        "m['content'] + '<|im_end|>",
+        "m['content'] + (m['tool_calls'][0]['function']['arguments'] + '!' if m['tool_calls'] else "
+        "'') + '<|im_end|>",
+    )
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    messages = [USER("1+2?"), call, USER("b"), ASSISTANT("c")]
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer_of(template))
+    assert texts == ['{"a": 1, "b": 2}!<|im_end|>', "c<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "stop", "ends"),
+    [
+        # Command R7B: the stop token comes after another special token.
+        ("{{ m['content'] }}<|END_RESPONSE|><|END|>", "<|END_RESPONSE|>", "<|END|>", None),
+        # GLM: the next message's beginning stops generation.
+        ("{{ m['content'] + ' Bye' }}", "<|user|>", "<|user|>", " Bye<|user|>"),
+    ],
+)
+def test_the_token_that_stops_generation_counts(tmp_path, template, special, stop, ends):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+        "{% if m['role'] == 'assistant' %}" + template + "{% else %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tokenizer_of(template, [special, "<|assistant|>"], [stop])
+    messages = [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer)
+    assert texts[0] == "b" + (ends or f"{special}{stop}")
+
+
+def test_the_next_messages_beginning_is_no_end(tmp_path):
+    """Where only the last turn has an end token, nothing says where the others end."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{{ '</s>' }}"
+    )
+    tokenizer = tokenizer_of(template, ["<|user|>", "<|assistant|>"], ["</s>"])
+    row = {"messages": [USER("q"), ASSISTANT("one"), USER("r"), ASSISTANT("three")]}
+    with pytest.raises(UserError, match="no end token follows it"):
+        split_of(tmp_path, row, tokenizer)
+
+
+def test_spaces_that_the_tokenizer_gives_no_characters_count(tmp_path):
+    """GPT-NeoX's and OLMo's tokenizers trim the ranges: tokens of spaces alone have none."""
+    from tokenizers.processors import ByteLevel
+
+    row = {"prompt": "a", "completion": "def f():\n\n    return 1\n\n\nx = 2"}
+    tokenizer = named("chatml")
+    expected = learnt(tmp_path, row, tokenizer)
+    tokenizer._tokenizer._tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert learnt(tmp_path, row, tokenizer) == expected == [row["completion"] + "<|im_end|>"]
+
+
 def test_what_cannot_be_located_is_refused_by_line(tmp_path):
     """A template that writes in capitals: nothing says what the answer's tokens are."""
     shouting = CHATML.replace("m['content']", "m['content'] | upper")
@@ -296,6 +447,68 @@ def test_tables(tmp_path, suffix):
     (tmp_path / f"train.{suffix}").write_bytes(b"\xff\x00")
     with pytest.raises(UserError, match=rf"train\.{suffix} cannot be read"):
         load_data(str(tmp_path), named("chatml"), 2048, None)
+
+
+def test_csv_cells_are_texts(tmp_path):
+    """Numbers, zeros before them and NA are what they are written as."""
+    answers = ["42", "007", "1.50", "NA", "null", "True", 'a, "b"\nc']
+    quoted = ['"{}"'.format(answer.replace('"', '""')) for answer in answers]
+    lines = ["prompt,completion", *(f"q,{answer}" for answer in quoted)]
+    (tmp_path / "train.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    split = load_data(str(tmp_path), named("chatml"), 2048, None)["train"]
+    texts = [named("chatml").decode(sample.tokens) for sample in split.samples]
+    assert [text.split("assistant\n")[1].split("<")[0] for text in texts] == answers
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            "prompt,completion\nq,a,note\nq,a\nq\n",
+            r"row 1 has 3 cells, and .* has 2.*; row 3 has 1",
+        ),
+        ("prompt,prompt\nq,a\n", "more than one column 'prompt'"),
+        ('prompt,completion\nq,"a"b\n', "cannot be read"),
+        ("prompt,completion\n", "has no rows"),
+    ],
+)
+def test_csv_that_is_no_table(tmp_path, text, fault):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        load_data(str(tmp_path), named("chatml"), 2048, None)
+
+
+def test_nulls_that_arrow_put_into_arguments_are_not_learnt(tmp_path):
+    import datasets
+
+    rows = [
+        {
+            "messages": [
+                USER("q"),
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function",
+                 "function": {"name": "f", "arguments": arguments}}]},
+            ]
+        }
+        for arguments in ({"city": "Rome"}, {"a": 1})
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+    tokenizer = tokenizer_of(QWEN3)
+    split = load_data(str(tmp_path), tokenizer, 2048, None)["train"]
+    texts = [tokenizer.decode(sample.tokens) for sample in split.samples]
+    assert '"arguments": {"city": "Rome"}' in texts[0]
+    assert '"arguments": {"a": 1}' in texts[1]
+
+
+def test_half_a_character_is_refused_by_line(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl, line 2 has half of a character"):
+        load_data(str(tmp_path), named("chatml"), 2048, None)
+
+
+def test_sharegpt_with_a_speaker_that_is_no_name(tmp_path):
+    row = {"conversations": [{"from": ["human"], "value": "x"}]}
+    with pytest.raises(UserError, match=r"line 1 is no row .*: turn 1 is from \['human'\], not"):
+        split_of(tmp_path, row, named("chatml"))
 
 
 def test_a_tokenizer_that_does_not_know_its_characters(tmp_path, monkeypatch):

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 # templates, OpenAI's API, DeepSeek's).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
+# What thinking within the content stands between.
+_THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+
 
 class Conversation(NamedTuple):
     """Messages as a chat template takes them.
@@ -102,6 +105,31 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             )
         function = {**function, "arguments": arguments}
         made.append({**call, "function": function} if "function" in call else function)
+    return made
+
+
+def thoughts_of(message: Mapping[str, Any]) -> list[str]:
+    """A message's reasoning, in fields of its own and before the content's end of thinking."""
+    thoughts = [message[field] for field in REASONING_FIELDS if isinstance(message.get(field), str)]
+    thoughts = [thought.strip() for thought in thoughts if thought]
+    for begin, end in _THINKING:
+        before, found, _ = message["content"].partition(end)
+        if found:
+            thoughts.append(before.strip().removeprefix(begin).strip())
+    return thoughts
+
+
+def with_arguments_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose tool calls have their arguments as JSON, as OpenAI's API gives them."""
+    made = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            function = {**function, "arguments": text}
+            calls.append({**call, "function": function} if "function" in call else function)
+        made.append({**message, "tool_calls": calls} if calls else message)
     return made
 
 

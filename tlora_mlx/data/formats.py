@@ -133,7 +133,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
     messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, 1):
         speaker = turn.get("from", turn.get("role"))
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise ValueError(f"turn {number} is from {speaker!r}, not {', '.join(_SPEAKERS)}")
         messages.append({"role": _SPEAKERS[speaker], "content": _text(turn, "value", "content")})
     return {"messages": messages}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 # What a split's file may be; where there are several, the first counts.
 SUFFIXES = (".jsonl", ".parquet", ".csv")
+
+# Half of a character outside the basic plane, as JSON escapes it.
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load_data(
@@ -112,15 +118,64 @@ def read_rows_of(path: Path) -> list[tuple[int, Any]] | None:
     """
     if path.suffix == ".jsonl":
         return read_jsonl(path)
-    datasets = _datasets(path)
     try:
-        read = {".csv": datasets.Dataset.from_csv, ".parquet": datasets.Dataset.from_parquet}
-        rows = list(enumerate(read[path.suffix](str(path), keep_in_memory=True), 1))
+        rows = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+    except UserError:
+        raise
     except Exception as error:  # as many kinds as there are ways to fail
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if not rows:
         raise UserError(f"{path} has no rows; delete it or put some into it")
     return rows
+
+
+def _read_csv(path: Path) -> list[tuple[int, Any]]:
+    """A table's rows, all cells as the texts that they are: an answer may be "007" or "NA"."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    faults, rows = Faults(f"{path}, row"), []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, strict=True)
+        names = list(table.fieldnames or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path} has more than one column {twice[0]!r}; rename one of them")
+        for number, row in enumerate(table, 1):
+            if None in row or None in row.values():
+                cells = len(row.get(None, ())) + sum(row[name] is not None for name in names)
+                faults.add(
+                    number,
+                    f" has {cells} cells, and the header has {len(names)}; put texts with commas "
+                    "between double quotes",
+                )
+            rows.append((number, row))
+    faults.raise_if_any()
+    return rows
+
+
+def _read_parquet(path: Path) -> list[tuple[int, Any]]:
+    datasets = _datasets(path)
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return [(number, _without_nulls(row)) for number, row in enumerate(table, 1)]
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls that Arrow put into its objects.
+
+    A column's objects have the fields of all rows there, so that the arguments of one tool's call
+    have those of every other tool, as null.
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(v) for key, v in value.items() if v is not None}
+        return [cleaned(v) for v in value] if isinstance(value, list) else value
+
+    return {key: cleaned(value) for key, value in row.items()}
 
 
 def _datasets(what: object) -> Any:
@@ -154,7 +209,16 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        rows.append((number, json.loads(line)))
+                        row = json.loads(line)
+                        if _ESCAPED_HALF.search(line):
+                            json.dumps(row, ensure_ascii=False).encode()
+                        rows.append((number, row))
+                    except UnicodeEncodeError:
+                        faults.add(
+                            number,
+                            " has half of a character (a lone surrogate such as \\ud83d), which no "
+                            "tokenizer takes; remove it",
+                        )
                     except (ValueError, RecursionError) as error:  # ValueError: a huge number too
                         faults.add(number, f" is not valid JSON: {first_line(error)}")
     except UnicodeDecodeError:
@@ -210,5 +274,5 @@ def _labelled(split: Any) -> list[tuple[int, Any]] | None:
     for number, row in enumerate(split, 1):
         if all(row[key] not in (None, -1) for key in labels):
             named = {key: kind.int2str(row[key]) for key, kind in labels.items()}
-            rows.append((number, {**row, **named}))
+            rows.append((number, _without_nulls({**row, **named})))
     return rows or None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.data.conversation import conversation_of
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
+from tlora_mlx.data.offsets import NotLocatedError, intervals
 from tlora_mlx.data.samples import Sample, Split
-from tlora_mlx.data.turns import ChatTemplate, NotLocatedError, Tokenized, intervals
+from tlora_mlx.data.turns import ChatTemplate, Tokenized
 from tlora_mlx.errors import UserError, first_line
 
 if TYPE_CHECKING:

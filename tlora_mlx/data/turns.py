@@ -11,27 +11,22 @@ taken at their word.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tlora_mlx.data.conversation import REASONING_FIELDS, Conversation
+from tlora_mlx.data.conversation import Conversation, thoughts_of, with_arguments_as_text
+from tlora_mlx.data.offsets import NotLocatedError, encode_with_offsets, intervals, is_within
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # A thinking block without thoughts, or what is left of one that the generation prompt opened.
 _OPEN, _CLOSE = r"(?:<think>|<thinking>|\[THINK\])", r"(?:</think>|</thinking>|\[/THINK\])"
-_EMPTY_THINKING = re.compile(rf"\s*{_OPEN}?\s*{_CLOSE}\s*")
+_EMPTY_THINKING = re.compile(rf"(\s*{_OPEN}?\s*{_CLOSE})\s*")
 # What generation prompts end in that finished turns may lack: such a block, open or empty, or an
 # empty channel (Gemma 4).
 _PROMPT_ENDS = re.compile(rf"(?:{_OPEN}\s*{_CLOSE}?|<\|channel>\w*\s*<channel\|>)\s*$")
-_THINKING_ENDS = ("</think>", "</thinking>", "[/THINK]")
-
-
-class NotLocatedError(ValueError):
-    """A turn's place in the rendered conversation is not certain."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +65,23 @@ class ChatTemplate:
         self._special = re.compile(rf"\s*({'|'.join(map(re.escape, names))})")
 
     def render(self, conversation: Conversation, prompt: bool = False) -> str:
-        """The conversation as text; with ``prompt``, as the model is asked to answer it."""
-        return self._tokenizer.apply_chat_template(
-            conversation.messages,
-            tools=conversation.tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
+        """The conversation as text; with ``prompt``, as the model is asked to answer it.
+
+        Templates that put the arguments of tool calls together with texts (DeepSeek V3's) get them
+        as JSON.
+        """
+        options = {
+            "tools": conversation.tools,
+            "tokenize": False,
+            "add_generation_prompt": prompt,
+        }
+        try:
+            return self._tokenizer.apply_chat_template(conversation.messages, **options)
+        except TypeError:
+            if not any(message.get("tool_calls") for message in conversation.messages):
+                raise
+            messages = with_arguments_as_text(conversation.messages)
+            return self._tokenizer.apply_chat_template(messages, **options)
 
     def tokenize(self, conversation: Conversation) -> Tokenized:
         """Token ids, and which of them count.
@@ -98,13 +103,20 @@ class ChatTemplate:
                 raise NotLocatedError("two assistant turns overlap in the rendered conversation")
         tokens, offsets = encode_with_offsets(self._tokenizer, text)
         counts = [
-            any(first < stop and last > start for start, stop, _ in places) and last > first
-            for first, last in offsets
+            any(is_within(token, (start, stop)) for start, stop, _ in places) for token in offsets
         ]
         return Tokenized(tokens, counts, [end for _, _, end in places])
 
     def _by_marks(self, conversation: Conversation) -> Tokenized:
-        """By the template's own ``{% generation %}``."""
+        """By the template's own ``{% generation %}``.
+
+        Where it marks the content alone, the token that ends the turn counts too: without it the
+        model would not learn to stop.
+        """
+        text = self.render(conversation)
+        for number, message in enumerate(conversation.messages):
+            if message.get("tool_calls"):
+                self._content(conversation, text, number)  # which refuses calls that are not shown
         made = self._tokenizer._tokenizer.apply_chat_template(
             conversation.messages,
             tools=conversation.tools,
@@ -113,37 +125,74 @@ class ChatTemplate:
         )
         tokens, counts = list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]]
         names = self._tokenizer._tokenizer.convert_ids_to_tokens(tokens)
-        last = [n for n, after in zip(range(len(counts)), [*counts[1:], False], strict=True)
-                if counts[n] and not after]  # fmt: skip
-        special = self._special
-        return Tokenized(
-            tokens, counts, [names[n] if special.match(names[n]) else "" for n in last]
-        )
+        texts = [self._tokenizer.decode([token]) for token in tokens]
+        ends = []
+        for start, stop in intervals(counts):
+            last = stop - 1
+            while last > start and not texts[last].strip():
+                last -= 1
+            if self._special.match(names[last]):
+                ends.append(names[last])
+            elif stop < len(tokens) and self._special.match(names[stop]):
+                counts[stop] = True
+                ends.append(names[stop])
+            else:
+                ends.append("")
+        return Tokenized(tokens, counts, ends)
 
     def _locate(self, conversation: Conversation, text: str, number: int) -> tuple[int, int, str]:
         """Where a turn's content begins, where its end token ends, and that token's text."""
         message = conversation.messages[number]
-        reasoned = any(message.get(field) for field in REASONING_FIELDS) or any(
-            end in message["content"] for end in _THINKING_ENDS
-        )
         first, last = self._content(conversation, text, number)
-        if message.get("tool_calls") or reasoned:
+        if message.get("tool_calls") or thoughts_of(message):
+            content = first
             asked = self._asked(conversation, number)
             prompts = (asked, _PROMPT_ENDS.sub("", asked))
-            prompt = next((prompt for prompt in prompts if text.startswith(prompt)), None)
-            if prompt is not None:
-                first = len(prompt)
-            elif message.get("tool_calls") or _is_rendered(message, text[:first]):
-                raise NotLocatedError(
-                    "the conversation does not begin with the prompt that the turn answers, and "
-                    "the turn has more than content"
-                )
-            if not reasoned and (empty := _EMPTY_THINKING.match(text, first)):
-                first = empty.end()
+            first = next((len(prompt) for prompt in prompts if text.startswith(prompt)), -1)
+            if first < 0 or not asked:
+                first = self._first_without_prompt(conversation, text, number, content)
+            empty = _EMPTY_THINKING.match(text, first)
+            if empty and empty.end(1) <= content:
+                first = min(empty.end(), content)
         return first, *self._end(conversation, text, number, last)
 
+    def _first_without_prompt(
+        self, conversation: Conversation, text: str, number: int, content: int
+    ) -> int:
+        """Where a turn that is more than content begins, if the prompt before it was rewritten.
+
+        Templates may drop the thinking of earlier steps once another question follows (Qwen3), or
+        show the tools before the last question (Mistral). If no thoughts are rendered, a turn
+        without calls begins with its content, and one with calls begins where content alone would.
+
+        Args:
+            conversation: as given.
+            text: all of it, rendered.
+            number: of the turn.
+            content: where the content is in the text.
+
+        Raises:
+            NotLocatedError: thoughts are rendered, or content alone would not stand there.
+        """
+        messages, first, located = conversation.messages, content, True
+        if messages[number].get("tool_calls"):
+            # Without the results of the calls, which only calls may have.
+            later = range(number + 1, len(messages))
+            rest = next((i for i in later if messages[i]["role"] == "user"), len(messages))
+            plain = {"role": "assistant", "content": _stand_in("")}
+            others = [*messages[:number], plain, *messages[rest:]]
+            other = self.render(conversation._replace(messages=others))
+            first, _ = _differing(text, other)
+            located = other[first:].lstrip().startswith(plain["content"])
+        if not located or any(t and t in text[:first] for t in thoughts_of(messages[number])):
+            raise NotLocatedError(
+                "the conversation does not begin with the prompt that the turn answers, and the "
+                "turn has more than content"
+            )
+        return first
+
     def _asked(self, conversation: Conversation, number: int) -> str:
-        """The prompt that the turn answers."""
+        """The prompt that the turn answers; empty where none comes before it."""
         before = conversation._replace(messages=conversation.messages[:number])
         return self.render(before, prompt=True) if number else ""
 
@@ -158,8 +207,10 @@ class ChatTemplate:
             call = {"name": changed, "arguments": {changed: changed}}
             call = {**calls[-1], "function": call} if "function" in calls[-1] else call
             other = {**message, "tool_calls": [*calls[:-1], call]}
-            _, last = _differing(text, self._replaced(conversation, number, other))
-            return first, last
+            other = self._replaced(conversation, number, other)
+            if other == text:
+                raise NotLocatedError("the template does not show tool_calls")
+            return first, _differing(text, other)[1]
         found, meant = ("".join(t.split()) for t in (text[first:last], message["content"]))
         if found not in meant or (meant and not found):
             raise NotLocatedError("the template rewrites what the assistant says")
@@ -182,15 +233,23 @@ class ChatTemplate:
         Where no special token does, the turn ends with what the template puts after the content.
         """
         until = self._rendered_length(conversation, text, number)
-        directly = self._special.match(text, last)
-        if directly and (directly[1] in self.stops or until is None or directly.end() <= until):
-            return directly.end(), directly[1]
         bound = self._next_content(conversation, text, number) if until is None else until
-        for token in self._special.finditer(text, last, bound):
+        found = list(self._special.finditer(text, last, bound))
+        directly = self._special.match(text, last)
+        if directly and directly[1] in self.stops:
+            return directly.end(), directly[1]
+        # Tokens in a row (Command R7B's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>) end it together.
+        for token in found:
             if token[1] in self.stops:
                 return token.end(), token[1]
+        # Without the turn's own end, a single token may as well be the next message's beginning.
+        if directly and directly.end() <= bound and (until is not None or len(found) > 1):
+            return directly.end(), directly[1]
         if until is None:
             raise NotLocatedError("the template rewrites the turn, and no end token follows it")
+        behind = self._special.match(text, until)
+        if behind and behind[1] in self.stops:
+            return behind.end(), behind[1]
         return until, ""
 
     def _next_content(self, conversation: Conversation, text: str, number: int) -> int:
@@ -204,16 +263,6 @@ class ChatTemplate:
             return len(text)
         until = self.render(conversation._replace(messages=conversation.messages[: number + 1]))
         return len(until) if text.startswith(until) else None
-
-
-def _is_rendered(message: dict[str, Any], text: str) -> bool:
-    """Whether a message's reasoning is part of a text."""
-    thoughts = [message[field] for field in REASONING_FIELDS if isinstance(message.get(field), str)]
-    for end in _THINKING_ENDS:
-        before, found, _ = message["content"].partition(end)
-        if found:
-            thoughts.append(re.sub(r"^\s*(<think>|<thinking>|\[THINK\])", "", before))
-    return any(thought.strip() and thought.strip() in text for thought in thoughts)
 
 
 def _stand_in(text: str) -> str:
@@ -231,39 +280,11 @@ def _differing(text: str, other: str) -> tuple[int, int]:
 
 def _shared(a: str, b: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
-
-
-def encode_with_offsets(
-    tokenizer: TokenizerWrapper, text: str
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text without special tokens added, and each one's range of characters.
-
-    Tokenizers that do not know the ranges (those that are not "fast") are asked for the text of
-    more and more tokens; those of one character have its range.
-
-    Raises:
-        NotLocatedError: the tokens do not decode to the text.
-    """
-    plain = tokenizer._tokenizer
-    if getattr(plain, "is_fast", False):
-        made = plain(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(made["input_ids"]), list(made["offset_mapping"])
-    tokens = plain.encode(text, add_special_tokens=False)
-    edge, ranges, waiting = 0, [], 0
-    for number in range(1, len(tokens) + 1):
-        waiting += 1
-        decoded = plain.decode(tokens[:number], clean_up_tokenization_spaces=False)
-        if text.startswith(decoded):
-            ranges += [(edge, len(decoded))] * waiting
-            edge, waiting = len(decoded), 0
-    if edge != len(text) or waiting:
-        raise NotLocatedError("the tokenizer does not say which characters its tokens are")
-    return tokens, ranges
-
-
-def intervals(counts: Sequence[bool]) -> list[tuple[int, int]]:
-    """The runs of True as (first, one past the last)."""
-    edges = [i for i, (a, b) in enumerate(pairwise([False, *counts, False])) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
