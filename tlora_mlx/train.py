@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,8 @@ def command(argv: Sequence[str] | None) -> None:
         for line in result.summary():
             say(line)
     done = "the run in {} is finished" if result.was_finished else "adapter saved in {}"
-    directory = result.directory
-    say(f"{done.format(directory)}; next: python -m tlora_mlx.export {directory} --format peft")
+    directory, argument = result.directory, shlex.quote(str(result.directory))
+    say(f"{done.format(directory)}; next: python -m tlora_mlx.export {argument} --format peft")
 
 
 def _with_stored_options(given: dict[str, Any]) -> dict[str, Any]:

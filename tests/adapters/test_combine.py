@@ -307,12 +307,28 @@ def test_adapters_that_cannot_be_combined(model_path, adapters, tmp_path):
         (["--adapter", "a", "--output", "o", "--combine", "slerp"], "must be one of cat, svd"),
         (
             ["RUN", "--format", "run", "--push-to", "me/it"],
-            "--push-to cannot be used with --format run",
+            "--push-to cannot be used with --format run, which no other tool loads",
         ),
     ],
 )
 def test_incompatible_combine_options(tlora_here, options, message):
     assert_one_sentence(tlora_here("export", *options), 2, message)
+
+
+def test_messages_name_what_was_combined(model_path, adapters, tmp_path):
+    parts = [resolve_adapter(adapters / name, str(model_path)) for name in "ab"]
+    combined = combine(parts, [1, 1], Combination())
+    assert combined.label == f"{adapters / 'a'} + {adapters / 'b'}"
+    assert combine(parts[:1], [1], Combination()).label == str(adapters / "a")
+
+
+def test_a_dtype_or_layout_that_does_not_exist(model_path, tmp_path):
+    run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2))
+    with pytest.raises(UserError, match="dtype 'float8' is none of float32, float16, bfloat16"):
+        export_peft(run, tmp_path / "out", dtype="float8")
+    with pytest.raises(UserError, match="layout 'wide' is none of portable"):
+        export_peft(run, tmp_path / "out", layout="wide")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_colon_in_a_path(tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def test_bad_places(tmp_path, plain):
     file.mkdir()
     with pytest.raises(UserError, match=r"train\.jsonl cannot be read: Is a directory"):
         load_data(str(tmp_path), plain, 100, None)
-    with pytest.raises(UserError, match="data directory ~nobody-of-this-name/data does not exist"):
+    with pytest.raises(UserError, match="data ~nobody-of-this-name/data does not exist"):
         load_data("~nobody-of-this-name/data", plain, 100, None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from helpers.adapters import make_run
@@ -10,7 +11,7 @@ from helpers.exports import export_peft
 from helpers.models import write_jsonl
 from huggingface_hub import ModelCard, constants
 
-from tlora_mlx import read_run
+from tlora_mlx import Combination, combine, read_run, resolve_adapter
 from tlora_mlx.publishing.card import write_card
 
 
@@ -172,8 +173,18 @@ def test_a_useless_base_card(model_path, tmp_path, cache, front_matter):
     assert data.language is None
 
 
+def test_a_single_weighted_run_keeps_its_losses(tested_run, tmp_path):
+    adapter = combine([resolve_adapter(tested_run)], [1.0], Combination())
+    cards = [
+        card_of(exported(source, tmp_path / name))
+        for source, name in ((adapter, "a"), (read_run(tested_run), "b"))
+    ]
+    losses = [rows(card, "loss (nats per token)") for card in cards]
+    assert losses[0] == losses[1] != []
+
+
 def test_without_matplotlib_there_is_no_picture(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("tlora_mlx.reporting.pictures.can_draw", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # installed, and broken
     run = read_run(make_run(tmp_path / "run", model_path, lambda i, shape: 2))
     output = exported(run, tmp_path / "out")
     assert "rank_plan.png" not in (output / "README.md").read_text()

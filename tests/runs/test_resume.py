@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 
 from tlora_mlx import read_run
 from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.runs import checkpoint
 
 ITERATIONS = 40
 SLOW = {"iters": ITERATIONS, "save_every": 1, "keep_checkpoints": 2, "steps_per_report": 3}
@@ -269,6 +270,19 @@ def test_a_damaged_checkpoint_is_skipped(uncut, tmp_path, tlora_here):
     )
     assert f"continuing after iteration {ITERATIONS - 1}" in result.stdout
     assert results(run) == results(uncut)
+
+
+def test_a_checkpoint_of_another_version_is_kept(uncut, tmp_path, tlora_here):
+    """It is no damage: the version that wrote it goes on from there."""
+    run = unfinished(uncut, tmp_path / "run")
+    path = run / "checkpoints" / f"{ITERATIONS - 1:07d}" / "state.json"
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    state["progress"]["momentum"] = 1
+    path.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert_one_sentence(result, 2, "was written by another version of tlora_mlx; resume with that")
+    assert path.exists()
 
 
 def test_without_any_intact_checkpoint_the_run_starts_again(uncut, tmp_path, tlora_here):

@@ -6,8 +6,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from tlora_mlx.errors import RunError, UserError
-from tlora_mlx.storage.files import new_directory, replace_file, write_text
+from tlora_mlx.storage.files import new_directory, replace_file, user_path, write_text
 from tlora_mlx.storage.safetensors import TensorFile, check_safetensors, write_tensors
+
+
+def test_a_path_that_is_not_utf_8_is_refused():
+    """It could be written into no configuration and no card."""
+    with pytest.raises(UserError, match=r"path 'a\\udcff' is not UTF-8 text; rename it"):
+        user_path("a\udcff")
 
 
 def test_safetensors_reads_what_we_write(tmp_path):

@@ -51,7 +51,9 @@ class Adapter:
     @property
     def label(self) -> str:
         """How messages refer to it."""
-        return str(self.directory) if self.directory else "the combined adapter"
+        if self.directory:
+            return str(self.directory)
+        return " + ".join(part["path"] for part in self.config["made_from"]["adapters"])
 
     def adapted(self) -> dict[str, ModulePlan]:
         """The modules that have an adapter.

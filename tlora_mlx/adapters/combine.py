@@ -118,7 +118,10 @@ def combine(
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     rank = max(module.rank for module in modules.values())
     made_from = [
-        {"path": adapter.directory and str(adapter.directory.resolve()), "weight": weight}
+        {
+            "path": str(adapter.directory.resolve()) if adapter.directory else adapter.label,
+            "weight": weight,
+        }
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
     first = adapters[0]
@@ -126,7 +129,7 @@ def combine(
         RankPlan(rank, float(rank), modules),
         tensors,
         "combined",
-        None,
+        first.directory if len(adapters) == 1 else None,
         {"made_from": {"combine": combination.type, "adapters": made_from}},
         first.model,
         first.original,

@@ -129,6 +129,8 @@ class PeftFormat(AdapterFormat):
         base_model = adapter.base_on_hugging_face(
             base_model, "name the full-precision Hub repository with --base-model"
         )
+        if layout not in LAYOUTS:
+            raise UserError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         tensors, ranks = LAYOUTS[layout](adapter)
         tensors = cast_finite(tensors, dtype)
         config = {

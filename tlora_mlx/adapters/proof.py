@@ -14,6 +14,7 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import Delta, adapter_delta
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.storage.blocks import blocks
+from tlora_mlx.storage.safetensors import FLOATS
 
 # Rounding to a dtype with p significant bits is off by at most 2^-p of the value, or by half the
 # smallest subnormal number.
@@ -200,8 +201,10 @@ def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.arr
     """Cast tensors to the dtype named ``float32``, ``float16`` or ``bfloat16``.
 
     Raises:
-        UserError: values overflow; all such tensors are named.
+        UserError: there is no such dtype, or values overflow; all such tensors are named.
     """
+    if dtype not in FLOATS.values():
+        raise UserError(f"dtype {dtype!r} is none of {', '.join(FLOATS.values())}")
     cast = {key: value.astype(getattr(mx, dtype)) for key, value in tensors.items()}
     overflown = [key for key, value in cast.items() if not mx.isfinite(value).all().item()]
     if overflown:

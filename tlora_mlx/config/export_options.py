@@ -18,7 +18,7 @@ FORMATS_OF_OPTION = {
     "dtype": ("peft", "mlx-lm", "run"),
     "dequantize": ("merged",),
     "quantize": ("merged",),
-    "push_to": ("peft", "mlx-lm", "merged"),  # no other tool loads a run
+    "push_to": ("peft", "mlx-lm", "merged"),
 }
 
 
@@ -125,7 +125,10 @@ class ExportCommand(AdapterOptions):
             flag(f.name) for f in given if self.format not in FORMATS_OF_OPTION.get(f.name, FORMATS)
         ]
         if wrong:
-            raise UserError(f"{' and '.join(wrong)} cannot be used with --format {self.format}")
+            why = ", which no other tool loads" if wrong == ["--push-to"] else ""
+            raise UserError(
+                f"{' and '.join(wrong)} cannot be used with --format {self.format}{why}"
+            )
         if self.dequantize and self.quantize:
             raise UserError("--dequantize and --quantize cannot be used together")
         if self.base_model and (self.dequantize or self.quantize):

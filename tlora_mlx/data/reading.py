@@ -242,7 +242,7 @@ def download_rows(data: str, wanted: Sequence[str]) -> dict[str, list[tuple[int,
         UserError: it cannot be had, or has none of the wanted splits.
     """
     if not can_be_repository(data.split(":", 1)[0]):
-        raise UserError(f"data directory {data} does not exist")
+        raise UserError(f"data {data} does not exist")
     datasets = _datasets(f"data {data} is no directory here, and a Hub data set")
     try:
         dataset = datasets.load_dataset(*data.split(":", 1))

@@ -169,10 +169,10 @@ class Watch:
     def _on_message(self, message: dict[str, Any]) -> None:
         if "begun" in message:
             self._begun = list(map(max, self._begun, message["begun"]))
-        elif "verdict" in message:
+        elif "word" in message:
             if not self._verdict_sent:
-                self._ending = self._ending or _Ending(message["verdict"], "", _after(FAREWELL))
-                self._send_verdict(message["verdict"])
+                self._ending = self._ending or _Ending(message["word"], "", _after(FAREWELL))
+                self._send_verdict(message["word"])
         elif self._failure is None:
             code, text, begun = message["failure"]
             self._failure = _Failure(code, text, begun, time.monotonic())
@@ -230,7 +230,7 @@ class Watch:
 
     def _send_verdict(self, code: int) -> None:
         self._verdict_sent = True
-        self._send({"verdict": code})
+        self._send({"word": code})
         for link in self._links:
             with suppress(OSError):
                 link.shutdown(socket.SHUT_WR)

@@ -11,6 +11,7 @@ from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.config.usage_options import GenerateCommand
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import adapters_off
+from tlora_mlx.storage.files import is_unicode
 
 
 def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, Iterator[str]]]:
@@ -32,6 +33,8 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
         raise UserError("--prompt -: standard input is not UTF-8 text") from None
     if not text:
         raise UserError("--prompt -: standard input is empty")
+    if not is_unicode(text):
+        raise UserError("--prompt is not UTF-8 text")
     prompt: str | list[int] = text
     if base.tokenizer.has_chat_template:
         prompt = base.tokenizer.apply_chat_template(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _write_run(adapter: Adapter, output: Path, config: ExportCommand, _: Observe
 
 
 def _how_to_load_run(output: Path, _: ExportCommand) -> str:
-    return f"run directory in {output}; try it with\n  tlora generate {output} --prompt TEXT"
+    argument = shlex.quote(str(output))
+    return f"run directory in {output}; try it with\n  tlora generate {argument} --prompt TEXT"
 
 
 @dataclass(frozen=True)

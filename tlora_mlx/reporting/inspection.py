@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
@@ -59,7 +61,8 @@ def advice(adapter: Adapter) -> list[str]:
     vllm = f"vLLM needs --max-lora-rank {needed}"
     if needed is None:
         vllm = f"vLLM does not serve rank {largest}"
-    export = f"python -m tlora_mlx.export {adapter.directory} --format peft"
+    directory = shlex.quote(str(adapter.directory))
+    export = f"python -m tlora_mlx.export {directory} --format peft"
     wrong = [reading.reader for reading in readings(adapter) if reading.fault]
     lines = []
     if wrong:

@@ -9,6 +9,10 @@ from typing import Any
 from tlora_mlx.errors import UserError
 
 
+class OtherVersionError(UserError):
+    """Something is intact, but only another version of this package understands it."""
+
+
 @dataclass
 class Window:
     """Sums since the last report."""
@@ -66,9 +70,9 @@ class Progress:
         """The inverse of ``dataclasses.asdict``.
 
         Raises:
-            UserError: another version wrote it.
+            OtherVersionError: another version wrote it.
         """
         data = {key: value for key, value in data.items() if key != "val_loss"}  # up to 0.1
         if data.keys() != {item.name for item in fields(cls)}:
-            raise UserError("its state was written by another version")
+            raise OtherVersionError("its state was written by another version")
         return cls(**{**data, "window": Window(**data["window"])})

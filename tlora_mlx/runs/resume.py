@@ -13,6 +13,7 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.errors import UserError
 from tlora_mlx.observer import Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, read_checkpoint
+from tlora_mlx.runs.progress import OtherVersionError
 from tlora_mlx.runs.run_directory import CHECKPOINTS, CONFIG, PLAN
 from tlora_mlx.storage.files import file_digest, read_json
 
@@ -110,6 +111,9 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
     """The newest intact checkpoint of a run, or None.
 
     Damaged checkpoints and half-written files are deleted.
+
+    Raises:
+        UserError: another version of this package wrote it.
     """
     found = None
     directories = checkpoint_directories(path)
@@ -117,6 +121,11 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
         try:
             found = read_checkpoint(directory)
             break
+        except OtherVersionError:
+            raise UserError(
+                f"{directory} was written by another version of tlora_mlx; resume with that "
+                "version, or start another run"
+            ) from None
         except UserError as error:
             observer.note(f"skipping checkpoint {directory.name}: {error}")
             shutil.rmtree(directory)

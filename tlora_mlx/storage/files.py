@@ -16,8 +16,23 @@ from tlora_mlx.errors import RunError, UserError, first_line
 
 
 def user_path(text: str | Path) -> Path:
-    """The user's path with ``~`` expanded; ``~NAME`` of an unknown user is left as it is."""
+    """The user's path with ``~`` expanded; ``~NAME`` of an unknown user is left as it is.
+
+    Raises:
+        UserError: it is not UTF-8, and could be written into no configuration.
+    """
+    if not is_unicode(str(text)):
+        raise UserError(f"path {str(text)!r} is not UTF-8 text; rename it")
     return Path(os.path.expanduser(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no bytes that Python kept because they were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
