@@ -202,7 +202,7 @@ def test_a_later_turn_follows_in_the_frame(run_path):
         ("math", '{"answer": "1"}', (), r"line 1 has 'answer'; it needs 'question'"),
         ("math", '{"question": "1?", "answer": " "}', (), "line 1: 'answer' is empty"),
         ("math", '{"question": "1?", "answer": "$"}', (), "line 1 has no final answer"),
-        ("math", '{"prompt": "\\ud800", "answer": "1"}', (), "'prompt' has half of a surrogate"),
+        ("math", '{"prompt": "\\ud800", "answer": "1"}', (), "line 1 has half of a character"),
         ("math", '{"prompt": "", "answer": "1"}', (), "line 1: 'prompt' is empty"),
         ("math", '{"question": [1], "answer": "1"}', (), r"line 1: 'question' is not text: ["),
         ("math", "[1]", (), "line 1 is not a JSON object"),
@@ -251,3 +251,5 @@ def test_an_array_of_rows_and_the_default_directory(tlora_here, model_path, data
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     data.write_text("{}")
     assert "does not contain an array of rows" in tlora_here("evaluate", run, *flags).stderr
+    data.write_text('[{"prompt": "1?"}]')
+    assert f"error: {data}, row 1 has 'prompt'; it" in tlora_here("evaluate", run, *flags).stderr

@@ -53,12 +53,6 @@ class Row(NamedTuple):
     def _check(self, name: str, text: Any) -> None:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{self.where}: '{name}' is empty, or part of it is not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{self.where}: '{name}' has half of a surrogate pair, which is not a character"
-            ) from None
 
 
 def read_rows(data: str, limit: int | None = None) -> list[Row]:
@@ -80,10 +74,10 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
         split = "test" if splits["test"] else "valid"
         numbered, what = splits[split], f"split {split}, row"
     elif path.suffix == ".json":
-        data = read_json(path, "the evaluation data")
-        if not isinstance(data, list) or not data:
+        content = read_json(path, "the evaluation data")
+        if not isinstance(content, list) or not content:
             raise UserError(f"{path} does not contain an array of rows")
-        numbered, what = list(enumerate(data, 1)), "row"
+        numbered, what = list(enumerate(content, 1)), "row"
     else:
         numbered, what = read_jsonl(path), "line"
         if numbered is None:

@@ -206,7 +206,7 @@ def _tail_energies(singular_values: mx.array, rank: int) -> np.ndarray:
     others show whether the directions behind it have been found.
     """
     squares = np.zeros(rank)
-    squares[: singular_values.size] = np.square(np.array(singular_values[:rank], np.float64))
+    squares[: singular_values.size] = np.square(singular_values[:rank].tolist())
     return np.cumsum(squares[::-1])[::-1]
 
 
