@@ -251,5 +251,5 @@ def test_an_array_of_rows_and_the_default_directory(tlora_here, model_path, data
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     data.write_text("{}")
     assert "does not contain an array of rows" in tlora_here("evaluate", run, *flags).stderr
-    data.write_text('[{"prompt": "1?"}]')
-    assert f"error: {data}, row 1 has 'prompt'; it" in tlora_here("evaluate", run, *flags).stderr
+    data.write_text('["1?"]')
+    assert f"error: {data}, row 1 is not a JSON" in tlora_here("evaluate", run, *flags).stderr
