@@ -36,7 +36,7 @@ class Faults:
 
     def __init__(self, where: str):
         self._where = where
-        self._found: list[str] = []
+        self._found: dict[str, list[int]] = {}
 
     def add(self, number: int, fault: str) -> None:
         """One row's fault: what follows its number, such as " has no 'text'".
@@ -44,20 +44,23 @@ class Faults:
         Raises:
             UserError: there are as many as are told.
         """
-        self._found.append(f"{number}{fault}")
-        if len(self._found) == MOST_FAULTS:
-            self._found[-1] += "; there may be more"
-            self.raise_if_any()
+        self._found.setdefault(fault, []).append(number)
+        if sum(map(len, self._found.values())) == MOST_FAULTS:
+            self.raise_if_any("; there may be more")
 
-    def raise_if_any(self) -> None:
-        """End with one sentence that has all of them.
+    def raise_if_any(self, more: str = "") -> None:
+        """End with one sentence that has all of them, and ``more`` at its end.
 
         Raises:
             UserError: there is one.
         """
         if self._found:
             unit = self._where.rsplit(" ", 1)[-1]
-            raise UserError(f"{self._where} {f'; {unit} '.join(self._found)}")
+            told = []
+            for fault, (first, *others) in self._found.items():
+                also = f" (also {unit} {', '.join(map(str, others))})" if others else ""
+                told.append(f"{first}{fault}{also}")
+            raise UserError(f"{self._where} {f'; {unit} '.join(told)}{more}")
 
 
 def tokenize(
