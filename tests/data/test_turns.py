@@ -395,7 +395,7 @@ def test_a_template_without_an_end_gets_one_and_a_warning(tmp_path):
     assert tokenizer.decode(split.samples[0].tokens).endswith("No.\n<eos>")
     assert split.samples[0].counts()[-1]
     assert len(split.warnings) == 1
-    assert "no token that stops generation; <eos> is added after the last" in split.warnings[0]
+    assert "no token that stops generation; <eos> is added at the end" in split.warnings[0]
 
 
 def test_an_end_that_does_not_stop_generation_is_warned_of(tmp_path):

@@ -256,8 +256,8 @@ def _warnings(ends: set[str], tokenizer: TokenizerWrapper) -> list[str]:
     if "" in ends:
         found.append(
             "the chat template ends an answer with no token that stops generation; "
-            f"{tokenizer.eos_token or 'nothing, since there is no end token,'} is added after the "
-            "last answer of each row, so that the model learns to stop"
+            f"{tokenizer.eos_token or 'nothing, since there is no end token,'} is added at the "
+            "end of rows that end with an answer, so that the model learns to stop"
         )
     strange = sorted(end for end in ends - template.stops if end)
     if strange and not ends & template.stops:

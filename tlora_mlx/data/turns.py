@@ -232,12 +232,12 @@ class ChatTemplate:
 
         Where no special token does, the turn ends with what the template puts after the content.
         """
-        until = self._rendered_length(conversation, text, number)
-        bound = self._next_content(conversation, text, number) if until is None else until
-        found = list(self._special.finditer(text, last, bound))
         directly = self._special.match(text, last)
         if directly and directly[1] in self.stops:
             return directly.end(), directly[1]
+        until = self._rendered_length(conversation, text, number)
+        bound = self._next_content(conversation, text, number) if until is None else until
+        found = list(self._special.finditer(text, last, bound))
         # Tokens in a row (Command R7B's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>) end it together.
         for token in found:
             if token[1] in self.stops:
