@@ -74,7 +74,7 @@ def run_ours(hidden: int, layers: int, samples: list[list[int]], covariance: str
     from tlora_mlx.method.covariance import input_leaders
     from tlora_mlx.method.initialise import exact_subspaces, streamed_subspaces
     from tlora_mlx.method.layers import linear_shape, target_linears
-    from tlora_mlx.training.output_layer import summed_loss
+    from tlora_mlx.method.output_layer import summed_loss
 
     model = Model(ModelArgs.from_dict(settings_of(hidden, layers)))
     weights = random_weights(hidden, layers)

@@ -13,8 +13,8 @@ from tlora_mlx import TrainConfig
 from tlora_mlx.data.batches import batches_in_order, collate
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.method.output_layer import summed_loss
 from tlora_mlx.training.loop import total_updates
-from tlora_mlx.training.output_layer import summed_loss
 from tlora_mlx.training.validation import evaluate, mean_loss
 
 SAMPLES = [Sample([5, 9, 3, 7, 7, 2], 3), Sample([4, 8], 1), Sample(list(range(1, 40)), 10)]

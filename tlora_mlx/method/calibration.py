@@ -27,8 +27,14 @@ from tlora_mlx.method.experts import (
     rows_by_expert,
     samples_of,
 )
-from tlora_mlx.method.layers import Linear, dense_weight, linear_shape, replace_modules
-from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.method.layers import (
+    Linear,
+    dense_weight,
+    linear_shape,
+    make_differentiable,
+    replace_modules,
+)
+from tlora_mlx.method.output_layer import PROBE_TOKENS, is_separable, summed_loss, target_rows
 from tlora_mlx.observer import Advance, no_advance
 
 # Entries of ∂loss/∂W formed at a time: 16 MB of float32.
@@ -202,10 +208,13 @@ def calibrate(
     covariances: dict[str, mx.array] = {}
     samples = 0
     model.freeze()
+    training = model.training
+    separable = _has_separable_output(model, targets)
+    make_differentiable(model)
     replace_modules(model, probes)
     try:
         for batch in batches:
-            for name, scores, gram in _observe(model, probes, batch, samples):
+            for name, scores, gram in _observe(model, probes, batch, samples, separable):
                 if is_switch(modules[name]):
                     for number, score in enumerate(scores.tolist()):
                         sensitivities[f"{name}.{number}"] += score
@@ -219,6 +228,7 @@ def calibrate(
     finally:
         replace_modules(model, modules)
         model.freeze()
+        model.train(training)
     samples = int(total(mx.array(samples)).item())
     if samples == 0:
         raise ValueError("there is no sample to calibrate on")
@@ -235,8 +245,20 @@ def calibrate(
     )
 
 
+def _has_separable_output(model: nn.Module, targets: Collection[str]) -> bool:
+    """Whether the loss can be computed without all logits; the model is in evaluation mode then."""
+    model.eval()
+    return all(name.startswith("model.") for name in targets) and is_separable(
+        model, mx.arange(PROBE_TOKENS)[None]
+    )
+
+
 def _observe(
-    model: nn.Module, probes: Mapping[str, _Probe | _SwitchProbe], batch: Batch, samples_before: int
+    model: nn.Module,
+    probes: Mapping[str, _Probe | _SwitchProbe],
+    batch: Batch,
+    samples_before: int,
+    separable: bool,
 ) -> Iterator[tuple[str, mx.array, mx.array | None]]:
     """One batch's statistics, module by module: name, scores (batch,) and gram (in, in) or None.
 
@@ -249,13 +271,21 @@ def _observe(
     for probe in probes.values():
         probe.prepare(lengths)
 
-    def summed_loss(model: nn.Module) -> tuple[mx.array, mx.array]:
+    # The loss has no use for the last token, but the statistics of the inputs have.
+    padded = Batch(
+        mx.pad(batch.tokens, [(0, 0), (0, 1)]),
+        mx.pad(batch.counts, [(0, 0), (0, 1)]),
+        batch.lengths,
+    )
+    rows = target_rows(padded)
+
+    def loss_of(model: nn.Module) -> mx.array:
         # Summed over a sample's tokens: a mean's gradients would underflow in float16. The scores
         # are divided by the number of tokens after the backward pass.
-        losses, counts = masked_cross_entropy(model(batch.tokens), *batch[:2])
-        return losses.sum(), counts
+        return summed_loss(model, padded.tokens, padded.counts, rows, separable)[0]
 
-    (loss, counts), tree = nn.value_and_grad(model, summed_loss)(model)
+    loss, tree = nn.value_and_grad(model, loss_of)(model)
+    counts = batch.counts[:, 1:].sum(axis=1).astype(mx.float32)
     gradients = dict(tree_flatten(tree))
     del tree
     if not mx.isfinite(loss).item():

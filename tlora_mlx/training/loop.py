@@ -17,12 +17,12 @@ from tlora_mlx.data.batches import epoch_order
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import Interrupted, RunError
 from tlora_mlx.method.layers import adapter_tensors
+from tlora_mlx.method.output_layer import is_separable
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.runs.checkpoint import TrainingState
 from tlora_mlx.runs.progress import Progress, Window
 from tlora_mlx.runs.recorder import Recorder
 from tlora_mlx.training.best import BestAdapter
-from tlora_mlx.training.output_layer import is_separable
 from tlora_mlx.training.schedule import learning_rate
 from tlora_mlx.training.signals import agreed, stop_requests
 from tlora_mlx.training.step import Step

@@ -15,7 +15,7 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.distributed.collectives import rank, share, total_of_tree
-from tlora_mlx.training.output_layer import summed_loss, target_rows
+from tlora_mlx.method.output_layer import summed_loss, target_rows
 
 
 def make_optimizer(

@@ -13,9 +13,9 @@ from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import processes, total
 from tlora_mlx.errors import Interrupted
 from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.output_layer import is_separable, summed_loss, target_rows
 from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
 from tlora_mlx.training.memory import end_stage
-from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
 from tlora_mlx.training.signals import agreed
 
 

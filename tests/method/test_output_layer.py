@@ -10,9 +10,12 @@ from mlx_lm.utils import load_model
 
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
+from tlora_mlx.method import output_layer
+from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.layers import target_linears
 from tlora_mlx.method.loss import masked_cross_entropy
-from tlora_mlx.training import output_layer
-from tlora_mlx.training.output_layer import is_separable, summed_loss, target_rows
+from tlora_mlx.method.output_layer import is_separable, summed_loss, target_rows
 
 SAMPLES = [
     Sample([(7 * i + 3 * n) % 300 for i in range(length)], first)
@@ -116,6 +119,47 @@ def test_rows_cover_the_targets_in_few_sizes():
         assert targets <= target_rows(batch) <= 128
         sizes.add(target_rows(batch))
     assert len(sizes) <= output_layer.SHAPES
+
+
+def test_calibration_does_not_keep_all_logits(tmp_path):
+    """Whatever mode the model is in: by less than the logits of the four pieces more."""
+    vocabulary = 20_000
+    model = load_model(save_model(tmp_path / "wide", vocab_size=vocabulary, hidden_size=32))[0]
+    model.eval()
+    targets = target_linears(model)
+
+    def peak(length):
+        tokens = mx.array(np.arange(length)[None])
+        counts = mx.array(np.arange(length)[None] >= 1)
+        mx.eval(model.parameters(), tokens, counts)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        calibrate(model, targets, [Batch(tokens, counts, mx.array([length]))])
+        return mx.get_peak_memory() - before
+
+    peak(65)
+    assert peak(1025) - peak(513) < 4 * 4 * output_layer.PIECE_ROWS * vocabulary
+    assert not model.training
+
+
+def test_calibration_ignores_dropout_and_differentiates_in_training_mode(tmp_path):
+    model = load_model(save_model(tmp_path / "model"))[0]
+    batch = Batch(mx.arange(40)[None] % 9, mx.arange(40)[None] >= 1, mx.array([40]))
+    without = calibrate(model, target_linears(model), [batch]).sensitivities
+    modes = []
+
+    class Norm(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm, self.dropout = norm, nn.Dropout(0.9)
+
+        def __call__(self, x):
+            modes.append(self.training)
+            return self.dropout(self.norm(x))
+
+    model.model.norm = Norm(model.model.norm)
+    assert calibrate(model, target_linears(model), [batch]).sensitivities == without
+    assert modes[-1]
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
