@@ -69,16 +69,15 @@ def test_a_path_is_accepted_wherever_an_adapter_is(run_path, tmp_path):
     assert base.model.layers[0].self_attn.q_proj["lora_b"].any().item()
 
 
+def short_run(model, data, run, **options):
+    """The options of two iterations."""
+    paths = {"model": str(model), "data": str(data), "adapter_path": str(run)}
+    return tlora_mlx.TrainConfig(**paths, iters=2, rank=2, batch_size=4, **options)
+
+
 def test_library_functions_print_nothing(model_path, data_path, tmp_path, capsys):
     """The observer is silent by default."""
-    config = tlora_mlx.TrainConfig(
-        model=str(model_path),
-        data=str(data_path),
-        adapter_path=str(tmp_path / "run"),
-        iters=2,
-        rank=2,
-        batch_size=4,
-    )
+    config = short_run(model_path, data_path, tmp_path / "run")
     result = tlora_mlx.train(config)
     assert result.progress.iteration == 2
     tlora_mlx.export_peft(result.directory, tmp_path / "peft")
@@ -102,15 +101,7 @@ def test_an_observer_is_notified(model_path, data_path, tmp_path):
             self.notes.append(text)
 
     listener = Listener()
-    config = tlora_mlx.TrainConfig(
-        model=str(model_path),
-        data=str(data_path),
-        adapter_path=str(tmp_path / "run"),
-        iters=2,
-        rank=2,
-        batch_size=4,
-        steps_per_report=1,
-    )
+    config = short_run(model_path, data_path, tmp_path / "run", steps_per_report=1)
     result = tlora_mlx.train(config, listener)
     assert listener.plans == [tlora_mlx.read_run(result.directory).plan]
     assert len([loss for loss in listener.losses if loss]) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapters import edit, make_run, mlx_lm_adapter, peft_adapter, zero_one_cap
-from helpers.commands import assert_one_sentence, quick_train
+from helpers.commands import assert_one_sentence, quick_train, val_losses
 from helpers.exports import export_peft
 from helpers.logits import TOKENS, base_model, logits_of, mlx_logits
 from helpers.models import save_model
@@ -330,8 +330,7 @@ def test_the_adapter_is_kept_if_training_makes_it_worse(model_path, data_path, p
     run = quick_train(model_path, data_path, tmp_path / "run", learning_rate=3.0, **options)
     for name, tensor in resolve_adapter(plain).tensors.items():
         assert mx.array_equal(read_run(run).tensors[name], tensor)
-    reports = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    losses = val_losses(run)
     assert losses[0] < losses[1]
 
 

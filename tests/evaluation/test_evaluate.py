@@ -3,7 +3,7 @@ import json
 import mlx.core as mx
 import pytest
 import torch
-from helpers.commands import quick_train
+from helpers.commands import quick_train, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,8 +164,7 @@ def test_chat_in_fastchats_format(evaluate, tmp_path):
 
 
 def test_perplexity_equals_that_of_validation(evaluate, run_path):
-    reports = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    losses = val_losses(run_path)
     _, lines, summary = evaluate("perplexity", ROWS[13:])
     assert summary["metrics"]["base"]["loss"] == pytest.approx(losses[0], rel=1e-4)
     assert summary["metrics"]["adapter"]["loss"] == pytest.approx(min(losses[1:]), rel=1e-4)

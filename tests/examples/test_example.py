@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers.commands import quick_train
+from helpers.commands import quick_train, val_losses
 from helpers.exports import export_peft
 from helpers.paths import EXAMPLE
 from mlx_lm.utils import load
@@ -51,8 +51,7 @@ def trained(tmp_path_factory):
 
 
 def test_it_learns(trained):
-    reports = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
-    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    losses = val_losses(trained)
     assert losses[-1] < losses[0] - 0.3
 
 

@@ -1,5 +1,6 @@
 """The commands, as a user runs them and as a notebook does."""
 
+import json
 import subprocess
 import sys
 
@@ -23,6 +24,12 @@ def quick_train(model, data, run, **options):
     settings = {"iters": 6, "rank": 4, "learning_rate": 1e-2, "batch_size": 4, **options}
     config = TrainConfig(model=str(model), data=str(data), adapter_path=str(run), **settings)
     return train(config, Terminal()).directory
+
+
+def val_losses(run):
+    """The validation losses of a run, in the order of its reports."""
+    reports = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [report["val_loss"] for report in reports if "val_loss" in report]
 
 
 def arguments(model, data, run, *more):

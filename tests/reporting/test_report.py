@@ -4,6 +4,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from helpers.commands import val_losses
 from helpers.models import write_jsonl
 
 from tlora_mlx import read_run
@@ -63,8 +64,7 @@ def test_the_page(run, tlora_here, tmp_path):
     energies = json.loads((run / "captured_energy.json").read_text())
     assert set(energies) == set(plan.adapted())
     assert all(0 < energy <= 1 and f"{energy:.1%}" in page.text for energy in energies.values())
-    reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    losses = val_losses(run)
     assert f"{losses[0]:.3f} → {min(losses[1:]):.3f}" in page.text
     for heading in ("loss (nats per token)", "throughput", "peak memory", "learning rate"):
         assert heading in page.text

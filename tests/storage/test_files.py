@@ -11,7 +11,7 @@ from tlora_mlx.storage.safetensors import TensorFile, check_safetensors, write_t
 
 
 def test_a_path_that_is_not_utf_8_is_refused():
-    """It could be written into no configuration and no card."""
+    """It could not be written into a configuration or a card."""
     with pytest.raises(UserError, match=r"path 'a\\udcff' is not UTF-8 text; rename it"):
         user_path("a\udcff")
 

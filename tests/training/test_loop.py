@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.commands import quick_train, tlora
+from helpers.commands import quick_train, tlora, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -153,11 +153,7 @@ def test_a_data_set_smaller_than_the_batch(tmp_path, model_path):
 def test_half_precision_bases_train(tmp_path, data_path, dtype):
     model = save_model(tmp_path / "model", dtype=dtype)
     run = quick_train(model, data_path, tmp_path / "run", iters=30)
-    losses = [
-        report["val_loss"]
-        for report in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if "val_loss" in report
-    ]
+    losses = val_losses(run)
     assert losses[-1] < 0.8 * losses[0]
     tensors = mx.load(str(run / "adapters.safetensors"))
     assert {t.dtype for k, t in tensors.items() if k.endswith("lora_b")} == {mx.float32}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers.commands import arguments, assert_one_sentence, quick_train, tlora
+from helpers.commands import arguments, assert_one_sentence, quick_train, tlora, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
 from mlx_lm.utils import load_model
 
@@ -59,11 +59,7 @@ def test_the_run_directory(model_path, data_path, tmp_path):
 
 def test_training_learns(model_path, data_path, tmp_path):
     run = quick_train(model_path, data_path, tmp_path / "run", iters=40)
-    losses = [
-        report["val_loss"]
-        for report in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if "val_loss" in report
-    ]
+    losses = val_losses(run)
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -117,8 +113,7 @@ def test_a_quantized_base(data_path, tmp_path, bits, mode):
     subprocess.run(command, check=True, capture_output=True)
     (converted / "README.md").write_text("---\nbase_model: org/original\n---\n")
     run = quick_train(converted, data_path, tmp_path / "run", iters=30)
-    reports = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
-    losses = [report["val_loss"] for report in reports if "val_loss" in report]
+    losses = val_losses(run)
     assert losses[-1] < 0.8 * losses[0]
     out = tmp_path / "peft"
     assert tlora("export", run, "--output", out).returncode == 0

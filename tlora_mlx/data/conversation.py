@@ -33,7 +33,7 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     Content given as parts is joined, arguments of tool calls given as JSON are parsed.
 
     Raises:
-        ValueError: a message is not one; the sentence goes on from the name of the row.
+        ValueError: a message is malformed; the sentence goes on from the name of the row.
     """
     tools = _tools(row.get("tools"))
     if "messages" not in row:
@@ -60,7 +60,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if content is None and not calls:
         if "content" in message:
             raise ValueError(
-                f"{where}: 'content' is null; only a message with tool_calls may be so"
+                f"{where}: 'content' is null; only a message with tool_calls may have none"
             )
         found = ", ".join(repr(str(key)) for key in message)
         raise ValueError(f"{where} has {found}, but no 'content'")
@@ -90,7 +90,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         raise ValueError(f"{where}: 'tool_calls' is not a list of objects")
     made = []
     for call in calls:
-        function = call.get("function", call)
+        function = function_of(call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{where}: a tool call has no function with a name")
         arguments = function.get("arguments", {})
@@ -103,9 +103,18 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{where}: the arguments of tool call '{function['name']}' are no JSON object"
             )
-        function = {**function, "arguments": arguments}
-        made.append({**call, "function": function} if "function" in call else function)
+        made.append(with_function(call, {**function, "arguments": arguments}))
     return made
+
+
+def function_of(call: Mapping[str, Any]) -> Any:
+    """What a tool call calls: under ``function``, as in OpenAI's API, or the call itself."""
+    return call.get("function", call)
+
+
+def with_function(call: Mapping[str, Any], function: dict[str, Any]) -> dict[str, Any]:
+    """The tool call with another function, in the same form."""
+    return {**call, "function": function} if "function" in call else function
 
 
 def thoughts_of(message: Mapping[str, Any]) -> list[str]:
@@ -125,10 +134,8 @@ def with_arguments_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str,
     for message in messages:
         calls = []
         for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            text = json.dumps(function["arguments"], ensure_ascii=False)
-            function = {**function, "arguments": text}
-            calls.append({**call, "function": function} if "function" in call else function)
+            text = json.dumps(function_of(call)["arguments"], ensure_ascii=False)
+            calls.append(with_function(call, {**function_of(call), "arguments": text}))
         made.append({**message, "tool_calls": calls} if calls else message)
     return made
 

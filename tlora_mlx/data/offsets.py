@@ -52,7 +52,7 @@ def is_within(token: tuple[int, int], span: tuple[int, int]) -> bool:
     """Whether a token has characters of a span.
 
     Tokenizers that leave spaces out of the ranges (``trim_offsets``) give tokens of spaces none;
-    these are within the span where it goes on on both sides.
+    such a token counts if the span continues on both sides.
     """
     (first, last), (start, stop) = token, span
     return start < first < stop if first == last else first < stop and last > start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tlora_mlx.data.formats import renamed
 from tlora_mlx.data.samples import Split
 from tlora_mlx.data.tokenizing import Faults, tokenize
 from tlora_mlx.errors import UserError, first_line
-from tlora_mlx.storage.files import user_path
+from tlora_mlx.storage.files import is_unicode, user_path
 from tlora_mlx.storage.hub_names import can_be_repository
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 # What a split's file may be; where there are several, the first counts.
 SUFFIXES = (".jsonl", ".parquet", ".csv")
-
-# Half of a character outside the basic plane, as JSON escapes it.
-_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load_data(
@@ -210,17 +206,17 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
                 if line.strip():
                     try:
                         row = json.loads(line)
-                        if _ESCAPED_HALF.search(line):
-                            json.dumps(row, ensure_ascii=False).encode()
-                        rows.append((number, row))
-                    except UnicodeEncodeError:
+                        whole = "\\u" not in line or is_unicode(json.dumps(row, ensure_ascii=False))
+                    except (ValueError, RecursionError) as error:  # ValueError: a huge number too
+                        faults.add(number, f" is not valid JSON: {first_line(error)}")
+                        continue
+                    rows.append((number, row))
+                    if not whole:
                         faults.add(
                             number,
                             " has half of a character (a lone surrogate such as \\ud83d), which no "
                             "tokenizer takes; remove it",
                         )
-                    except (ValueError, RecursionError) as error:  # ValueError: a huge number too
-                        faults.add(number, f" is not valid JSON: {first_line(error)}")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it first") from None
     except OSError as error:

@@ -48,7 +48,7 @@ class Split:
         where: what their rows are numbered in: "DIR/train.jsonl, line".
         left_out: rows with no token to learn from: empty, or the completion was cut away whole.
         truncated: rows that were cut to the maximal length.
-        warnings: what to be warned of, in sentences.
+        warnings: about the rows or the chat template, in sentences.
     """
 
     samples: list[Sample] = field(default_factory=list)

@@ -249,7 +249,7 @@ def _stopped(made: Tokenized, tokenizer: TokenizerWrapper) -> Tokenized:
 
 
 def _warnings(ends: set[str], tokenizer: TokenizerWrapper) -> list[str]:
-    """What to be warned of in how the template ends the assistant's turns."""
+    """Warnings about how the template ends the assistant's turns."""
     if not ends:
         return []
     template, found = ChatTemplate(tokenizer), []

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tlora_mlx.data.conversation import Conversation, thoughts_of, with_arguments_as_text
+from tlora_mlx.data.conversation import (
+    Conversation,
+    function_of,
+    thoughts_of,
+    with_arguments_as_text,
+    with_function,
+)
 from tlora_mlx.data.offsets import NotLocatedError, encode_with_offsets, intervals, is_within
 
 if TYPE_CHECKING:
@@ -176,7 +182,7 @@ class ChatTemplate:
         """
         messages, first, located = conversation.messages, content, True
         if messages[number].get("tool_calls"):
-            # Without the results of the calls, which only calls may have.
+            # The results of the calls are left out: templates refuse results without calls.
             later = range(number + 1, len(messages))
             rest = next((i for i in later if messages[i]["role"] == "user"), len(messages))
             plain = {"role": "assistant", "content": _stand_in("")}
@@ -202,10 +208,8 @@ class ChatTemplate:
         calls = message.get("tool_calls")
         first, last = _differing(text, self._with(conversation, number, message["content"]))
         if calls:  # the last call ends the turn
-            name = calls[-1].get("function", calls[-1])["name"]
-            changed = _stand_in(name)
-            call = {"name": changed, "arguments": {changed: changed}}
-            call = {**calls[-1], "function": call} if "function" in calls[-1] else call
+            changed = _stand_in(function_of(calls[-1])["name"])
+            call = with_function(calls[-1], {"name": changed, "arguments": {changed: changed}})
             other = {**message, "tool_calls": [*calls[:-1], call]}
             other = self._replaced(conversation, number, other)
             if other == text:
@@ -242,7 +246,7 @@ class ChatTemplate:
         for token in found:
             if token[1] in self.stops:
                 return token.end(), token[1]
-        # Without the turn's own end, a single token may as well be the next message's beginning.
+        # If the end of the turn is not known, a single token may belong to the next message.
         if directly and directly.end() <= bound and (until is not None or len(found) > 1):
             return directly.end(), directly[1]
         if until is None:

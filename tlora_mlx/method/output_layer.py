@@ -1,9 +1,9 @@
 """The loss without all logits: the output layer is applied to a few target positions at a time.
 
-With a large vocabulary the logits of a batch are the largest array of a training step, and many of
-them are not needed: those for prompt and padding. Since the loss and gradient of a position do not
-depend on other positions, a piece's gradient is computed right after its loss, and its logits are
-dropped.
+With a large vocabulary the logits of a batch are the largest array of a step, in training and in
+calibration, and many of them are not needed: those for prompt and padding. Since the loss and
+gradient of a position do not depend on other positions, a piece's gradient is computed right after
+its loss, and its logits are dropped.
 """
 
 from __future__ import annotations

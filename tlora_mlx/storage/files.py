@@ -19,7 +19,7 @@ def user_path(text: str | Path) -> Path:
     """The user's path with ``~`` expanded; ``~NAME`` of an unknown user is left as it is.
 
     Raises:
-        UserError: it is not UTF-8, and could be written into no configuration.
+        UserError: it is not UTF-8, so it could not be written into a configuration.
     """
     if not is_unicode(str(text)):
         raise UserError(f"path {str(text)!r} is not UTF-8 text; rename it")

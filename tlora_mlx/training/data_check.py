@@ -119,7 +119,7 @@ def _summary(name: str, split: Split, train: set[tuple[int, ...]]) -> SplitSumma
 def _warnings(
     data: Mapping[str, Split], summaries: list[SplitSummary], max_seq_length: int
 ) -> list[str]:
-    """What to be warned of, the gravest first."""
+    """Warnings, the most serious first."""
     found = list(dict.fromkeys(w for split in data.values() for w in split.warnings))
     for summary in summaries:
         if summary.left_out:
