@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tlora_mlx import Adapter, ModulePlan, RankPlan
+from tlora_mlx.method.energy import CapturedEnergy
 from tlora_mlx.reporting.page import page, points
 
 HOSTILE = "'\"><script>alert(1)</script>"
@@ -72,9 +73,14 @@ def test_names_of_modules_stay_inside_their_attributes():
         config={},
         model="model",
     )
-    parsed = Parsed(page(adapter, [], {name: 0.5}, [], []))
+    parsed = Parsed(page(adapter, [], {name: CapturedEnergy(0.999, 0.506, 2)}, [], []))
     assert "script" not in parsed.tags
-    assert sum(value.startswith(f"{name}: 2 × 2, rank 1") for value in parsed.values) == 4
+    hints = [value for value in parsed.values if value.startswith(f"{name}: 2 × 2, rank 1")]
+    assert len(hints) == 5
+    assert hints[0].endswith("captured energy 99.90%, 50.60% without the 2 leading directions")
+    assert {"99.9%", "50.6% (2)"} <= set(parsed.texts)
+    parsed = Parsed(page(adapter, [], {name: CapturedEnergy(0.999)}, [], []))  # an early run's
+    assert "99.9%" in parsed.texts
 
 
 def test_points_are_finite_numbers():

@@ -63,7 +63,9 @@ def test_the_page(run, tlora_here, tmp_path):
         assert shown in page.text
     energies = json.loads((run / "captured_energy.json").read_text())
     assert set(energies) == set(plan.adapted())
-    assert all(0 < energy <= 1 and f"{energy:.1%}" in page.text for energy in energies.values())
+    for energy in energies.values():
+        assert 0 < energy["beyond"] <= energy["total"] <= 1
+        assert f"{energy['total']:.1%}" in page.text
     losses = val_losses(run)
     assert f"{losses[0]:.3f} → {min(losses[1:]):.3f}" in page.text
     for heading in ("loss (nats per token)", "throughput", "peak memory", "learning rate"):
@@ -99,8 +101,11 @@ def test_damaged_files(run, tlora_here, tmp_path):
     assert (result.returncode, "an evaluation's summary is missing" in result.stderr) == (2, True)
     (run / "evaluations" / "math" / "summary.json").write_text('{"task": "math"}')
     assert "math is damaged ('data')" in tlora_here("report", run).stderr
-    (run / "captured_energy.json").write_text("[]")
-    assert "does not contain captured energies" in tlora_here("report", run).stderr
+    (run / "captured_energy.json").write_text('{"a": 0.5}')  # as the first runs wrote it
+    assert "damaged ('data')" in tlora_here("report", run).stderr
+    for content in ("[]", '{"a": null}', '{"a": {"total": 1, "beyond": "x"}}', '{"a": {"b": 1}}'):
+        (run / "captured_energy.json").write_text(content)
+        assert "does not contain captured energies" in tlora_here("report", run).stderr
     result = tlora_here("report", run, "--output", tmp_path / "none" / "page.html")
     assert (result.returncode, "a directory that exists" in result.stderr) == (2, True)
     assert tlora_here("report", tmp_path / "nothing").returncode == 2

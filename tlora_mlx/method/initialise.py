@@ -15,9 +15,10 @@ from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
 from tlora_mlx.method.covariance import accumulate, exact_bytes, groups_within, input_leaders
+from tlora_mlx.method.energy import CapturedEnergy, captured_energy
 from tlora_mlx.method.experts import Expert
 from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
-from tlora_mlx.method.subspace import captured_energy, krylov_subspace, task_subspace
+from tlora_mlx.method.subspace import krylov_subspace, task_subspace
 from tlora_mlx.observer import SILENT, Advance, Observer, no_advance
 
 # With streaming, each product costs a pass: blocks are wider, passes are limited, and the captured
@@ -48,12 +49,11 @@ class Subspaces:
 
     Attributes:
         a: A (rank, in), float32 with orthonormal rows, by full module name.
-        energies: the captured energies, between 0 and 1; empty with streaming, which forms no
-            covariance.
+        energies: the captured energies; empty with streaming, which forms no covariance.
     """
 
     a: dict[str, mx.array]
-    energies: dict[str, float]
+    energies: dict[str, CapturedEnergy]
 
     def update(self, more: Subspaces) -> None:
         """Add other modules' subspaces."""
@@ -73,7 +73,7 @@ class Initialisation:
 
     plan: RankPlan
     a: dict[str, mx.array]
-    energies: dict[str, float]
+    energies: dict[str, CapturedEnergy]
 
 
 def calibrate_and_plan(

@@ -24,8 +24,6 @@ TOLERANCE = 1e-6
 NOISE = 4e-7
 # Maximal number of products with C; if the energy has not converged by then, the exact way is used.
 PRODUCTS = 32
-# Number of random vectors for estimating the energy outside a subspace.
-PROBES = 64
 # Most spectra need a basis of this many blocks; Krylov pays only if that is below min(out, in).
 TYPICAL_BLOCKS = 8
 
@@ -97,26 +95,6 @@ def _top_right_vectors(
         if converged:
             return a
     return _exact_subspace(weight if covariance is None else weight @ covariance, rank)
-
-
-def captured_energy(weight: mx.array, covariance: mx.array, a: mx.array, seed: int = 0) -> float:
-    """The share of ‖W·C‖² (Frobenius) that lies in the span of A's rows, between 0 and 1.
-
-    W·C is not formed: the energy inside is ‖W·C·Aᵀ‖², and the energy outside is estimated without
-    bias with random vectors g, as the mean of ‖(1 − AᵀA)·C·Wᵀ·g‖².
-
-    Args:
-        weight: W (out, in) float32.
-        covariance: C (in, in) float32. Its scale does not matter.
-        a: (rank, in) with orthonormal rows.
-        seed: of the random vectors.
-    """
-    scaled = covariance / mx.maximum(mx.abs(covariance).max(), 1e-30)
-    inside = mx.square(weight @ (scaled @ a.T)).sum()
-    random = mx.random.normal((weight.shape[0], PROBES), key=mx.random.key(seed))
-    rest = scaled @ (weight.T @ random)
-    outside = mx.square(rest - a.T @ (a @ rest)).sum() / PROBES
-    return (inside / mx.maximum(inside + outside, 1e-30)).item()
 
 
 def _exact_subspace(product: mx.array, rank: int) -> mx.array:

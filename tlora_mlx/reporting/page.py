@@ -18,6 +18,7 @@ from tlora_mlx.reporting.rendering import render
 
 if TYPE_CHECKING:
     from tlora_mlx.adapters.adapter import Adapter
+    from tlora_mlx.method.energy import CapturedEnergy
 
 Reports = Sequence[Mapping[str, Any]]
 
@@ -35,7 +36,7 @@ class _Snippet(NamedTuple):
 def page(
     adapter: Adapter,
     reports: Reports,
-    energies: Mapping[str, float],
+    energies: Mapping[str, CapturedEnergy],
     evaluations: Sequence[Evaluation],
     samples: Sequence[Completion],
 ) -> str:
@@ -44,7 +45,7 @@ def page(
     Args:
         adapter: the run.
         reports: the lines of its ``metrics.jsonl``.
-        energies: the share of the energy of W·C that A captures, by module; empty if unknown.
+        energies: how much of the energy of W·C each module's A captures; empty if unknown.
         evaluations: what to show under "Evaluation", with the samples of each.
         samples: prompts from the run's own data.
 
@@ -130,7 +131,7 @@ def _charts(reports: Reports) -> list[Markup]:
     return charts
 
 
-def _heat_maps(adapter: Adapter, energies: Mapping[str, float]) -> list[Markup]:
+def _heat_maps(adapter: Adapter, energies: Mapping[str, CapturedEnergy]) -> list[Markup]:
     plan = adapter.plan
     rows, columns, names = plan_grid(plan)
 
@@ -147,7 +148,14 @@ def _heat_maps(adapter: Adapter, energies: Mapping[str, float]) -> list[Markup]:
         return size, short(round(size, 3))
 
     def energy(name: str, module: ModulePlan) -> tuple[float, str] | None:
-        return (energies[name], f"{energies[name]:.1%}") if name in energies else None
+        found = energies.get(name)
+        return found and (found.total, f"{found.total:.1%}")
+
+    def beyond(name: str, module: ModulePlan) -> tuple[float, str] | None:
+        found = energies.get(name)
+        if found is None or found.beyond is None:
+            return None
+        return found.beyond, f"{found.beyond:.1%}" + f" ({found.leading})" * (found.leading > 0)
 
     def drawn(
         title: str,
@@ -173,15 +181,23 @@ def _heat_maps(adapter: Adapter, energies: Mapping[str, float]) -> list[Markup]:
     ]
     if energies:
         maps.append(drawn("energy of W·C that A captures", energy))
+    if any(found.leading for found in energies.values()):
+        title = "of the energy behind the leading directions (their number) of W·C, what A captures"
+        maps.append(drawn(title, beyond))
     return maps
 
 
-def _hint(name: str, module: ModulePlan, energy: float | None) -> str:
+def _hint(name: str, module: ModulePlan, energy: CapturedEnergy | None) -> str:
     hint = (
         f"{name}: {module.out_features} × {module.in_features}, rank {module.rank}, scale "
         f"{module.scale:.4g}, sensitivity {module.sensitivity:.3e}"
     )
-    return hint if energy is None else f"{hint}, captured energy {energy:.2%}"
+    if energy is None:
+        return hint
+    hint += f", captured energy {energy.total:.2%}"
+    if energy.leading and energy.beyond is not None:
+        hint += f", {energy.beyond:.2%} without the {energy.leading} leading directions"
+    return hint
 
 
 def _snippets(adapter: Adapter) -> list[_Snippet]:

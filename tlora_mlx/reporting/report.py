@@ -15,6 +15,7 @@ from tlora_mlx.data.samples import split_off
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.evaluation.evaluate import RESULTS, SUMMARY
 from tlora_mlx.evaluation.subject import Subject
+from tlora_mlx.method.energy import CapturedEnergy
 from tlora_mlx.method.layers import adapters_off
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.charts import is_finite
@@ -53,14 +54,24 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
     return output
 
 
-def _read_energies(path: Path) -> dict[str, float]:
+def _read_energies(path: Path) -> dict[str, CapturedEnergy]:
     """The captured energies by module; empty if there is no such file."""
     if not path.exists():
         return {}
-    energies = read_json(path, "the captured energies")
-    if not isinstance(energies, dict) or not all(is_finite(value) for value in energies.values()):
-        raise UserError(f"{path} does not contain captured energies; delete it")
-    return energies
+    found = read_json(path, "the captured energies")
+    try:
+        return {name: _energy(shares) for name, shares in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path} does not contain captured energies; delete it") from None
+
+
+def _energy(shares: Any) -> CapturedEnergy:
+    # The first runs have one number for each module.
+    energy = CapturedEnergy(**(shares if isinstance(shares, dict) else {"total": shares}))
+    beyond = 0 if energy.beyond is None else energy.beyond
+    if not (is_finite(energy.total) and is_finite(beyond) and type(energy.leading) is int):
+        raise ValueError
+    return energy
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.energy import CapturedEnergy
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -132,14 +133,14 @@ class RunWriter(Recorder):
         base: BaseModel,
         plan: RankPlan,
         fingerprints: Mapping[str, str],
-        energies: Mapping[str, float],
+        energies: Mapping[str, CapturedEnergy],
     ) -> None:
         """Write the plan, the captured energies by module and the configuration.
 
         From then on the directory holds a run.
         """
         write_json(self.path / PLAN, plan.to_dict())
-        write_json(self.path / ENERGIES, dict(energies))
+        write_json(self.path / ENERGIES, {n: energy._asdict() for n, energy in energies.items()})
         self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
         data = user_path(self.config.data)
         write_json(
