@@ -152,7 +152,7 @@ def test_the_other_formats(model_path, tmp_path, cache, format, config, library,
     (tmp_path / "out").mkdir()
     file = "config.json" if format == "merged" else "adapter_config.json"
     (tmp_path / "out" / file).write_text(json.dumps(config))
-    write_card(tmp_path / "out", run, format, repository="ann/x")
+    write_card(tmp_path / "out", run, format, name="ann/x")
     card = card_of(tmp_path / "out")
     relation = "finetune" if format == "merged" else "adapter"
     assert (card.data.library_name, card.data.base_model) == (library, "maker/base")

@@ -187,8 +187,8 @@ def test_a_signal_while_a_file_is_written(tmp_path):
     from tlora_mlx.errors import Terminated
     from tlora_mlx.storage.files import replace_file
 
-    def write_and_stop(beside):
-        beside.write_text("half")
+    def write_and_stop(file):
+        file.write(b"half")
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Terminated), sigterm_as_ctrl_c():

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.proof import Proof
+from tlora_mlx.storage.files import Finish
 
 CONFIG = "adapter_config.json"
 
@@ -38,7 +39,13 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def write(
-        self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
+        self,
+        adapter: Adapter,
+        output: Path,
+        dtype: str = "float32",
+        base_model: str | None = None,
+        *,
+        finish: Finish | None = None,
     ) -> Proof:
         """Write an adapter that is bound to a model, and read it back.
 
@@ -47,6 +54,7 @@ class AdapterFormat(ABC):
             output: directory to create; must be new or empty.
             dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
             base_model: the model that the export names as its base; None: the adapter's own.
+            finish: called with the directory before it appears under its final name.
 
         Raises:
             UserError: a value overflows ``dtype``, the format cannot express the adapter, or

@@ -15,7 +15,8 @@ from tlora_mlx.adapters.format import CONFIG, AdapterFormat
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.experts import stack_and_number
-from tlora_mlx.storage.files import new_directory, read_json, write_json
+from tlora_mlx.storage.files import Finish, new_directory, read_json, write_json
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
 
 ADAPTERS = "adapters.safetensors"
@@ -50,7 +51,7 @@ class MlxLmFormat(AdapterFormat):
                 f"the mlx-lm adapter {directory} has no 'lora_parameters' with 'rank' and 'scale' "
                 "above 0"
             )
-        path = directory / ADAPTERS
+        path = file_in(directory, ADAPTERS)
         tensors = read_tensors(path, "the mlx-lm adapter")
         unknown = [key for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
         if unknown:
@@ -76,7 +77,13 @@ class MlxLmFormat(AdapterFormat):
         return Adapter(plan, tensors, self.name, directory, config, model=model)
 
     def write(
-        self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
+        self,
+        adapter: Adapter,
+        output: Path,
+        dtype: str = "float32",
+        base_model: str | None = None,
+        *,
+        finish: Finish | None = None,
     ) -> Proof:
         """Write an adapter for mlx-lm's own ``generate``, ``server`` and ``fuse``.
 
@@ -100,7 +107,7 @@ class MlxLmFormat(AdapterFormat):
                 "keys": sorted({_inside_block(stack_and_number(name)[0]) for name in modules}),
             },
         }
-        with new_directory(output) as staging:
+        with new_directory(output, finish) as staging:
             write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
             write_json(staging / CONFIG, config)
             return _prove(adapter, staging, dtype, output)

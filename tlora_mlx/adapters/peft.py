@@ -25,7 +25,8 @@ from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.families import FAMILIES
 from tlora_mlx.models.names import hf_weight, mlx_name
-from tlora_mlx.storage.files import new_directory, read_json, write_json
+from tlora_mlx.storage.files import Finish, new_directory, read_json, write_json
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
 
 ADAPTERS = "adapter_model.safetensors"
@@ -62,7 +63,8 @@ class PeftFormat(AdapterFormat):
         ``fan_in_fan_out`` is ignored: it says how the base stores W, and A and B are as usual.
         """
         _refuse_more_than_lora(directory, config)
-        if not (directory / ADAPTERS).exists() and (directory / "adapter_model.bin").exists():
+        path = file_in(directory, ADAPTERS)
+        if not path.exists() and (directory / "adapter_model.bin").exists():
             raise UserError(
                 f"the PEFT adapter {directory} is a pickle file, adapter_model.bin, which can run "
                 "code; if you trust it, load it with PEFT and save it again with save_pretrained"
@@ -72,14 +74,14 @@ class PeftFormat(AdapterFormat):
             raise UserError(f"the PEFT adapter {directory} has no 'r' and 'lora_alpha' above 0")
         ranks, alphas = _patterns(directory, config)
         tensors, unknown = {}, []
-        for key, value in read_tensors(directory / ADAPTERS, "the PEFT adapter").items():
+        for key, value in read_tensors(path, "the PEFT adapter").items():
             if found := TENSOR.fullmatch(key):
                 tensors[f"{found[1]}.lora_{found[2].lower()}"] = value.T
             else:
                 unknown.append(key)
         if unknown:
             raise UserError(
-                f"the PEFT adapter {directory / ADAPTERS} has tensors that are not LoRA matrices "
+                f"the PEFT adapter {path} has tensors that are not LoRA matrices "
                 f"of a linear layer: {', '.join(sorted(unknown))}"
             )
 
@@ -94,7 +96,7 @@ class PeftFormat(AdapterFormat):
             over = math.sqrt(of_tensor) if config.get("use_rslora") else of_tensor
             return alphas.of(target(module), alpha) / over
 
-        plan = plan_of(directory / ADAPTERS, tensors, rank, alpha, scale_of)
+        plan = plan_of(path, tensors, rank, alpha, scale_of)
         differing = [
             f"{name} has rank {module.rank}, but {expected} in the configuration"
             for name, module in plan.modules.items()
@@ -113,6 +115,8 @@ class PeftFormat(AdapterFormat):
         dtype: str = "float32",
         base_model: str | None = None,
         layout: str = "portable",
+        *,
+        finish: Finish | None = None,
     ) -> Proof:
         """Write an adapter for PEFT and, in the portable layout, for every reader of its format.
 
@@ -148,7 +152,7 @@ class PeftFormat(AdapterFormat):
             "use_rslora": False,
             **ranks,
         }
-        with new_directory(output) as staging:
+        with new_directory(output, finish) as staging:
             write_tensors(staging / ADAPTERS, tensors, {"format": "pt"})
             write_json(staging / CONFIG, config)
             return _prove(adapter, staging, dtype, output)

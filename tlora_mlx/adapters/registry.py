@@ -13,6 +13,7 @@ from tlora_mlx.adapters.run import RUN
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.base_model import Description, describe_base_model
 from tlora_mlx.storage.files import read_json, user_path
+from tlora_mlx.storage.foreign import file_in
 
 # The first format that recognises a directory reads it.
 FORMATS = {format.name: format for format in (PEFT, RUN, MLX_LM)}
@@ -34,7 +35,7 @@ def read_adapter(path: str | Path) -> Adapter:
     path = user_path(path)
     if not path.is_dir():
         raise UserError(f"adapter directory {path} does not exist")
-    config = read_json(path / CONFIG, "the adapter's configuration")
+    config = read_json(file_in(path, CONFIG), "the adapter's configuration")
     config = config if isinstance(config, dict) else {}
     for format in FORMATS.values():
         if format.recognises(config):

@@ -15,7 +15,8 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_faults
 from tlora_mlx.runs.run_directory import ADAPTERS, CONFIG, PLAN
-from tlora_mlx.storage.files import new_directory, read_json, user_path, write_json
+from tlora_mlx.storage.files import Finish, new_directory, read_json, user_path, write_json
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile, write_tensors
 from tlora_mlx.version import __version__
 
@@ -41,10 +42,10 @@ class RunFormat(AdapterFormat):
         if type(config.get("num_layers", -1)) is not int:
             raise UserError(f"'num_layers' in {path} is not a whole number")
         try:
-            plan = RankPlan.from_dict(read_json(directory / PLAN, "the run's rank plan"))
+            plan = RankPlan.from_dict(read_json(file_in(directory, PLAN), "the run's rank plan"))
         except ValueError as error:
             raise UserError(f"the rank plan {directory / PLAN} is invalid: {error}") from None
-        tensors = TensorFile(directory / ADAPTERS, "the run's adapter")
+        tensors = TensorFile(file_in(directory, ADAPTERS), "the run's adapter")
         shapes = {name: (m.out_features, m.in_features) for name, m in plan.modules.items()}
         faults = adapter_faults(plan, tensors, shapes)
         faults += [
@@ -68,7 +69,13 @@ class RunFormat(AdapterFormat):
         )
 
     def write(
-        self, adapter: Adapter, output: Path, dtype: str = "float32", base_model: str | None = None
+        self,
+        adapter: Adapter,
+        output: Path,
+        dtype: str = "float32",
+        base_model: str | None = None,
+        *,
+        finish: Finish | None = None,
     ) -> Proof:
         """Write a run directory without metrics and checkpoints, which every command can read."""
         tensors = cast_finite(dict(adapter.tensors), dtype)
@@ -80,7 +87,7 @@ class RunFormat(AdapterFormat):
             "base_model": base_model or adapter.original,
             "model_type": adapter.model_type,
         }
-        with new_directory(output) as staging:
+        with new_directory(output, finish) as staging:
             write_json(staging / PLAN, adapter.plan.to_dict())
             write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
             write_json(staging / CONFIG, config)
@@ -106,7 +113,7 @@ def read_run(path: str | Path) -> Adapter:
     path = user_path(path)
     if not path.is_dir():
         raise UserError(f"run directory {path} does not exist")
-    config = read_json(path / CONFIG, "the run's configuration")
+    config = read_json(file_in(path, CONFIG), "the run's configuration")
     if not isinstance(config, dict) or not RUN.recognises(config):
         raise UserError(f"{path} is not a run of tlora_mlx.train: its {CONFIG} is another tool's")
     return RUN.read(path, config)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from tlora_mlx.config.option import flag
 from tlora_mlx.config.training_options import DataConfig
 from tlora_mlx.errors import UserError
-from tlora_mlx.storage.files import read_yaml
+from tlora_mlx.storage.files import read_yaml, user_path
 from tlora_mlx.version import __version__
 
 C = TypeVar("C")
@@ -53,7 +53,7 @@ def parse(
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     values: dict[str, Any] = {}
     if (path := given.pop("config", None)) is not None:
-        values = _read_yaml(Path(path), config_class, also_known)
+        values = _read_yaml(user_path(path), config_class, also_known)
     values = complete(_typed(values | given, config_class))
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:

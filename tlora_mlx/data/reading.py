@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tlora_mlx.data.samples import Split
 from tlora_mlx.data.tokenizing import Faults, tokenize
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.files import is_unicode, user_path
+from tlora_mlx.storage.foreign import open_file
 from tlora_mlx.storage.hub_names import can_be_repository
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def read_rows_of(path: Path) -> list[tuple[int, Any]] | None:
     if path.suffix == ".jsonl":
         return read_jsonl(path)
     try:
+        open_file(path).close()
         rows = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     except UserError:
         raise
@@ -129,7 +132,7 @@ def _read_csv(path: Path) -> list[tuple[int, Any]]:
     """A table's rows, all cells as the texts that they are: an answer may be "007" or "NA"."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     faults, rows = Faults(f"{path}, row"), []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, strict=True)
         names = list(table.fieldnames or ())
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -201,7 +204,7 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]] | None:
         return None
     rows, faults = [], Faults(f"{path}, line")
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with TextIOWrapper(open_file(path), encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:

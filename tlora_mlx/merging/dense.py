@@ -16,12 +16,12 @@ from tlora_mlx.adapters.delta import Delta, adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, compare_merged, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import UserError
-from tlora_mlx.models.model_directory import INDEX, is_quantized
+from tlora_mlx.models.model_directory import is_quantized
 from tlora_mlx.models.names import HFWeight, hf_weight
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, decode, encode, segments
-from tlora_mlx.storage.files import copy_file, new_directory
+from tlora_mlx.storage.files import Finish, new_directory
 from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile
 
 
@@ -31,6 +31,7 @@ def export_merged(
     *,
     base_model: str | None = None,
     observer: Observer = SILENT,
+    finish: Finish | None = None,
 ) -> Proof:
     """Write a checkpoint of a run's base model, with W + scale·B·A in the adapted weights.
 
@@ -45,6 +46,7 @@ def export_merged(
             which is the model that it was trained on, or the original that a quantized model's
             card names.
         observer: notified of each module.
+        finish: called with the directory before it appears under its final name.
 
     Returns:
         The result of reading the export back and comparing its deltas.
@@ -69,10 +71,9 @@ def export_merged(
         )
     count, targets = len(adapter.adapted()), _targets(adapter, base)
     proof = Proof(output)
-    with new_directory(output) as staging:
+    with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
-        if (base.path / INDEX).exists():
-            copy_file(base.path / INDEX, staging / INDEX)
+        base.copy_index(staging)
         with observer.stage("merging", count) as advance:
             for name, file in base.files.items():
                 _write(file, staging / name, adapter, targets, advance)

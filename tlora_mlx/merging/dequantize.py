@@ -19,7 +19,7 @@ from tlora_mlx.models.model_directory import INDEX
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode
-from tlora_mlx.storage.files import new_directory, write_json, write_text
+from tlora_mlx.storage.files import Finish, new_directory, write_json, write_text
 from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile, tensors_header
 
 # The largest file of a sharded model, in bytes; the same as mlx-lm's (mlx_lm/utils.py).
@@ -40,7 +40,11 @@ class _Tensor(NamedTuple):
 
 
 def export_dequantized(
-    adapter: Adapter | str | Path, output: str | Path, *, observer: Observer = SILENT
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    observer: Observer = SILENT,
+    finish: Finish | None = None,
 ) -> Proof:
     """Write the quantized model that a run was trained on as a dense one, W + scale·B·A.
 
@@ -52,6 +56,7 @@ def export_dequantized(
         adapter: an adapter, or the directory of a run.
         output: directory to create; must be new or empty.
         observer: notified of each tensor.
+        finish: called with the directory before it appears under its final name.
 
     Returns:
         The result of reading the export back and comparing its deltas.
@@ -68,7 +73,7 @@ def export_dequantized(
     files = _files(tensors)
     metadata = next(iter(base.files.values())).metadata
     proof = Proof(output)
-    with new_directory(output) as staging:
+    with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
         # An Infinity in the configuration is kept: transformers and mlx-lm read it.
         text = json.dumps(_without_quantization(base.config), indent=2)

@@ -15,16 +15,19 @@ from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
-from tlora_mlx.models.model_directory import INDEX
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.blocks import OpenFile, blocks, segments
-from tlora_mlx.storage.files import copy_file, new_directory
+from tlora_mlx.storage.files import Finish, copy_file, new_directory
 from tlora_mlx.storage.safetensors import TensorFile
 
 
 def export_requantized(
-    adapter: Adapter | str | Path, output: str | Path, *, observer: Observer = SILENT
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    observer: Observer = SILENT,
+    finish: Finish | None = None,
 ) -> Proof:
     """Write the quantized model that a run was trained on with W + scale·B·A, quantized again.
 
@@ -36,6 +39,7 @@ def export_requantized(
         adapter: an adapter, or the directory of a run.
         output: directory to create; must be new or empty.
         observer: notified of each module.
+        finish: called with the directory before it appears under its final name.
 
     Returns:
         The result of reading the export back: how much of the deltas survives.
@@ -49,10 +53,9 @@ def export_requantized(
     adapter = resolve_adapter(adapter)
     base, weights = read_conversion(adapter, "--quantize")
     proof = QuantizedProof(output)
-    with new_directory(output) as staging:
+    with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
-        if (base.path / INDEX).exists():
-            copy_file(base.path / INDEX, staging / INDEX)
+        base.copy_index(staging)
         for name, file in base.files.items():
             copy_file(file.path, staging / name)
         with observer.stage("quantizing", len(weights)) as advance, ExitStack() as stack:

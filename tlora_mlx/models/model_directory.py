@@ -33,14 +33,13 @@ def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]
         UserError: it is neither.
     """
     path = user_path(name)
-    try:
-        exists = path.exists()
-    except (OSError, ValueError):  # too long, or with a NUL
-        raise UserError(f"model {name!r} is not a valid path") from None
-    if not exists:
+    if not path.exists():
         return name, _download(name, files)
     if not path.is_dir():
         raise UserError(f"model {name} is a file; give the directory that holds config.json")
+    for entry in path.iterdir():
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise UserError(f"{entry} is no file, but a pipe or device; delete it")
     return str(path.resolve()), path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.model_directory import (
+    INDEX,
     MODEL_FILES,
     find_model,
     read_index,
@@ -14,6 +15,7 @@ from tlora_mlx.models.model_directory import (
     weight_files,
 )
 from tlora_mlx.storage.files import copy_file
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile
 
 
@@ -43,7 +45,10 @@ class ModelWeights:
         self.config = read_model_config(self.path, self.name)
         placed = read_index(self.path)
         shards = [file.name for file in weight_files(self.path, name)]
-        self.files = {s: TensorFile(self.path / s, "a weight file of the model") for s in shards}
+        self.files = {
+            shard: TensorFile(file_in(self.path, shard), "a weight file of the model")
+            for shard in shards
+        }
         self.file_of: dict[str, TensorFile] = {}
         faults = [
             f"{tensor} is not in {shard}"
@@ -61,6 +66,11 @@ class ModelWeights:
                 f"the weights of model {self.name} are inconsistent: {'; '.join(faults)}"
             )
 
+    def copy_index(self, output: Path) -> None:
+        """Copy the index of the weights, if there is one."""
+        if (self.path / INDEX).exists():
+            copy_file(file_in(self.path, INDEX), output / INDEX)
+
     def copy_other_files(self, output: Path) -> None:
         """Copy what mlx-lm and transformers need besides the weights and their index."""
         # A tokenizer's further templates (transformers, utils/hub.py, CHAT_TEMPLATE_DIR).
@@ -71,4 +81,5 @@ class ModelWeights:
             if fnmatch(source.name, "*.index.json") or source.name == "adapter_config.json":
                 continue
             if wanted and source.is_file():
-                copy_file(source, output / source.relative_to(self.path))
+                name = source.relative_to(self.path)
+                copy_file(file_in(self.path, name), output / name)

@@ -15,6 +15,7 @@ from tlora_mlx.reporting.plan_grid import experts_summed, plan_cell, plan_grid
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import METRICS
 from tlora_mlx.storage.files import write_text
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.hub_names import is_repository
 
 CARD = "README.md"
@@ -38,7 +39,7 @@ def write_card(
     adapter: Adapter,
     format: str,
     base_model: str | None = None,
-    repository: str | None = None,
+    name: str | None = None,
 ) -> None:
     """Write ``README.md`` and, with matplotlib, ``rank_plan.png`` into an exported directory.
 
@@ -47,8 +48,8 @@ def write_card(
         adapter: what was exported.
         format: the export's format, a key of ``publishing.instructions.EXPORTS``.
         base_model: the model that the export is for; None: the adapter's own base model.
-        repository: where it will be on the Hub, for the card's code; None: the code loads the
-            directory by its name.
+        name: what the card's code loads it by: its repository on the Hub, or the final name of the
+            directory; None: that of ``directory``.
 
     Raises:
         UserError: the export's configuration is missing or not JSON.
@@ -58,7 +59,7 @@ def write_card(
 
     base = base_model or adapter.base
     trained_on = base_model or adapter.model
-    name = repository or directory.resolve().name
+    name = name or directory.resolve().name
     export = EXPORTS[format](directory, name, _display_name(base), _display_name(trained_on))
     data = adapter.config.get("data")
     metadata = ModelCardData(
@@ -206,7 +207,7 @@ def _reports(directory: Path | None) -> list[dict[str, Any]]:
 
     Damaged lines are skipped: a complete export should not fail because of its card.
     """
-    reports = read_lines(directory / METRICS, skip_damaged=True) if directory else []
+    reports = read_lines(file_in(directory, METRICS), skip_damaged=True) if directory else []
     return [report for report in reports if "iteration" in report]
 
 

@@ -21,7 +21,7 @@ from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.publishing.card import write_card
 from tlora_mlx.publishing.hub import check_base, check_push
 from tlora_mlx.publishing.instructions import EXPORTS
-from tlora_mlx.storage.files import user_path
+from tlora_mlx.storage.files import Finish, user_path
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,13 @@ def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
     if config.push_to is not None:
         _check_push(config, adapter)
     output = user_path(config.output or f"{adapter.directory}-{config.format}")
-    proof = target.write(adapter, output, config, observer)
-    if config.format in EXPORTS:
-        write_card(output, adapter, config.format, config.base_model, config.push_to)
+    name = config.push_to or output.resolve().name
+
+    def finish(staging: Path) -> None:
+        if config.format in EXPORTS:
+            write_card(staging, adapter, config.format, config.base_model, name)
+
+    proof = target.write(adapter, output, config, observer, finish)
     return ExportResult(output, proof, target.how_to_load(output, config))
 
 
@@ -73,8 +77,12 @@ def _check_push(config: ExportCommand, adapter: Adapter) -> None:
         check_base(base)
 
 
-def _write_peft(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
-    return PEFT.write(adapter, output, config.dtype, config.base_model, config.layout)
+def _write_peft(
+    adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
+) -> Proof:
+    return PEFT.write(
+        adapter, output, config.dtype, config.base_model, config.layout, finish=finish
+    )
 
 
 def _how_to_load_peft(output: Path, config: ExportCommand) -> str:
@@ -84,8 +92,10 @@ def _how_to_load_peft(output: Path, config: ExportCommand) -> str:
     )
 
 
-def _write_mlx_lm(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
-    return MLX_LM.write(adapter, output, config.dtype, config.base_model)
+def _write_mlx_lm(
+    adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
+) -> Proof:
+    return MLX_LM.write(adapter, output, config.dtype, config.base_model, finish=finish)
 
 
 def _how_to_load_mlx_lm(output: Path, _: ExportCommand) -> str:
@@ -96,13 +106,15 @@ def _how_to_load_mlx_lm(output: Path, _: ExportCommand) -> str:
 
 
 def _write_merged(
-    adapter: Adapter, output: Path, config: ExportCommand, observer: Observer
+    adapter: Adapter, output: Path, config: ExportCommand, observer: Observer, finish: Finish
 ) -> Proof:
     if config.dequantize:
-        return export_dequantized(adapter, output, observer=observer)
+        return export_dequantized(adapter, output, observer=observer, finish=finish)
     if config.quantize:
-        return export_requantized(adapter, output, observer=observer)
-    return export_merged(adapter, output, base_model=config.base_model, observer=observer)
+        return export_requantized(adapter, output, observer=observer, finish=finish)
+    return export_merged(
+        adapter, output, base_model=config.base_model, observer=observer, finish=finish
+    )
 
 
 def _how_to_load_merged(output: Path, config: ExportCommand) -> str:
@@ -110,9 +122,11 @@ def _how_to_load_merged(output: Path, config: ExportCommand) -> str:
     return f"merged model in {output}; load it with\n  {loader}({str(output)!r})"
 
 
-def _write_run(adapter: Adapter, output: Path, config: ExportCommand, _: Observer) -> Proof:
+def _write_run(
+    adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
+) -> Proof:
     # --base-model is ignored here: a run keeps the base model that it was read or combined with.
-    return RUN.write(adapter, output, config.dtype)
+    return RUN.write(adapter, output, config.dtype, finish=finish)
 
 
 def _how_to_load_run(output: Path, _: ExportCommand) -> str:
@@ -125,11 +139,11 @@ class _Target:
     """What ``--format`` chooses.
 
     Attributes:
-        write: writes the adapter into a new directory and reads it back.
+        write: writes the adapter into a new directory, reads it back and has it finished.
         how_to_load: two lines for the user.
     """
 
-    write: Callable[[Adapter, Path, ExportCommand, Observer], Proof]
+    write: Callable[[Adapter, Path, ExportCommand, Observer, Finish], Proof]
     how_to_load: Callable[[Path, ExportCommand], str]
 
 

@@ -24,7 +24,7 @@ def can_draw() -> bool:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    replace_file(path, lambda staging: figure.savefig(staging, format="png", dpi=150))
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return path
 
 

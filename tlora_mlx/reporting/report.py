@@ -23,6 +23,7 @@ from tlora_mlx.reporting.page import Completion, Evaluation, page
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import ENERGIES, EVALUATIONS, METRICS
 from tlora_mlx.storage.files import read_json, user_path, write_text
+from tlora_mlx.storage.foreign import file_in
 
 # The number of answers shown from each evaluation.
 SHOWN = 3
@@ -46,9 +47,9 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
     output = user_path(config.output or run.directory / "report.html")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output} must be a file in a directory that exists")
-    reports = read_lines(run.directory / METRICS)
-    energies = _read_energies(run.directory / ENERGIES)
-    evaluations = read_evaluations(run.directory / EVALUATIONS)
+    reports = read_lines(file_in(run.directory, METRICS))
+    energies = _read_energies(file_in(run.directory, ENERGIES))
+    evaluations = read_evaluations(run.directory)
     samples = generated(run, config, observer) if config.samples else []
     write_text(output, page(run, reports, energies, evaluations, samples))
     return output
@@ -74,21 +75,24 @@ def _energy(shares: Any) -> CapturedEnergy:
     return energy
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """The evaluations that ``tlora evaluate`` wrote to the run directory, sorted by name.
+def read_evaluations(directory: Path) -> list[Evaluation]:
+    """The evaluations that ``tlora evaluate`` wrote to a run's directory, sorted by name.
 
     Raises:
         UserError: one is damaged.
     """
     found = []
-    for place in sorted(path.glob("[!.]*/")):
-        summary = read_json(place / SUMMARY, "an evaluation's summary")
+    for place in sorted((directory / EVALUATIONS).glob("[!.]*/")):
+        name = place.relative_to(directory)
+        summary = read_json(file_in(directory, name / SUMMARY), "an evaluation's summary")
         try:
             for key in ("task", "data", "rows"):
                 summary[key]
             for who in ("base", "adapter"):
                 summary["metrics"][who].items()
-            samples = [_shown(line) for line in read_lines(place / RESULTS)[:SHOWN]]
+            samples = [
+                _shown(line) for line in read_lines(file_in(directory, name / RESULTS))[:SHOWN]
+            ]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"the evaluation {place} is damaged ({first_line(error)}); delete it and evaluate "

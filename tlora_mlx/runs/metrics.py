@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tlora_mlx.errors import UserError
+from tlora_mlx.storage.foreign import read_file
 
 
 def read_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
@@ -19,11 +20,15 @@ def read_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]
         skip_damaged: skip every line that is not a JSON object, not just the last.
 
     Raises:
-        UserError: a line other than the last is not a JSON object (the message gives its number).
+        UserError: the file cannot be read, or a line other than the last is not a JSON object (the
+            message gives its number).
     """
-    if not path.exists():
+    try:
+        lines = read_file(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:

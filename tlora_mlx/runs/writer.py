@@ -125,7 +125,7 @@ class RunWriter(Recorder):
         reports = metrics.read_bytes() if metrics.exists() else b""
         if len(reports) != checkpoint.metrics_bytes:
             kept = reports[: checkpoint.metrics_bytes]
-            replace_file(metrics, lambda staging: staging.write_bytes(kept))
+            replace_file(metrics, lambda file: file.write(kept))
         return RankPlan.from_dict(read_json(self.path / PLAN, "the run's rank plan"))
 
     def start(

@@ -36,8 +36,8 @@ class OpenFile:
         """Open for reading, create a file of ``size`` bytes, or ``patch`` an existing one."""
         flags = os.O_RDWR if patch else os.O_RDONLY
         if size is not None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._path, self._descriptor = path, os.open(path, flags, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        self._path, self._descriptor = path, os.open(path, flags, 0o666)
         # The kernel lets only one thread at a time write to a file; the others would spin.
         self._writing = threading.Lock()
         if size is not None:

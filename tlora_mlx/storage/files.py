@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tlora_mlx.errors import RunError, UserError, first_line
+from tlora_mlx.storage.foreign import read_file
 
 
 def user_path(text: str | Path) -> Path:
     """The user's path with ``~`` expanded; ``~NAME`` of an unknown user is left as it is.
 
     Raises:
-        UserError: it is not UTF-8, so it could not be written into a configuration.
+        UserError: it is not UTF-8, so it could not be written into a configuration; or it cannot be
+            a path (a NUL in it, too long, a circle of links, in a directory without access).
     """
     if not is_unicode(str(text)):
         raise UserError(f"path {str(text)!r} is not UTF-8 text; rename it")
-    return Path(os.path.expanduser(text))
+    path = Path(os.path.expanduser(text))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        shown = str(text) if len(str(text)) <= 80 else f"{str(text)[:80]} …"
+        raise UserError(f"{shown!r} cannot be used as a path: {reason}") from None
+    return path
 
 
 def is_unicode(text: str) -> bool:
@@ -35,45 +48,58 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` create a file next to ``path``, sync it, and rename it to ``path``.
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have ``write`` fill a new file beside ``path``, sync it, and rename it to ``path``.
+
+    If ``path`` is a link, the link is replaced; no link is followed.
 
     Raises:
         RunError: it could not be written (disk full, no permission); ``path`` is unchanged.
     """
-    staging = path.with_name(f".{path.name}.part")
+    staging = None
     try:
-        write(staging)
-        _sync(staging)
-        os.replace(staging, path)
+        staging, descriptor = _staged(path, _create_file)
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(descriptor)
+            os.replace(staging, path)
+        staging = None
         _sync(path.parent)
-    except BaseException as error:  # Ctrl-C too
-        staging.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or first_line(error)
-            raise RunError(
-                f"cannot write {path}: {reason}; any existing file is unchanged"
-            ) from None
-        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise RunError(f"cannot write {path}: {reason}; any existing file is unchanged") from None
+    finally:
+        if staging is not None:  # Ctrl-C too
+            staging.unlink(missing_ok=True)
+
+
+# What is to be done with a directory before it appears under its final name.
+Finish = Callable[[Path], object]
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, finish: Finish | None = None) -> Iterator[Path]:
     """A staging directory to fill; it is renamed to ``path`` when the block ends without an error.
+
+    Args:
+        path: the directory to create; must be new or empty.
+        finish: called with the staging directory after the block, to add more.
 
     Raises:
         UserError: ``path`` exists and is not an empty directory.
         RunError: it could not be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another directory or delete it")
-    staging = None
+    staging = descriptor = None
     try:
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} already exists; choose another directory or delete it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        staging.chmod(0o755)
+        staging, descriptor = _staged(path, _create_directory)
         yield staging
-        _sync(staging)
+        if finish:
+            finish(staging)
+        os.fsync(descriptor)
         os.replace(staging, path)
         _sync(path.parent)
     except OSError as error:
@@ -81,6 +107,51 @@ def new_directory(path: Path) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _staged(path: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new file or directory beside ``path``, and its descriptor, which locks it while it is open.
+
+    Its name cannot be foreseen. What killed processes left beside ``path`` is deleted first.
+    """
+    sweep(path.parent, path.name)
+    while True:
+        staging = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        descriptor = create(staging)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if staging.exists():  # else another process swept it before it was locked
+            return staging, descriptor
+        os.close(descriptor)
+
+
+def _create_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def _create_directory(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def sweep(directory: Path, name: str) -> None:
+    """Delete what killed processes left half-written in a directory.
+
+    Args:
+        directory: where they were writing.
+        name: of the file or directory that it was to become; ``*`` for all.
+    """
+    name = name if name == "*" else glob.escape(name)
+    for left in directory.glob(f".{name}.{'[0-9a-f]' * 16}.part"):
+        with suppress(OSError):  # it is being written, or somebody else deleted it
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -93,7 +164,7 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    replace_file(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -108,14 +179,16 @@ def read_json(path: Path, what: str) -> Any:
         UserError: it is missing, unreadable or not JSON; the message begins with ``what``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
         data = json.loads(text)
         if "\\u" in text:  # a lone surrogate can be read when escaped, but not written again
             json.dumps(data, ensure_ascii=False).encode()
         return data
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers with too many digits
         raise UserError(f"{what} is not valid JSON: {path}: {first_line(error)}") from None
@@ -130,8 +203,10 @@ def read_yaml(path: Path, what: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return yaml.safe_load(read_file(path).decode())
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read {what} {path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -153,4 +228,5 @@ def file_digest(path: Path) -> str:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically, into a directory that is created if it does not exist."""
     target.parent.mkdir(exist_ok=True)
-    replace_file(target, lambda staging: shutil.copyfile(source, staging))
+    with source.open("rb") as content:
+        replace_file(target, lambda file: shutil.copyfileobj(content, file, 1 << 20))

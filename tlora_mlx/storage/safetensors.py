@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.files import replace_file
+from tlora_mlx.storage.foreign import open_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -198,11 +199,10 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
     described = {name: (code_of(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
     header, starts = tensors_header(described, metadata)
 
-    def write(staging: Path) -> None:
-        with staging.open("wb") as file:
-            file.write(header)
-            for name in starts:
-                file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name in starts:
+            file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
 
     replace_file(path, write)
 
@@ -224,11 +224,13 @@ def check_safetensors(path: Path, what: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), "np"):
+        with open_file(path), safe_open(str(path), "np"):
             pass
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise UserError(
             f"{what} is damaged or cut short: {path}: {first_line(error)}; "
             "copy or download it again"

@@ -11,7 +11,7 @@ from tlora_mlx.config.training_options import CheckCommand
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.tokenizer import load_tokenizer
-from tlora_mlx.storage.files import replace_file, user_path
+from tlora_mlx.storage.files import user_path, write_text
 from tlora_mlx.training.setup import read_data
 
 
@@ -90,7 +90,7 @@ def check(config: CheckCommand) -> DataCheck:
     tokenizer = model.tokenizer
     if output:
         lines = _lines(data, tokenizer)
-        replace_file(output, lambda staging: staging.write_text("".join(lines), encoding="utf-8"))
+        write_text(output, "".join(lines))
     first = {tuple(sample.tokens) for sample in data["train"].samples}
     summaries = [
         _summary(name, split, first)
