@@ -311,8 +311,11 @@ def test_a_base_in_the_hub_clients_cache(model_path, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("0" * 40)
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
+    blobs = repository / "blobs"
+    blobs.mkdir()
     for path in model_path.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        (blobs / path.name).hardlink_to(path)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     run = make_run(tmp_path / "run", model_path, zero_one_cap, base_model="some/llama")
     out = export_merged(read_run(run), tmp_path / "merged")
     assert not any(path.is_symlink() for path in out.iterdir())
