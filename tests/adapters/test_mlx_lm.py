@@ -1,4 +1,4 @@
-"""mlx-lm itself reads the mlx-lm adapter: load, and the commands generate, fuse, server."""
+"""mlx-lm itself reads the mlx-lm adapter and the run: load, and generate, fuse and server."""
 
 import json
 import socket
@@ -18,6 +18,7 @@ from helpers.models import save_model
 from mlx_lm import generate
 from safetensors import safe_open
 
+import tlora_mlx
 from tlora_mlx import load_adapter, read_run
 from tlora_mlx.method.layers import adapters_off
 
@@ -37,6 +38,36 @@ def mixed_run(model_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(mixed_run, tmp_path_factory):
     return export_mlx_lm(read_run(mixed_run), tmp_path_factory.mktemp("adapter") / "mlx-lm")
+
+
+@pytest.fixture(scope="module")
+def run(mixed_run, tmp_path_factory):
+    """The same adapter as a run directory that this version writes."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return tlora_mlx.export_run(read_run(mixed_run), path).directory
+
+
+def test_a_finished_run_in_stock_mlx_lm(model_path, run_path):
+    """The directory that train wrote, as it is; and this package still reads exact ranks."""
+    written = mx.load(str(run_path / "adapters.safetensors"))
+    ranks = {name: module.rank for name, module in read_run(run_path).plan.modules.items()}
+    assert len(set(ranks.values())) > 1
+    assert {t.shape[1] for key, t in written.items() if key.endswith("a")} == {max(ranks.values())}
+    read = read_run(run_path).tensors
+    assert {name: read[f"{name}.lora_b"].shape[0] for name in ranks if ranks[name]} == {
+        name: rank for name, rank in ranks.items() if rank
+    }
+    expected = mlx_logits(run_path)
+    assert np.abs(logits(model_path) - expected).max() > 0.01
+    assert np.abs(logits(model_path, run_path) - expected).max() < 1e-4
+
+
+def test_a_run_of_experts_in_stock_mlx_lm(tmp_path):
+    model_path = save_model(tmp_path / "model", "mixtral")
+    mixed = make_run(tmp_path / "mixed", model_path, zero_one_cap, experts=True)
+    run = tlora_mlx.export_run(read_run(mixed), tmp_path / "run").directory
+    assert np.abs(logits(model_path, run) - mlx_logits(mixed)).max() < 1e-4
+    assert np.abs(mlx_logits(run) - mlx_logits(mixed)).max() < 1e-4
 
 
 def test_ranks_0_1_and_the_cap(model_path, mixed_run, adapter):
@@ -98,7 +129,7 @@ def mlx_lm_command(name, *arguments):
     return [sys.executable, "-m", "mlx_lm", name, *map(str, arguments)]
 
 
-def test_generate(model_path, mixed_run, adapter, tlora_here):
+def test_generate(model_path, mixed_run, run, tlora_here):
     """mlx-lm's greedy text equals that of tlora generate."""
     done = tlora_here("generate", mixed_run, "--prompt", PROMPT, "--max-tokens", 12)
     assert done.returncode == 0
@@ -107,7 +138,7 @@ def test_generate(model_path, mixed_run, adapter, tlora_here):
     assert len(text) > 5
     assert text not in base_text
     command = mlx_lm_command(
-        "generate", "--model", model_path, "--adapter-path", adapter, "--max-tokens", 12
+        "generate", "--model", model_path, "--adapter-path", run, "--max-tokens", 12
     )
     command += ["--prompt", PROMPT, "--temp", "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -115,21 +146,21 @@ def test_generate(model_path, mixed_run, adapter, tlora_here):
     assert result.stdout.split("==========\n")[1].removesuffix("\n") == text
 
 
-def test_fuse(model_path, mixed_run, adapter, tmp_path):
+def test_fuse(model_path, mixed_run, run, tmp_path):
     command = mlx_lm_command(
-        "fuse", "--model", model_path, "--adapter-path", adapter, "--save-path", tmp_path / "fused"
+        "fuse", "--model", model_path, "--adapter-path", run, "--save-path", tmp_path / "fused"
     )
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert np.abs(logits(tmp_path / "fused") - mlx_logits(mixed_run)).max() < 1e-4
 
 
-def test_server(model_path, mixed_run, adapter, tmp_path):
+def test_server(model_path, mixed_run, run, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = mlx_lm_command(
-        "server", "--model", model_path, "--adapter-path", adapter, "--port", port, "--temp", "0"
+        "server", "--model", model_path, "--adapter-path", run, "--port", port, "--temp", "0"
     )
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
@@ -152,8 +183,8 @@ def test_server(model_path, mixed_run, adapter, tmp_path):
     finally:
         server.terminate()
         server.wait(60)
-    run = load_adapter(mixed_run)
-    expected = generate(run.model, run.tokenizer, PROMPT, max_tokens=8)
+    loaded = load_adapter(mixed_run)
+    expected = generate(loaded.model, loaded.tokenizer, PROMPT, max_tokens=8)
     assert answer["choices"][0]["text"] == expected
-    with adapters_off(run.model):
-        assert generate(run.model, run.tokenizer, PROMPT, max_tokens=8) != expected
+    with adapters_off(loaded.model):
+        assert generate(loaded.model, loaded.tokenizer, PROMPT, max_tokens=8) != expected

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from tlora_mlx.adapters.adapter import Adapter, is_number, plan_of
@@ -15,6 +14,7 @@ from tlora_mlx.adapters.format import CONFIG, AdapterFormat
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.experts import stack_and_number
+from tlora_mlx.runs.padded import lora_parameters, padded
 from tlora_mlx.storage.files import Finish, new_directory, read_json, write_json
 from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
@@ -23,11 +23,7 @@ ADAPTERS = "adapters.safetensors"
 
 
 class MlxLmFormat(AdapterFormat):
-    """An adapter directory for mlx-lm's ``--adapter-path``.
-
-    mlx-lm supports one rank and one scale for all modules (ml-explore/mlx-lm 0.32.2,
-        ``mlx_lm/tuner/utils.py``: ``load_adapters``, ``linear_to_lora_layers``).
-    """
+    """An adapter directory for mlx-lm's ``--adapter-path``, in the form of ``runs.padded``."""
 
     name = "mlx-lm"
     title = "mlx-lm adapter"
@@ -85,27 +81,14 @@ class MlxLmFormat(AdapterFormat):
         *,
         finish: Finish | None = None,
     ) -> Proof:
-        """Write an adapter for mlx-lm's own ``generate``, ``server`` and ``fuse``.
-
-        Every module is padded with zeros to the largest rank, and its scale is folded into B in
-        float32, so that mlx-lm's scale is 1. ``keys`` are names within a block; mlx-lm looks for
-        them in the last ``num_layers`` blocks, which is an option of the run. Modules of rank 0 are
-        zeros. Experts are stacked as in mlx-lm: lora_a (experts, rank, in) and lora_b (experts,
-        out, rank) (``mlx_lm/tuner/lora.py``, ``LoRASwitchLinear``).
-        """
-        modules = adapter.plan.modules
-        rank = max(module.rank for module in adapter.adapted().values())
-        tensors = cast_finite(_padded(adapter, rank), dtype)
+        """Write an adapter for mlx-lm's own ``generate``, ``server`` and ``fuse``, padded."""
+        adapter.adapted()
+        tensors = cast_finite(padded(adapter.plan, adapter.tensors), dtype)
         config = {
             "fine_tune_type": "lora",
             "model": base_model or adapter.model,
             "num_layers": adapter.config.get("num_layers", -1),
-            "lora_parameters": {
-                "rank": rank,
-                "scale": 1.0,
-                "dropout": 0.0,
-                "keys": sorted({_inside_block(stack_and_number(name)[0]) for name in modules}),
-            },
+            "lora_parameters": lora_parameters(adapter.plan),
         }
         with new_directory(output, finish) as staging:
             write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
@@ -114,33 +97,6 @@ class MlxLmFormat(AdapterFormat):
 
 
 MLX_LM = MlxLmFormat()
-
-
-def _padded(adapter: Adapter, rank: int) -> dict[str, mx.array]:
-    """The tensors padded to one rank, with the scales in B, float32; experts stacked."""
-    tensors: dict[str, mx.array] = {}
-    stacks: dict[str, dict[int, tuple[mx.array, mx.array]]] = {}
-    for name, module in adapter.plan.modules.items():
-        a, b = mx.zeros((module.in_features, rank)), mx.zeros((rank, module.out_features))
-        if module.rank:
-            a[:, : module.rank] = adapter.tensors[f"{name}.lora_a"].astype(mx.float32)
-            b[: module.rank] = module.scale * adapter.tensors[f"{name}.lora_b"].astype(mx.float32)
-        stack, number = stack_and_number(name)
-        if number is None:
-            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
-        else:
-            stacks.setdefault(stack, {})[number] = a.T, b.T
-    for name, experts in stacks.items():
-        a, b = zip(*(experts[number] for number in sorted(experts)), strict=True)
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = mx.stack(a), mx.stack(b)
-    return tensors
-
-
-def _inside_block(name: str) -> str:
-    """``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[number + 1 :])
 
 
 def _expert(tensors: TensorFile, key: str, number: int) -> np.ndarray:

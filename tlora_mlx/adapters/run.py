@@ -14,6 +14,7 @@ from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_faults
+from tlora_mlx.runs.padded import PADDED, Unpadded, lora_parameters, padded
 from tlora_mlx.runs.run_directory import ADAPTERS, CONFIG, PLAN
 from tlora_mlx.storage.files import Finish, new_directory, read_json, user_path, write_json
 from tlora_mlx.storage.foreign import file_in
@@ -45,7 +46,9 @@ class RunFormat(AdapterFormat):
             plan = RankPlan.from_dict(read_json(file_in(directory, PLAN), "the run's rank plan"))
         except ValueError as error:
             raise UserError(f"the rank plan {directory / PLAN} is invalid: {error}") from None
-        tensors = TensorFile(file_in(directory, ADAPTERS), "the run's adapter")
+        file = TensorFile(file_in(directory, ADAPTERS), "the run's adapter")
+        is_padded = PADDED.items() <= file.metadata.items()
+        tensors = Unpadded(plan, file) if is_padded else file
         shapes = {name: (m.out_features, m.in_features) for name, m in plan.modules.items()}
         faults = adapter_faults(plan, tensors, shapes)
         faults += [
@@ -78,7 +81,7 @@ class RunFormat(AdapterFormat):
         finish: Finish | None = None,
     ) -> Proof:
         """Write a run directory without metrics and checkpoints, which every command can read."""
-        tensors = cast_finite(dict(adapter.tensors), dtype)
+        tensors = cast_finite(padded(adapter.plan, adapter.tensors), dtype)
         config = {
             "versions": {"tlora_mlx": __version__},
             **adapter.config,
@@ -86,10 +89,12 @@ class RunFormat(AdapterFormat):
             "model": adapter.model,
             "base_model": base_model or adapter.original,
             "model_type": adapter.model_type,
+            "num_layers": adapter.config.get("num_layers", -1),
+            "lora_parameters": lora_parameters(adapter.plan),
         }
         with new_directory(output, finish) as staging:
             write_json(staging / PLAN, adapter.plan.to_dict())
-            write_tensors(staging / ADAPTERS, tensors, {"format": "mlx"})
+            write_tensors(staging / ADAPTERS, tensors, PADDED)
             write_json(staging / CONFIG, config)
             return prove_adapter(adapter, partial(adapter_delta, read_run(staging)), dtype, output)
 

@@ -21,6 +21,7 @@ from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, TrainingState, save_checkpoint
 from tlora_mlx.runs.external import ExternalReports
 from tlora_mlx.runs.lock import RunLock
+from tlora_mlx.runs.padded import PADDED, lora_parameters, padded
 from tlora_mlx.runs.progress import Progress
 from tlora_mlx.runs.recorder import Recorder
 from tlora_mlx.runs.resume import (
@@ -198,13 +199,17 @@ class RunWriter(Recorder):
             shutil.rmtree(old)
 
     def finish(self, tensors: Mapping[str, mx.array], iteration: int) -> None:
-        """Write the complete adapter, A and B.
+        """Write the complete adapter, A and B, as mlx-lm loads it.
 
         Raises:
             RunError: it could not be written.
         """
-        metadata = {"format": "mlx", "iteration": str(iteration)}
-        write_tensors(self.path / ADAPTERS, tensors, metadata)
+        plan = RankPlan.from_dict(read_json(self.path / PLAN, "the run's rank plan"))
+        config = read_json(self.path / CONFIG, "the run's configuration")
+        # A run that version 0.1.0 started has no lora_parameters yet.
+        write_json(self.path / CONFIG, {**config, "lora_parameters": lora_parameters(plan)})
+        metadata = {**PADDED, "iteration": str(iteration)}
+        write_tensors(self.path / ADAPTERS, padded(plan, tensors), metadata)
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether training is done and its final adapter is written.
