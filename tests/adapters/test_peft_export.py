@@ -61,6 +61,13 @@ def test_the_portable_layout_keeps_its_promises(mixed_run, tmp_path):
         assert tensor.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("largest", "rank"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_the_portable_rank_is_the_smallest_that_fits(model_path, tmp_path, largest, rank):
+    run = make_run(tmp_path / "run", model_path, lambda i, shape: largest if i == 3 else 1)
+    adapter = export_peft(read_run(run), tmp_path / "peft", "portable")
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == rank
+
+
 def test_the_compact_layout(mixed_run, tmp_path):
     run = read_run(mixed_run)
     adapter = export_peft(run, tmp_path / "peft", "compact")

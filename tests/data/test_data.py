@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
 from tlora_mlx.data.reading import load_data
-from tlora_mlx.data.samples import Sample, split_off
+from tlora_mlx.data.samples import Sample, draw_samples, split_off
 from tlora_mlx.errors import UserError
 
 TEMPLATE = (
@@ -156,6 +156,12 @@ def test_an_epoch_has_every_sample_exactly_once(count, batch_size):
         assert batches != epoch_order(lengths, batch_size, seed=4, epoch=2)
         spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches]
         assert np.mean(spread) < 3 if batch_size > 1 else np.mean(spread) == 0
+        # Neither short batches first, nor the same batches in every epoch.
+        means = [np.mean([lengths[i] for i in b]) for b in batches[:64]]
+        assert abs(np.corrcoef(means, range(64))[0, 1]) < 0.4
+        if batch_size > 1:
+            other = set(map(frozenset, epoch_order(lengths, batch_size, seed=3, epoch=3)))
+            assert len(other & set(map(frozenset, batches))) < len(batches) / 10
     ordered = batches_in_order([Sample([1] * n, 1) for n in lengths], batch_size, 2048)
     assert sum(batch.tokens.shape[0] for batch in ordered) == count
 
@@ -209,3 +215,11 @@ def test_splitting_off(tmp_path, plain):
     assert sorted(rows) == [sample.row for sample in split.samples]
     assert split_off(split, 0.2, 3)[1] == valid != split_off(split, 0.2, 4)[1]
     assert [len(part) for part in split_off(split, 0.999, 3)] == [1, 17]
+
+
+def test_calibration_samples_are_drawn_without_replacement():
+    drawn = draw_samples(range(50), 40, seed=3)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 40
+    assert drawn == draw_samples(range(50), 40, seed=3) != draw_samples(range(50), 40, seed=4)
+    assert draw_samples(range(50), 50, seed=3) == range(50)

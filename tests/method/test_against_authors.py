@@ -4,15 +4,18 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 from helpers.paths import GOLDEN
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.allocation import plan_ranks
-from tlora_mlx.method.calibration import calibrate
-from tlora_mlx.method.covariance import input_leaders
+from tlora_mlx.method.calibration import _mean_products, calibrate
+from tlora_mlx.method.covariance import centred_gram, input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
 from tlora_mlx.method.subspace import task_subspace
 
@@ -137,7 +140,9 @@ def test_the_model_is_unchanged_afterwards(model, samples):
     before = dict(model.named_modules())
     tokens = mx.array([samples[0].tokens])
     logits = model(tokens)
+    model.unfreeze()
     calibrate_in_batches(model, samples, 4)
+    assert not tree_flatten(model.trainable_parameters())
     after = dict(model.named_modules())
     assert before.keys() == after.keys()
     assert all(after[name] is module for name, module in before.items())
@@ -162,3 +167,33 @@ def test_modules_that_read_the_same_input_share_a_covariance(model, samples):
 def test_no_samples(model):
     with pytest.raises(ValueError, match="no sample"):
         calibrate(model, target_linears(model), [])
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(model, samples, monkeypatch):
+    batches = [collate(samples[:3], 512), collate(samples[3:4], 512)]
+    norm = model.model.norm
+    monkeypatch.setattr(
+        type(norm), "__call__", lambda self, x: x * (mx.nan if len(x) == 1 and self is norm else 1)
+    )
+    with pytest.raises(ValueError, match="loss is not finite on calibration samples 4 to 4"):
+        calibrate(model, target_linears(model), batches)
+    assert not tree_flatten(model.trainable_parameters())
+    assert isinstance(model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_statistics_are_float32_before_the_first_operation():
+    """From half-precision inputs whose sums and products half precision does not have."""
+    random = np.random.default_rng(0)
+    for dtype in (mx.float16, mx.bfloat16):
+        x = mx.array(300 + random.standard_normal((40, 12))).astype(dtype)
+        delta = mx.array(300 * random.standard_normal((40, 9))).astype(dtype)
+        linear = nn.Linear(12, 9, bias=False)
+        linear.set_dtype(dtype)
+        exact = {
+            k: np.array(v.astype(mx.float32), np.float64)
+            for k, v in (("x", x), ("delta", delta), ("weight", linear.weight))
+        }
+        rows = exact["x"] - exact["x"].mean(axis=0)
+        np.testing.assert_allclose(centred_gram(x), rows.T @ rows, rtol=1e-3, atol=1e-3)
+        expected = np.abs(exact["weight"] * (exact["delta"].T @ exact["x"])).mean()
+        assert _mean_products(linear, [(delta, x)]).item() == pytest.approx(expected, rel=1e-5)

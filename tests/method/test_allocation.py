@@ -35,6 +35,8 @@ def ranks(*arguments, **options):
         ([2.5, 2.5, 1.0], 2, [3, 2, 1]),
         # 3.5, 1.5, 1.0: rounds to 4, 2, 1; the one too many comes from the largest.
         ([3.5, 1.5, 1.0], 2, [3, 2, 1]),
+        # Rounds to 4, 4, 2, 1, 1: one unit at a time, so each of the two largest gives one.
+        ([3.6, 3.6, 1.6, 0.6, 0.6], 2, [3, 3, 2, 1, 1]),
     ],
 )
 def test_the_authors_rounding(sensitivities, rank, expected):

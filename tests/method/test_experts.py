@@ -4,13 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.covariance import accumulate, input_leaders
-from tlora_mlx.method.experts import Expert
+from tlora_mlx.method.experts import Expert, TLoRASwitchLinear
 from tlora_mlx.method.layers import (
     adapter_tensors,
     adapters_off,
@@ -205,8 +206,50 @@ def test_training_leaves_the_padding_at_zero():
         return masked_cross_entropy(model(tokens), tokens, counts)[0].sum()
 
     gradients = nn.value_and_grad(model, loss)(model)[1]
+    assert {name.split(".")[-1] for name, _ in tree_flatten(gradients)} == {"lora_b"}
     b = gradients["layers"][0]["switch_mlp"]["up_proj"]["lora_b"]
     ranks = [plan[f"layers.0.switch_mlp.up_proj.{e}"].rank for e in range(EXPERTS)]
     for e, rank in enumerate(ranks):
         assert mx.abs(b[e, rank:]).sum().item() == 0
         assert (mx.abs(b[e, :rank]).sum().item() > 0) == (e < EXPERTS - 1)
+
+
+def test_a_b_below_float16s_range(monkeypatch):
+    """B is scaled before it is rounded to the products' dtype: 1e-8 alone would be 0 there."""
+    product = mx.gather_mm  # on the CPU it takes only float32
+
+    def in_half_precision(x, weights, **options):
+        y = product(x.astype(mx.float32), weights.astype(mx.float32), **options)
+        return y.astype(weights.dtype)
+
+    monkeypatch.setattr(mx, "gather_mm", in_half_precision)
+    b = mx.full((1, 4), 1e-8)
+    layer = TLoRASwitchLinear(
+        SwitchLinear(4, 4, 2, bias=False), mx.float16, {1: (mx.ones((4, 1)), 1e6, b)}
+    )
+    layer.linear.weight = mx.zeros((2, 4, 4), mx.float16)
+    y = layer(mx.ones((1, 1, 4), mx.float16), mx.array([1]))
+    assert mx.allclose(y, mx.full((1, 1, 4), 4e-2), rtol=1e-2).item()
+    # Outside of a frozen model too.
+    assert list(dict(tree_flatten(layer.trainable_parameters()))) == ["lora_b"]
+
+
+def test_sorted_rows_are_multiplied_as_sorted(monkeypatch):
+    """MLX has a faster product for rows that are sorted by expert, if it is told that they are."""
+    model, told, product = make(), [], mx.gather_mm
+    targets = target_linears(model, 1, ["up_proj"], experts=True)
+    shape = next(map(linear_shape, targets.values()))
+    plan = RankPlan(1, 1, {name: ModulePlan(1, 1.0, 1.0, *shape) for name in targets})
+    attach(model, plan, {f"{name}.lora_a": mx.ones((shape[1], 1)) for name in targets})
+
+    def watched(*arrays, **options):
+        told.append(options["sorted_indices"])
+        return product(*arrays, **options)
+
+    monkeypatch.setattr(mx, "gather_mm", watched)
+    model(mx.zeros((1, 4), mx.int32))
+    assert not any(told)
+    told.clear()
+    model(mx.zeros((1, 64), mx.int32))
+    assert len(told) == 2 * 3 + 2
+    assert all(told)

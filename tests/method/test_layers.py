@@ -94,6 +94,15 @@ def test_the_layer_against_numpy():
     assert np.abs(np.array(y) - expected).max() < 1e-5
 
 
+def test_a_b_below_float16s_range():
+    """B is scaled before it is rounded to the products' dtype: 1e-8 alone would be 0 there."""
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight = mx.zeros((3, 4), mx.float16)
+    layer = TLoRALinear(linear, mx.ones((4, 1)), 1e6, mx.full((1, 3), 1e-8))
+    y = layer(mx.ones((1, 1, 4), mx.float16))
+    assert mx.allclose(y, mx.full((1, 1, 3), 4e-2), rtol=1e-2).item()
+
+
 @pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("mxfp4", 32), ("nvfp4", 16)])
 def test_a_quantized_layer(mode, group_size):
     mx.random.seed(0)

@@ -85,6 +85,21 @@ def test_a_nan_outside_the_counted_tokens_changes_nothing():
     assert (gradient[5:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_piece_in_double_precision(dtype):
+    """From logits in half precision: the loss and its gradient."""
+    random = np.random.default_rng(0)
+    raw = mx.array(6 * random.standard_normal((9, 40))).astype(dtype)
+    labels, counts = np.arange(9) * 3, np.arange(9) % 4 > 0
+    loss, gradient = output_layer._piece(raw, mx.array(labels), mx.array(counts))
+    exact = np.array(raw.astype(mx.float32), np.float64)
+    shares = np.exp(exact) / np.exp(exact).sum(axis=1, keepdims=True)
+    assert loss.item() == pytest.approx(-np.log(shares[range(9), labels])[counts].sum(), rel=1e-5)
+    expected = (shares - np.eye(40)[labels]) * counts[:, None]
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(gradient.astype(mx.float32), expected, rtol=8e-3, atol=1e-6)
+
+
 def test_models_that_are_not_separable(tmp_path):
     model = trained(save_model(tmp_path))
     model.eval()

@@ -20,6 +20,7 @@ from helpers.logits import TOKENS, base_model, logits_of, peft_logits
 from helpers.models import path_for_mlx, save_model
 from helpers.paths import ROOT
 from mlx_lm.tuner.utils import load_adapters
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tlora_mlx import UserError, load_adapter, read_run
@@ -298,6 +299,18 @@ def test_a_table_that_is_not_one_to_one():
         names.Family({"a.q": "b.q", "a.k": "b.q"})
     with pytest.raises(ValueError, match="have the same name"):
         names.Family({"a.q": "b.q", "a.k": "b.k"}, files={"b.q": "c", "b.k": "c"})
+
+
+def test_nothing_outside_the_language_model_is_adapted(tmp_path):
+    """A vision tower has layers of the same names, which PEFT would adapt too."""
+    model_path = save_model(tmp_path / "model", "gemma3")
+    run = make_run(tmp_path / "run", model_path, lambda i, shape: 2)
+    adapter = export_peft(read_run(run), tmp_path / "peft", "portable")
+    model = PeftModel.from_pretrained(base_model(model_path), adapter)
+    adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert adapted
+    assert not [name for name in adapted if "vision" in name]
+    assert [name for name, _ in model.named_modules() if "vision" in name and "q_proj" in name]
 
 
 @pytest.mark.parametrize("layout", ["portable", "compact"])

@@ -22,3 +22,5 @@ def test_after_the_warm_up():
     assert rates("cosine")[40] == pytest.approx(1.5)
     assert rates("cosine", warmup=0.0)[0] == 2.0
     assert rates("linear", updates=1, warmup=1.0) == [2.0]
+    # A part of an update is a whole one.
+    assert rates("constant", updates=9, warmup=0.23)[:4] == pytest.approx([2 / 3, 4 / 3, 2, 2])
