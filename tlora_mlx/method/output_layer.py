@@ -24,8 +24,8 @@ PIECE_ROWS = 128
 # The number of positions used to test whether the output layer can be applied separately.
 PROBE_TOKENS = 8
 
-# The number of shapes for each batch size: each of them is compiled.
-SHAPES = 8
+# The number of shapes for each batch size: each of them is compiled, and kept.
+SHAPES = 4
 
 OutputLayer = Callable[[mx.array], mx.array]
 
