@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tlora_mlx.adapters.registry import read_adapter as read_adapter
     from tlora_mlx.adapters.registry import resolve_adapter as resolve_adapter
     from tlora_mlx.adapters.run import read_run as read_run
+    from tlora_mlx.config.check_options import CheckCommand as CheckCommand
     from tlora_mlx.config.export_options import ExportCommand as ExportCommand
-    from tlora_mlx.config.training_options import CheckCommand as CheckCommand
     from tlora_mlx.config.training_options import PlanCommand as PlanCommand
     from tlora_mlx.config.training_options import TrainConfig as TrainConfig
     from tlora_mlx.config.usage_options import EvaluateCommand as EvaluateCommand
@@ -69,7 +69,8 @@ _MODULES = {
     "adapters.proof": ("Proof",),
     "adapters.run": ("read_run",),
     "config.export_options": ("ExportCommand",),
-    "config.training_options": ("CheckCommand", "PlanCommand", "TrainConfig"),
+    "config.check_options": ("CheckCommand",),
+    "config.training_options": ("PlanCommand", "TrainConfig"),
     "config.usage_options": ("EvaluateCommand", "ReportCommand"),
     "errors": ("Interrupted", "RunError", "UserError"),
     "evaluation.evaluate": ("EvaluationResult", "evaluate"),

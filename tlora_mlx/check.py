@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from tlora_mlx.cli import run_command
+from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.config.parsing import parse
-from tlora_mlx.config.training_options import CheckCommand, TrainConfig
 
-DESCRIPTION = "Look at training data as the model will see it; the weights are not needed."
+DESCRIPTION = "Look at the data as the model will see it, before a run; the weights are not needed."
 
 
 def command(argv: Sequence[str] | None) -> None:
     """Show the first samples, a table of the splits, and warnings."""
-    config = parse(CheckCommand, "tlora check", DESCRIPTION, argv, also_known=TrainConfig)
+    config = parse(CheckCommand, "tlora check", DESCRIPTION, argv)
 
     from tlora_mlx.terminal import print_sample, print_splits, say
     from tlora_mlx.training.data_check import check
@@ -25,6 +25,25 @@ def command(argv: Sequence[str] | None) -> None:
     print_splits(result.summaries)
     for warning in result.warnings:
         say(f"warning: {warning}")
+    if config.fit or config.find_rate:
+        try_out(config)
+
+
+def try_out(config: CheckCommand) -> None:
+    """Load the model too, and print memory and time, and what learning rates lead to."""
+    from tlora_mlx.terminal import Terminal, say
+    from tlora_mlx.training.fit import measure_fit
+    from tlora_mlx.training.rate_search import find_rate
+    from tlora_mlx.training.setup import prepare
+
+    terminal = Terminal()
+    setup = prepare(config)
+    if config.fit:
+        for line in measure_fit(config, setup, observer=terminal).summary():
+            say(line)
+    if config.find_rate:
+        for line in find_rate(config, setup, terminal).summary():
+            say(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,17 +29,18 @@ class Bench:
         model: the base model's directory.
         data: the directory with the splits ``train``, ``valid`` and ``test``.
         iters: updates of each run.
+        options: further options of ``TrainConfig``.
     """
 
-    def __init__(self, model: Path, data: Path, iters: int):
+    def __init__(self, model: Path, data: Path, iters: int, **options: Any):
         self._config = TrainConfig(
             model=str(model),
             data=str(data),
             iters=iters,
-            batch_size=8,
             steps_per_report=iters,
             save_every=iters + 1,
             rank=RANK,
+            **options,
         )
         self._setup = prepare(self._config)
         self._starts = Starts(self._setup, self._config)
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
         for row in read(args.results)
         if task.items() <= row.items()
     }
-    bench = Bench(args.model, args.data, args.iters)
+    options = {name: getattr(args, name) for name in ("batch_size", "calibration_samples")}
+    bench = Bench(args.model, args.data, args.iters, **options)
 
     def validation_loss(name: str, rate: float, seed: int) -> float:
         if (name, rate, seed) not in done:
@@ -108,8 +110,9 @@ def run(args: argparse.Namespace) -> None:
     for name in args.methods or METHODS:
         best = args.rates[0]
         for rate in args.rates:  # upwards, until the loss rises
-            if validation_loss(name, rate, 0) > validation_loss(name, best, 0):
+            if validation_loss(name, rate, 0) <= validation_loss(name, best, 0):
+                best = rate
+            elif not args.all_rates:
                 break
-            best = rate
         for seed in range(1, args.seeds):
             validation_loss(name, best, seed)

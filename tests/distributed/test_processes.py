@@ -282,7 +282,7 @@ def initialised_on_unequal_machines(rank, config):
         svd, qr = linalg.svd, linalg.qr
         linalg.svd = lambda matrix: svd(matrix * 1.0001 + 1e-4)
         linalg.qr = lambda matrix: qr(matrix * 1.0001 + 1e-4)
-        planning.default_memory = lambda: 1e-5
+        planning.allowed_memory = lambda config: 10_000
         initialise.STREAMING_TOLERANCE = 0.3
     for how in ("exact", "streaming"):
         options = TrainConfig(**config, covariance=how, rank=4)

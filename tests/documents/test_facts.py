@@ -9,9 +9,10 @@ import pytest
 from helpers.paths import ROOT
 
 import tlora_mlx
+from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.config.export_options import ExportCommand, UploadCommand
 from tlora_mlx.config.option import Config
-from tlora_mlx.config.training_options import CheckCommand, PlanCommand, PlanConfig, TrainConfig
+from tlora_mlx.config.training_options import PlanCommand, PlanConfig, TrainConfig
 from tlora_mlx.config.usage_options import (
     EvaluateCommand,
     GenerateCommand,

@@ -63,6 +63,8 @@ def _check(item: dataclasses.Field, value: Any, name: str) -> None:
         return
     if rules["choices"] and value not in rules["choices"]:
         raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {value!r}")
+    if isinstance(value, str):  # text has no bounds
+        return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, not {value}")
     if rules["at_least"] is not None and value < rules["at_least"]:

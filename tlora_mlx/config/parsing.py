@@ -77,9 +77,15 @@ def _shown(item: dataclasses.Field) -> str:
 
 
 def _kind(hint: Any) -> Any:
-    """The type inside an optional: int for ``int | None``."""
+    """The type inside a union: int for ``int | None``, float for ``float | Literal["auto"]``."""
     options = [h for h in typing.get_args(hint) if h is not type(None)]
     return options[0] if options and typing.get_origin(hint) is not list else hint
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """What may stand in place of a number: auto for ``float | Literal["auto"]``."""
+    literals = (h for h in typing.get_args(hint) if typing.get_origin(h) is typing.Literal)
+    return tuple(word for literal in literals for word in typing.get_args(literal))
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: Any) -> None:
@@ -96,7 +102,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint
     elif typing.get_origin(kind) is list:
         parser.add_argument(flag(item.name), nargs="+", action="extend", metavar="NAME", help=text)
     else:
-        metavar = "|".join(item.metadata["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT")
+        metavar = "|".join(item.metadata["choices"]) or "|".join(
+            ({int: "N", float: "X"}.get(kind, "TEXT"), *_words(hint))
+        )
         parser.add_argument(flag(item.name), metavar=metavar, help=text)
 
 
@@ -107,9 +115,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     """
     kind = _kind(hint)
     if value is None:
-        if kind is hint:
+        if type(None) not in typing.get_args(hint):
             raise UserError(f"{name} must have a value")
         return None
+    words = _words(hint)
+    if value in words:
+        return value
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(i, str) and i for i in items):
@@ -130,7 +141,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
-        what = "a whole number" if kind is int else "a number"
+        what = " or ".join(("a whole number" if kind is int else "a number", *words))
         raise UserError(f"{name} must be {what}, not {value!r}") from None
 
 

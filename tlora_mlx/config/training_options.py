@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from typing import Literal
 
 from tlora_mlx.config.option import Config, flag, option
 from tlora_mlx.data.formats import FORMATS
@@ -63,22 +64,6 @@ class DataConfig(Config):
         names = ("prompt", "completion", "messages")
         given = {getattr(self, f"{name}_column"): name for name in names}
         return {column: name for column, name in given.items() if column is not None}
-
-
-@dataclass(kw_only=True)
-class CheckCommand(DataConfig):
-    """``python -m tlora_mlx.check``, and the configuration of ``tlora_mlx.check``.
-
-    The fields are the options, with their help as ``metadata["help"]``.
-
-    Raises:
-        UserError: a value is not allowed for its option.
-    """
-
-    rows: int = option(3, "how many samples of the training data to show", at_least=0)
-    json: str | None = option(
-        None, "file to write all samples to, as JSON lines: split, row, tokens, counts, text"
-    )
 
 
 @dataclass(kw_only=True)
@@ -221,9 +206,10 @@ class TrainConfig(PlanConfig):
     optimizer: str = option(
         "adamw", "with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
     )
-    learning_rate: float = option(
+    learning_rate: float | Literal["auto"] = option(
         1e-4,
-        "peak learning rate of B (mlx-lm: 1e-5 at scale 20; here scales start at 1)",
+        "peak learning rate of B (mlx-lm: 1e-5 at scale 20; here scales start at 1); auto: found "
+        "by short runs before training, as tlora check --find-rate does",
         above=0.0,
         below=3e38,
     )
@@ -271,6 +257,8 @@ class TrainConfig(PlanConfig):
         if self.from_adapter and not self.resume:
             self._refuse_with_adapter()
         super().__post_init__()
+        if isinstance(self.learning_rate, str) and self.learning_rate != "auto":
+            raise UserError(f"--learning-rate must be a number or auto, not {self.learning_rate!r}")
         if self.val_batches == 0:
             raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
 
@@ -279,7 +267,9 @@ class TrainConfig(PlanConfig):
         given = [
             flag(item.name)
             for item in fields(self)
-            if item.name in INITIALISATION_OPTIONS and getattr(self, item.name) != item.default
+            if item.name in INITIALISATION_OPTIONS
+            and getattr(self, item.name) != item.default
+            and not (item.name == "alpha" and self.alpha == self.rank)  # its default, filled in
         ]
         if given:
             raise UserError(

@@ -60,6 +60,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 if there is none."""
+        return max((len(sample.tokens) for sample in self.samples), default=0)
+
     def add(self, sample: Sample, max_seq_length: int) -> None:
         """Take a sample in, cut to the maximal length; one with nothing to learn is left out."""
         cut = sample.cut(max_seq_length)

@@ -39,10 +39,7 @@ def activation_dtype(linear: nn.Module) -> mx.Dtype:
 
 
 def dense_weight(linear: Linear, rows: slice = slice(None)) -> mx.array:
-    """W (out, in) float32 of a linear layer or an expert, or some of its rows, dequantized.
-
-    It is not evaluated.
-    """
+    """W (out, in) float32 of a linear layer or an expert, or some of its rows; not evaluated."""
     layer, number = linear if isinstance(linear, Expert) else (linear, ...)
 
     def some(array: mx.array | None) -> mx.array | None:
@@ -280,11 +277,17 @@ def restore_b(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
             module.restore_b(own)
 
 
+def detach(model: nn.Module) -> dict[str, nn.Module]:
+    """Make the model its base model again; returns what was attached, by full name."""
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, ADAPTED_TYPES)}
+    replace_modules(model, {name: module.linear for name, module in adapted.items()})
+    return adapted
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside the block, the model is its base model without adapters."""
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, ADAPTED_TYPES)}
-    replace_modules(model, {name: module.linear for name, module in adapted.items()})
+    adapted = detach(model)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from tlora_mlx.reporting.charts import heat_map, is_finite, line_chart, short
 from tlora_mlx.reporting.evaluations import Completion, Evaluation, metric_rows
 from tlora_mlx.reporting.plan_grid import plan_grid
 from tlora_mlx.reporting.rendering import render
+from tlora_mlx.runs.rates import RateSearch
 
 if TYPE_CHECKING:
     from tlora_mlx.adapters.adapter import Adapter
@@ -39,6 +40,7 @@ def page(
     energies: Mapping[str, CapturedEnergy],
     evaluations: Sequence[Evaluation],
     samples: Sequence[Completion],
+    rates: RateSearch | None = None,
 ) -> str:
     """Write the whole page.
 
@@ -48,6 +50,7 @@ def page(
         energies: how much of the energy of W·C each module's A captures; empty if unknown.
         evaluations: what to show under "Evaluation", with the samples of each.
         samples: prompts from the run's own data.
+        rates: how the learning rate was found, if it was not given.
 
     Returns:
         HTML in which everything from the run is escaped.
@@ -62,7 +65,7 @@ def page(
         cards=_cards(adapter, reports),
         energies_known=bool(energies),
         heat_maps=_heat_maps(adapter, energies),
-        charts=_charts(reports),
+        charts=_charts(reports) + _rate_charts(rates),
         metrics=metric_rows(evaluations) if evaluations else None,
         sample_groups=[(title, shown) for title, shown in groups if shown],
         snippets=_snippets(adapter),
@@ -129,6 +132,16 @@ def _charts(reports: Reports) -> list[Markup]:
         if values := points(reports, key):
             charts.append(line_chart({label: values}, "iteration", label))
     return charts
+
+
+def _rate_charts(rates: RateSearch | None) -> list[Markup]:
+    if rates is None:
+        return []
+    tried = [(math.log10(t.rate), t.loss) for t in rates.trials if t.loss is not None]
+    label = (
+        f"validation loss after {rates.updates} updates, by rate; taken: {rates.recommended:.2g}"
+    )
+    return [line_chart({label: tried}, "learning rate, as a power of ten", label)]
 
 
 def _heat_maps(adapter: Adapter, energies: Mapping[str, CapturedEnergy]) -> list[Markup]:

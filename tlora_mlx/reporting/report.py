@@ -21,7 +21,8 @@ from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.charts import is_finite
 from tlora_mlx.reporting.page import Completion, Evaluation, page
 from tlora_mlx.runs.metrics import read_lines
-from tlora_mlx.runs.run_directory import ENERGIES, EVALUATIONS, METRICS
+from tlora_mlx.runs.rates import read_rates
+from tlora_mlx.runs.run_directory import ENERGIES, EVALUATIONS, METRICS, RATES
 from tlora_mlx.storage.files import read_json, user_path, write_text
 from tlora_mlx.storage.foreign import file_in
 
@@ -51,7 +52,8 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
     energies = _read_energies(file_in(run.directory, ENERGIES))
     evaluations = read_evaluations(run.directory)
     samples = generated(run, config, observer) if config.samples else []
-    write_text(output, page(run, reports, energies, evaluations, samples))
+    rates = read_rates(run.directory / RATES)
+    write_text(output, page(run, reports, energies, evaluations, samples, rates))
     return output
 
 

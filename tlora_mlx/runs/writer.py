@@ -15,7 +15,7 @@ import mlx.core as mx
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.method.allocation import RankPlan
-from tlora_mlx.method.energy import CapturedEnergy
+from tlora_mlx.method.initialise import Initialisation
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -23,6 +23,7 @@ from tlora_mlx.runs.external import ExternalReports
 from tlora_mlx.runs.lock import RunLock
 from tlora_mlx.runs.padded import PADDED, lora_parameters, padded
 from tlora_mlx.runs.progress import Progress
+from tlora_mlx.runs.rates import RateSearch
 from tlora_mlx.runs.recorder import Recorder
 from tlora_mlx.runs.resume import (
     check_fingerprints,
@@ -31,7 +32,15 @@ from tlora_mlx.runs.resume import (
     newest_checkpoint,
     own_fingerprints,
 )
-from tlora_mlx.runs.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, ENERGIES, METRICS, PLAN
+from tlora_mlx.runs.run_directory import (
+    ADAPTERS,
+    CHECKPOINTS,
+    CONFIG,
+    ENERGIES,
+    METRICS,
+    PLAN,
+    RATES,
+)
 from tlora_mlx.storage.files import read_json, replace_file, user_path, write_json
 from tlora_mlx.storage.safetensors import TensorFile, write_tensors
 from tlora_mlx.version import __version__
@@ -132,16 +141,26 @@ class RunWriter(Recorder):
     def start(
         self,
         base: BaseModel,
-        plan: RankPlan,
+        start: Initialisation,
         fingerprints: Mapping[str, str],
-        energies: Mapping[str, CapturedEnergy],
+        search: RateSearch | None = None,
     ) -> None:
         """Write the plan, the captured energies by module and the configuration.
 
         From then on the directory holds a run.
+
+        Args:
+            base: the base model.
+            start: the plan and A.
+            fingerprints: of model and data.
+            search: how the learning rate was found, if it was not given.
         """
+        plan = start.plan
+        if search:
+            write_json(self.path / RATES, search.to_dict())
         write_json(self.path / PLAN, plan.to_dict())
-        write_json(self.path / ENERGIES, {n: energy._asdict() for n, energy in energies.items()})
+        energies = {name: energy._asdict() for name, energy in start.energies.items()}
+        write_json(self.path / ENERGIES, energies)
         self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
         data = user_path(self.config.data)
         write_json(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tlora_mlx.config.training_options import CheckCommand
+from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.tokenizer import load_tokenizer
@@ -109,7 +109,7 @@ def _summary(name: str, split: Split, train: set[tuple[int, ...]]) -> SplitSumma
         len(split),
         sum(lengths),
         sum(int(sample.counts().sum()) for sample in split.samples),
-        max(lengths, default=0),
+        split.longest(),
         split.truncated,
         split.left_out,
         len(split) - len(train) if name == "train" else repeated,

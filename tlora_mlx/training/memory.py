@@ -8,6 +8,8 @@ it in none (ml-explore/mlx-lm issue 828).
 
 from __future__ import annotations
 
+import os
+
 import mlx.core as mx
 
 # Share of the memory that Metal recommends for the GPU which is kept resident.
@@ -21,6 +23,12 @@ def limit_memory() -> None:
     if recommended := mx.device_info().get("max_recommended_working_set_size"):
         mx.set_wired_limit(int(WIRED_SHARE * recommended))
         mx.set_cache_limit(int(CACHE_SHARE * recommended))
+
+
+def machine_memory() -> int:
+    """Bytes that Metal recommends for the GPU or, elsewhere, of all memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def end_stage() -> None:

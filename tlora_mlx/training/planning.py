@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from tlora_mlx.method.layers import Linear, linear_shape
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.pictures import can_draw, draw_plan
 from tlora_mlx.storage.files import read_json, user_path, write_json
-from tlora_mlx.training.memory import end_stage
+from tlora_mlx.training.memory import end_stage, machine_memory
 from tlora_mlx.training.setup import Setup, prepare
 
 
@@ -159,7 +158,6 @@ def plan_and_initialise(
         targets = {name: targets[name] for name in targets if name in given.modules}
     start, model_memory = time.perf_counter(), mx.get_active_memory()
     mx.reset_peak_memory()
-    allowed = config.calibration_memory or default_memory()
     with _failures():
         found = initialise(
             setup.base.model,
@@ -168,13 +166,12 @@ def plan_and_initialise(
             budget(config),
             plan=given,
             covariance=config.covariance,
-            memory=min(from_each(int(allowed * 1e9))),
+            memory=min(from_each(allowed_memory(config))),
             seed=config.seed,
             observer=observer,
         )
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - model_memory
     observer.note(f"initialised in {seconds:.1f} s, peak memory {decimal(peak)} above the model")
-    mx.reset_peak_memory()
     end_stage()
     return found
 
@@ -190,8 +187,8 @@ def _failures() -> Iterator[None]:
         raise RunError(str(error)) from None
 
 
-def default_memory() -> float:
-    """A quarter, in GB, of what Metal recommends for the GPU or, elsewhere, of all memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    total = recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total / 4e9
+def allowed_memory(config: TrainConfig) -> int:
+    """Bytes that covariances may take: as given, or a quarter of what the machine offers."""
+    if config.calibration_memory:
+        return int(config.calibration_memory * 1e9)
+    return machine_memory() // 4

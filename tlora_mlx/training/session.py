@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-from tlora_mlx.adapters.adapter import Adapter
-from tlora_mlx.adapters.binding import drop_zero_ranks
-from tlora_mlx.adapters.registry import bind_to_model, read_adapter
+import mlx.core as mx
+
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import from_first, is_first
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line, interruption_code
 from tlora_mlx.method.layers import attach
-from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.pictures import can_draw, draw_losses
 from tlora_mlx.runs.checkpoint import Checkpoint, checkpoint_from_first
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.progress import Progress
-from tlora_mlx.runs.run_directory import LOSSES, METRICS
+from tlora_mlx.runs.rates import read_rates
+from tlora_mlx.runs.run_directory import LOSSES, METRICS, RATES
 from tlora_mlx.runs.writer import RunWriter
 from tlora_mlx.storage.files import user_path
 from tlora_mlx.training.best import BestAdapter
 from tlora_mlx.training.loop import Training
-from tlora_mlx.training.planning import plan_and_initialise, plan_from_first
+from tlora_mlx.training.planning import plan_from_first
+from tlora_mlx.training.rate_search import search_rate
 from tlora_mlx.training.setup import Setup, prepare
+from tlora_mlx.training.start import find_start
 from tlora_mlx.training.step import make_optimizer
 from tlora_mlx.training.validation import evaluate
 
@@ -88,6 +89,9 @@ def train(config: TrainConfig, observer: Observer = SILENT) -> TrainingResult:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; everything was saved.
     """
     path = user_path(config.adapter_path)
+    if config.resume and config.learning_rate == "auto":  # it was found when the run began
+        found = read_rates(path / RATES) if is_first() else None
+        config = replace(config, learning_rate=from_first(found.recommended if found else "auto"))
     if not is_first():
         return _train(config, path, None, observer)
     with RunWriter(path, config, observer) as writer:
@@ -140,16 +144,19 @@ def _begin(
 ) -> Training:
     """A new run: find or load the plan and A, and create the directory."""
     base, fingerprints = setup.base, setup.fingerprints()
-    given = _from_adapter(config.from_adapter, base, observer) if config.from_adapter else None
     if writer:
         writer.report_to_others()
         writer.create()
-    if given:
-        plan, tensors, energies = given.plan, given.tensors, {}
-    else:
-        start = plan_and_initialise(config, setup, observer)
-        plan, tensors, energies = start.plan, start.a, start.energies
-    attach(base.model, plan, tensors)
+    start = find_start(config, setup, observer)
+    mx.reset_peak_memory()  # reports say what training takes
+    attach(base.model, start.plan, start.a)
+    search = None
+    if config.learning_rate == "auto":
+        search = search_rate(base.model, setup.data, config, observer)
+        observer.note(f"learning rate {search.recommended:.2g}, the best of {len(search.trials)}")
+        config = replace(config, learning_rate=search.recommended)
+        if writer:
+            writer.config = config
     training = Training(
         base.model,
         make_optimizer(config, base.model),
@@ -161,7 +168,7 @@ def _begin(
     )
     training.progress.test_loss = _test_loss(training, setup.data["test"])
     if writer:
-        writer.start(base, plan, fingerprints, energies)
+        writer.start(base, start, fingerprints, search)
     training.save()
     return training
 
@@ -192,20 +199,6 @@ def _resume(
         recorder=writer,
         observer=observer,
     )
-
-
-def _from_adapter(path: str, base: BaseModel, observer: Observer) -> Adapter:
-    """The adapter that training starts from, on the base model.
-
-    Raises:
-        UserError: it cannot be read, or does not fit the model; all faults in one message.
-    """
-    adapter = read_adapter(path)
-    if adapter.base and adapter.base not in (base.name, base.original):
-        observer.note(f"warning: {path} was made for {adapter.base}, but --model is {base.name}")
-    adapter = drop_zero_ranks(bind_to_model(adapter, base.description()))
-    observer.planned(adapter.plan)
-    return adapter
 
 
 def _test_loss(training: Training, split: Split) -> float | None:

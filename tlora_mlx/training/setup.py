@@ -76,7 +76,7 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
     if processes() > 1:
         _compare_processes(config, setup, observer)
     if config.grad_checkpoint:
-        _enable_grad_checkpoint(base.model)
+        enable_grad_checkpoint(base.model)
     return setup
 
 
@@ -158,7 +158,7 @@ def _described(name: str, split: Split, max_seq_length: int) -> str:
     return text
 
 
-def _enable_grad_checkpoint(model: nn.Module) -> None:
+def enable_grad_checkpoint(model: nn.Module) -> None:
     """Recompute each block's activations in the backward pass (mlx-lm's own way)."""
     from mlx_lm.tuner.trainer import grad_checkpoint
 

@@ -1,0 +1,294 @@
+"""The memory and the time of a run's parts, measured on its own largest batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
+
+import mlx.core as mx
+from rich.filesize import decimal
+
+from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.data.batches import collate
+from tlora_mlx.data.samples import Sample, Split, draw_samples
+from tlora_mlx.method.allocation import plan_ranks
+from tlora_mlx.method.batch import Batch
+from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.covariance import exact_bytes, input_leaders
+from tlora_mlx.method.initialise import Initialisation, streamed_bytes
+from tlora_mlx.method.layers import attach, linear_shape
+from tlora_mlx.method.output_layer import is_separable
+from tlora_mlx.observer import Advance, Observer
+from tlora_mlx.training.loop import batches_per_epoch, total_updates, training_batches
+from tlora_mlx.training.planning import allowed_memory
+from tlora_mlx.training.setup import Setup
+from tlora_mlx.training.start import find_start
+from tlora_mlx.training.step import Step, make_optimizer
+from tlora_mlx.training.validation import mean_loss
+
+# No shorter part of a row is tried by itself.
+SHORTEST_PART = 64
+
+
+class Peak(NamedTuple):
+    """The most memory in use during a piece of work, in bytes, the model included.
+
+    Attributes:
+        bytes: how much.
+        measured: False if it was extrapolated from smaller parts, since it would not have fitted.
+    """
+
+    bytes: int
+    measured: bool
+
+    def described(self) -> str:
+        """In words."""
+        return f"{'' if self.measured else 'about '}{decimal(self.bytes)}"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run takes, in seconds, extrapolated from measured parts.
+
+    Attributes:
+        initialisation: calibration and finding A; 0 from an adapter.
+        training: all updates.
+        validation: all validations.
+        updates: how many there are.
+        tokens_per_second: in training; padding is not counted.
+    """
+
+    initialisation: float
+    training: float
+    validation: float
+    updates: int
+    tokens_per_second: float
+
+    def described(self) -> str:
+        """The whole and its parts, in words."""
+        parts = {
+            "to initialise": self.initialisation,
+            f"for {self.updates:,} updates at {self.tokens_per_second:,.0f} tokens/s": (
+                self.training
+            ),
+            "to validate": self.validation,
+        }
+        shown = [f"{_span(seconds)} {what}" for what, seconds in parts.items() if seconds]
+        return f"about {_span(sum(parts.values()))}: {', '.join(shown)}"
+
+
+class Rehearsal:
+    """A run's parts on its largest batches; ``calibrate`` comes first, ``duration`` last.
+
+    Args:
+        config: the run's options.
+        setup: model, data and target modules.
+        available: bytes that may be used; what would take more is not run.
+    """
+
+    def __init__(self, config: TrainConfig, setup: Setup, available: int):
+        self._config, self._setup, self._available = config, setup, available
+        cut = (sample.cut(config.max_seq_length) for sample in setup.data["train"].samples)
+        self._samples = [sample for sample in cut if sample.counts().any()]
+        self._longest = _longest(self._samples, config.batch_size)
+        self._initialisation = 0.0
+        self._step: Callable[[Sequence[Sample]], None]
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Rows and tokens of the longest batch."""
+        return len(self._longest), len(self._longest[0].tokens)
+
+    def calibrate(self) -> tuple[Peak | None, Initialisation | None]:
+        """Calibrate on the longest of the calibration samples and find A from them alone.
+
+        Returns:
+            The peak, and what training starts from, or None if that does not fit. From an adapter
+            there is nothing to calibrate, so no peak.
+        """
+        config, setup = self._config, self._setup
+        if config.from_adapter:
+            return None, find_start(config, setup)
+        drawn = draw_samples(self._samples, config.calibration_samples, config.seed)
+        longest = _longest(drawn, config.batch_size)
+        found, watch = [], _Stopwatch()
+
+        def work(samples: Sequence[Sample]) -> None:
+            if samples is longest:
+                data = {**setup.data, "train": Split(list(longest))}
+                found.append(find_start(config, replace(setup, data=data), watch))
+            else:
+                calibrate(setup.base.model, setup.targets, [_batch(samples)])
+
+        peak = _peak(work, longest, self._available, self._covariance_bytes())
+        share = _tokens(drawn) / _tokens(longest)
+        self._initialisation = watch.seconds(share)
+        return peak, found[0] if found else None
+
+    def _covariance_bytes(self) -> int:
+        """What the covariances take, as ``initialise`` keeps them; with streaming, about."""
+        config, targets = self._config, self._setup.targets
+        shapes = {name: linear_shape(module) for name, module in targets.items()}
+        leaders = set(input_leaders(self._setup.base.model, targets).values())
+        exact, allowed = exact_bytes(targets, leaders), allowed_memory(config)
+        if config.covariance == "exact" or (config.covariance == "auto" and exact <= allowed):
+            return min(exact, allowed)
+        plan = plan_ranks(dict.fromkeys(shapes, 1.0), shapes, config.rank, config.alpha)
+        return streamed_bytes(plan)
+
+    def update(self, start: Initialisation) -> Peak:
+        """Attach the adapter and update it once on the longest batch."""
+        model, config = self._setup.base.model, self._config
+        attach(model, start.plan, start.a)
+        model.eval()
+        separable = is_separable(model, mx.array([self._longest[0].tokens[:SHORTEST_PART]]))
+        model.train()
+        step = Step(model, make_optimizer(config, model), config, separable)
+        self._step = lambda samples: step([list(samples)], 0.0, 0)
+        return _peak(self._step, self._longest, self._available)
+
+    def duration(self) -> Duration:
+        """The time of the whole run, after an update that fitted.
+
+        A batch's time is linear in its tokens, through two measured ones: the longest and the
+        median batch.
+        """
+        config, samples = self._config, self._samples
+        batches = list(
+            islice(training_batches(samples, config, 0), batches_per_epoch(len(samples), config))
+        )
+        median = sorted(batches, key=_tokens)[len(batches) // 2]
+        seconds = _line(
+            *(
+                (_tokens(batch), _seconds(lambda b=batch: self._step(b)))
+                for batch in (median, self._longest)
+            )
+        )
+        updates = total_updates(len(samples), config)
+        epochs = updates * config.grad_accumulation_steps / len(batches)
+        training = epochs * sum(seconds(_tokens(batch)) for batch in batches)
+        tokens = epochs * sum(len(sample.tokens) for sample in samples)
+        return Duration(
+            self._initialisation, training, self._validation(updates), updates, tokens / training
+        )
+
+    def _validation(self, updates: int) -> float:
+        """Seconds of all validations: before training, every so often, and at the end."""
+        config, valid = self._config, self._setup.data["valid"].samples
+        if not valid:
+            return 0.0
+        size = config.batch_size
+        batches = -(-len(valid) // size)
+        if config.val_batches > 0:
+            batches = min(batches, config.val_batches)
+        median = sorted(valid, key=lambda sample: len(sample.tokens))[len(valid) // 2]
+        batch = _batch([median] * size)
+        times = 1 + -(-updates // config.steps_per_eval)
+        return times * batches * _seconds(lambda: mean_loss(self._setup.base.model, [batch]))
+
+
+class _Stopwatch(Observer):
+    """Takes the time of the stages of an initialisation."""
+
+    def __init__(self) -> None:
+        self._by_batch = self._once = 0.0
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """A stage takes time for each batch if it says that it advances, else once."""
+        start, advanced = time.perf_counter(), []
+        yield lambda *_: advanced.append(True)
+        seconds = time.perf_counter() - start
+        if advanced:
+            self._by_batch += seconds
+        else:
+            self._once += seconds
+
+    def seconds(self, share: float) -> float:
+        """The time with so many times as many tokens."""
+        return share * self._by_batch + self._once
+
+
+def _span(seconds: float) -> str:
+    """A time in words: seconds, minutes, or hours and minutes."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _peak(
+    work: Callable[[Sequence[Sample]], None],
+    samples: Sequence[Sample],
+    available: int,
+    reserve: int = 0,
+) -> Peak:
+    """The peak memory of some work on a batch, after growing parts of it.
+
+    Args:
+        work: is given parts of the samples in which every token counts, and ``samples`` at last.
+        samples: the batch, longest first.
+        available: bytes that may be used.
+        reserve: bytes that the whole batch may take in addition.
+    """
+    rows, longest = len(samples), len(samples[0].tokens)
+    lengths = [longest >> n for n in (3, 2, 1) if longest >> n >= SHORTEST_PART]
+    sizes = [(1, length) for length in lengths]
+    sizes += [(1 << n, longest) for n in range(rows.bit_length()) if 1 << n < rows]
+    sizes.append((rows, longest))
+    seen: list[tuple[int, int, int]] = []
+    for size in sizes:
+        whole = size == (rows, longest)
+        expected = _expected(seen, *size) + reserve * whole
+        if expected > available:
+            return Peak(expected, False)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        part = [Sample(s.tokens[: size[1]], 1) for s in samples[: size[0]]]
+        work(samples if whole else part)
+        seen.append((*size, mx.get_peak_memory()))
+    return Peak(seen[-1][2], True)
+
+
+def _expected(seen: list[tuple[int, int, int]], rows: int, length: int) -> int:
+    """The peak of a part, from the two before it: linear in rows, up to squared in the length."""
+    if len(seen) < 2:
+        return 0
+    (rows_0, length_0, peak_0), (rows_1, length_1, peak_1) = seen[-2:]
+    slope = max(peak_1 - peak_0, 0) / (rows_1 * length_1 - rows_0 * length_0)
+    bend = 2 if length > length_1 else 1
+    return int(peak_1 + bend * slope * (rows * length - rows_1 * length_1))
+
+
+def _longest(samples: Sequence[Sample], number: int) -> list[Sample]:
+    """So many of the longest samples, longest first."""
+    return sorted(samples, key=lambda sample: -len(sample.tokens))[:number]
+
+
+def _batch(samples: Sequence[Sample]) -> Batch:
+    return collate(samples, max(len(sample.tokens) for sample in samples))
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.tokens) for sample in samples)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of the second call: the first one may compile."""
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _line(first: tuple[int, float], second: tuple[int, float]) -> Callable[[float], float]:
+    """The line through two measurements; through the origin if they do not rise."""
+    (x_0, y_0), (x_1, y_1) = first, second
+    if x_1 == x_0 or y_1 <= y_0:
+        return lambda x: y_0 / x_0 * x
+    slope = (y_1 - y_0) / (x_1 - x_0)
+    return lambda x: max(y_0 + slope * (x - x_0), 0.0)
