@@ -15,6 +15,7 @@ PACKAGE = ROOT / "tlora_mlx"
 ROOMS = (
     "version",
     "errors",
+    "invocation",
     "observer",
     "storage",
     "distributed",
@@ -32,7 +33,18 @@ ROOMS = (
     "terminal",
     "cli",
 )
-DOORS = ("check", "train", "plan", "export", "upload", "inspect", "generate", "evaluate", "report")
+DOORS = (
+    "__main__",
+    "check",
+    "train",
+    "plan",
+    "export",
+    "upload",
+    "inspect",
+    "generate",
+    "evaluate",
+    "report",
+)
 
 
 def modules():

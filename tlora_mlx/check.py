@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.config.parsing import parse
 
@@ -14,7 +14,8 @@ DESCRIPTION = "Look at the data as the model will see it, before a run; the weig
 
 def command(argv: Sequence[str] | None) -> None:
     """Show the first samples, a table of the splits, and warnings."""
-    config = parse(CheckCommand, "tlora check", DESCRIPTION, argv)
+    config = parse(CheckCommand, "tlora check", DESCRIPTION, argv, note=announce)
+    announce("loading the tokenizer …")
 
     from tlora_mlx.terminal import print_sample, print_splits, say
     from tlora_mlx.training.data_check import check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import signal
@@ -33,22 +34,81 @@ COMMANDS = {
 }
 
 
+# mlx-lm's commands, and what a user of theirs looks for here.
+COUNTERPARTS = {
+    "lora": "train",
+    "fuse": "export --format merged",
+    "perplexity": "evaluate --task perplexity",
+    "push": "upload",
+    "finetune": "train",
+    "fine-tune": "train",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "show": "inspect",
+    "info": "inspect",
+}
+
+
+def script() -> int:
+    """The ``tlora`` script: as ``main``, in a process of its own, which needs no torch.
+
+    transformers imports torch wherever it is installed (``modeling_rope_utils``), which takes half
+    the time of all imports; tokenizers work without.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tlora COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"tlora_mlx {__version__}")
         return 0
-    if arguments and arguments[0] in COMMANDS:
-        return import_module(f"tlora_mlx.{arguments[0]}").main(arguments[1:])
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
-    usage = "\n".join(["usage: tlora COMMAND …; see tlora COMMAND --help", *lines])
-    if arguments in (["-h"], ["--help"]):
-        print(usage)
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [arguments[1], "--help"]
+    if arguments in ([], ["-h"], ["--help"], ["--help-all"], ["help"]):
+        print(_usage())
         return 0
-    problem = f"unknown command '{arguments[0]}'" if arguments else "no command given"
-    print(f"error: {problem}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+    if "--train" in arguments and arguments[0].startswith("-"):  # as mlx_lm.lora is called
+        arguments = ["train", *arguments]
+    if arguments[0] in COMMANDS:
+        return import_module(f"tlora_mlx.{arguments[0]}").main(arguments[1:])
+    print(f"error: {_unknown(arguments[0])}", file=sys.stderr)
     return 2
+
+
+def _usage() -> str:
+    """All commands, in the order of a first day."""
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tlora COMMAND …",
+            "",
+            *lines,
+            "",
+            "tlora COMMAND --help shows a command's options; tlora --version the version.",
+            "First: tlora check --model MODEL --data DATA, then tlora train with the same.",
+        ]
+    )
+
+
+def _unknown(word: str) -> str:
+    """What to do instead of a command that there is not."""
+    if word.startswith("-"):
+        return f"'{word}' comes before a command; try tlora train {word} …, or tlora help"
+    if instead := COUNTERPARTS.get(word):
+        return f"unknown command '{word}'; tlora {instead} does that"
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    meant = f"did you mean {near[0]}? The commands are" if near else "choose one of"
+    return f"unknown command '{word}'; {meant} {', '.join(COMMANDS)}"
+
+
+def announce(text: str) -> None:
+    """Print a line at once, before anything heavy is imported; under a launcher, once."""
+    number = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+    if number == "0":
+        print(text, flush=True)
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -69,7 +129,8 @@ def run_command(command: Callable[[], object]) -> int:
         if watch:
             return watch.leave(code, message)
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        stopped = code >= 128  # by the user or the system: nothing went wrong
+        print(message if stopped else f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -109,3 +170,7 @@ def _outcome(command: Callable[[], object]) -> tuple[int, str]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return 1, f"{error.strerror or first_line(error)}{where}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

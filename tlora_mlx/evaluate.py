@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import EvaluateCommand
 
@@ -15,6 +15,7 @@ DESCRIPTION = "Evaluate a run's base model and its adapter on one of five task f
 def command(argv: Sequence[str] | None) -> None:
     """Evaluate, and print the metrics."""
     config = parse(EvaluateCommand, "tlora evaluate", DESCRIPTION, argv)
+    announce(f"loading {config.run} and its base model …")
 
     from tlora_mlx.evaluation.evaluate import evaluate
     from tlora_mlx.reporting.tables import metrics_table

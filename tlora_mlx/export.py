@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.config.parsing import parse
 
@@ -18,6 +18,7 @@ DESCRIPTION = (
 def command(argv: Sequence[str] | None) -> None:
     """Export, print what was verified and how to load it, and push it if requested."""
     config = parse(ExportCommand, "tlora export", DESCRIPTION, argv)
+    announce(f"reading {config.run or ' and '.join(config.adapter)} …")
 
     from tlora_mlx.publishing.export import export
     from tlora_mlx.publishing.hub import push

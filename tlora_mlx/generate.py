@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import GenerateCommand
 
@@ -15,6 +15,7 @@ DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, g
 def command(argv: Sequence[str] | None) -> None:
     """Print both completions as they are generated."""
     config = parse(GenerateCommand, "tlora generate", DESCRIPTION, argv)
+    announce(f"loading {config.run} and its base model …")
 
     from tlora_mlx.evaluation.completion import completions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
 
@@ -14,7 +14,9 @@ DESCRIPTION = "Calibrate a model on task samples and show how TLoRA would distri
 
 def command(argv: Sequence[str] | None) -> None:
     """Make the plan, show it, and write it with its picture."""
-    config = parse(PlanCommand, "tlora plan", DESCRIPTION, argv, also_known=TrainConfig)
+    config = parse(PlanCommand, "tlora plan", DESCRIPTION, argv, TrainConfig, note=announce)
+    if not config.sensitivities:
+        announce(f"loading model {config.model} …")
 
     from tlora_mlx.terminal import Terminal, print_plan, say
     from tlora_mlx.training.planning import plan, plan_output, write_plan

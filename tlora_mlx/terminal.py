@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
@@ -25,6 +26,10 @@ from tlora_mlx.reporting.tables import plan_table, plan_totals
 
 if TYPE_CHECKING:
     from tlora_mlx.training.data_check import SplitSummary, TokenRun
+
+
+# How often a stage tells how far it is where there is no progress bar.
+SECONDS_BETWEEN_LINES = 30
 
 
 class _Console(Console):
@@ -113,7 +118,7 @@ class Terminal(Observer):
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Show a progress bar, if the output is a terminal."""
+        """Show a progress bar; where the output is no terminal, a line every half minute."""
         columns = (
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -124,8 +129,14 @@ class Terminal(Observer):
         hidden = not (console.is_terminal and is_first())
         with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
             task = shown.add_task(name, total=total, completed=done, text="")
+            last, shown_text = monotonic(), ""
 
             def advance(steps: int = 1, text: str | None = None) -> None:
-                shown.update(task, advance=steps, **({} if text is None else {"text": text}))
+                nonlocal done, last, shown_text
+                done, shown_text = done + steps, shown_text if text is None else text
+                shown.update(task, advance=steps, text=shown_text)
+                if hidden and monotonic() - last >= SECONDS_BETWEEN_LINES:
+                    last = monotonic()
+                    say(f"{name}: {done} of {total}" + (f", {shown_text}" if shown_text else ""))
 
             yield advance

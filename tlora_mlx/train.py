@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tlora_mlx.cli import run_command
+from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.invocation import suggested
 
 DESCRIPTION = "Fine-tune a language model with TLoRA (task-aware LoRA: A frozen, B trained)."
 
 
 def command(argv: Sequence[str] | None) -> None:
     """Train, and print a summary."""
-    config = parse(TrainConfig, "tlora train", DESCRIPTION, argv, complete=_with_stored_options)
+    config = parse(
+        TrainConfig, "tlora train", DESCRIPTION, argv, complete=_with_stored_options, note=announce
+    )
+    announce(f"loading model {config.model} …")
 
     from tlora_mlx.terminal import Terminal, say
     from tlora_mlx.training.session import train
@@ -26,12 +29,14 @@ def command(argv: Sequence[str] | None) -> None:
         for line in result.summary():
             say(line)
     done = "the run in {} is finished" if result.was_finished else "adapter saved in {}"
-    directory, argument = result.directory, shlex.quote(str(result.directory))
-    say(f"{done.format(directory)}; next: python -m tlora_mlx.export {argument} --format peft")
+    export = suggested("export", result.directory, "--format", "peft")
+    say(f"{done.format(result.directory)}; next: {export}")
 
 
 def _with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Imported late, so that ``--help`` loads nothing heavy."""
+    """Imported late, so that nothing heavy is loaded before the first line."""
+    if not given.get("resume"):
+        return given
     from tlora_mlx.runs.run_directory import with_stored_options
 
     return with_stored_options(given)

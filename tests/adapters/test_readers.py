@@ -77,7 +77,7 @@ def test_the_compact_layout_is_right_only_in_peft(run, tlora_here, tmp_path):
     out = tlora_here("inspect", tmp_path / "peft").stdout
     wrong = ", ".join(READERS[1:])
     assert f"warning: {wrong} would not read this adapter as intended" in out
-    assert f"python -m tlora_mlx.export {tmp_path / 'peft'} --format peft" in out
+    assert f"python -m tlora_mlx export {tmp_path / 'peft'} --format peft" in out
     # The largest rank, 24, is above the configuration's.
     assert "vLLM needs --max-lora-rank 32" in out
 

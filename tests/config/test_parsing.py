@@ -1,14 +1,24 @@
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from helpers.commands import tlora
 
-from tlora_mlx.config.export_options import ExportCommand
-from tlora_mlx.config.parsing import parse
+from tlora_mlx.cli import COMMANDS
+from tlora_mlx.config.check_options import CheckCommand
+from tlora_mlx.config.export_options import ExportCommand, UploadCommand
+from tlora_mlx.config.help_groups import FEW, grouped
+from tlora_mlx.config.option import flag
+from tlora_mlx.config.parsing import make_parser, parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
+from tlora_mlx.config.usage_options import EvaluateCommand, GenerateCommand
 from tlora_mlx.errors import UserError
+
+COMMANDS_WITH_OPTIONS = (TrainConfig, PlanCommand, CheckCommand, ExportCommand, UploadCommand)
+COMMANDS_WITH_OPTIONS += (GenerateCommand, EvaluateCommand)
 
 REQUIRED = ["--model", "m", "--data", "d"]
 
@@ -83,7 +93,9 @@ def test_plan_takes_the_yaml_of_train(tmp_path):
         (["--val-batches", "0"], "--val-batches must be -1 .all. or at least 1, not 0"),
         (["--max-seq-length", "1"], "--max-seq-length must be at least 2, not 1"),
         (["--lr-schedule", "step"], "--lr-schedule must be one of cosine, linear, constant"),
-        (["--ranks", "4"], "unrecognized arguments: --ranks 4"),
+        (["--ranks", "4"], "unrecognized arguments: --ranks 4; did you mean --rank?"),
+        (["--max-seq-len=4"], "did you mean --max-seq-length?"),
+        (["--qqq", "4"], "unrecognized arguments: --qqq 4; see tlora train --help"),
         (["--rank"], "--rank: expected one argument"),
     ],
 )
@@ -112,6 +124,32 @@ def test_bad_yaml(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         yaml_config(tmp_path, text, *REQUIRED)
     assert "\n" not in str(error.value)
+
+
+def test_all_unknown_keys_are_told_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"unknown options: 'itres' \(nearest: 'iters'\), 'ranc' "):
+        yaml_config(tmp_path, "{itres: 3, ranc: 2, seed: 1}", *REQUIRED)
+
+
+@pytest.mark.parametrize("config_class", COMMANDS_WITH_OPTIONS, ids=lambda c: c.__name__)
+def test_help_shows_what_matters_first_and_help_all_everything(config_class):
+    """Every option is in one group of ``--help-all``; a few of them are in ``--help``."""
+    names = [item.name for item in fields(config_class)]
+    groups = grouped(names)
+    assert sorted(name for group in groups.values() for name in group) == sorted(names)
+    whole = make_parser(config_class, "tlora x", "", show_all=True).format_help()
+    short = make_parser(config_class, "tlora x", "").format_help()
+    spelt = [n.upper() if positional(config_class, n) else flag(n) for n in names]
+    assert all(re.search(rf"^  (-c FILE, )?{name}\b", whole, re.MULTILINE) for name in spelt)
+    first = next(iter(groups.values()))
+    shown = [n for n, s in zip(names, spelt, strict=True) if re.search(rf"^  {s}\b", short, re.M)]
+    assert sorted(shown) == sorted(first)
+    assert len(first) <= FEW
+    assert ("--help-all" in short) == (len(groups) > 1)
+
+
+def positional(config_class, name):
+    return config_class.__dataclass_fields__[name].metadata["positional"]
 
 
 def test_missing_options():
@@ -144,7 +182,7 @@ def test_help_loads_nothing_heavy(command):
 
 
 def test_a_terminal_that_lacks_our_characters():
-    result = tlora("train", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    result = tlora("train", "--help-all", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stderr) == (0, "")
     assert "(in ? in)" in result.stdout
 
@@ -157,10 +195,28 @@ def test_the_console_script():
     assert "usage: tlora train" in tlora_script("train", "--help").stdout
     assert tlora_script("--help").returncode == 0
     assert tlora_script("--version").stdout.startswith("tlora_mlx ")
-    unknown = tlora_script("trian")
-    assert unknown.returncode == 2
-    assert unknown.stderr == (
-        "error: unknown command 'trian'; choose one of check, train, plan, export, inspect, "
-        "upload, generate, evaluate, report\n"
+    for word, advice in (
+        ("trian", "did you mean train? The commands are check, train, plan, export, inspect, "),
+        ("nothing-like-it", "choose one of check, train, plan, export, inspect, upload, "),
+        ("fuse", "tlora export --format merged does that"),
+        ("--rank", "'--rank' comes before a command"),
+    ):
+        unknown = tlora_script(word)
+        assert (unknown.returncode, unknown.stdout) == (2, "")
+        assert unknown.stderr.startswith("error: ")
+        assert advice in unknown.stderr
+    for words in ((), ("help",), ("--help",)):
+        shown = tlora_script(*words)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert all(f"\n  {name} " in shown.stdout for name in COMMANDS)
+    assert tlora_script("help", "plan").stdout == tlora_script("plan", "--help").stdout
+    as_mlx_lm = tlora_script("--model", "no/such/model", "--train", "--data", "none")
+    assert (as_mlx_lm.returncode, as_mlx_lm.stderr) == (
+        2,
+        "error: model directory no/such/model does not exist\n",
     )
     assert tlora("train", "--rank", "0").returncode == 2
+    for module in ("tlora_mlx", "tlora_mlx.cli"):
+        command = [sys.executable, "-m", module, "train", "--rank", "0"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stderr[:7]) == (2, "error: ")

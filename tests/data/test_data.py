@@ -110,13 +110,16 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, chat, text, message):
 
 
 def test_bad_places(tmp_path, plain):
-    with pytest.raises(UserError, match=r"has no train\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"has no train\.jsonl, train\.json, train\.parquet, train\.csv;"
+    ):
         load_data(str(tmp_path), plain, 100, None)
     with pytest.raises(UserError, match="does not exist"):
         load_data(str(tmp_path / "nothing"), plain, 100, None)
     file = write_jsonl(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(UserError, match="is a file"):
-        load_data(str(file), plain, 100, None)
+    text = write_jsonl(tmp_path / "train.txt", ROWS)
+    with pytest.raises(UserError, match=r"is a file of a kind .*; give one of \.jsonl, \.json,"):
+        load_data(str(text), plain, 100, None)
     file.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match="is not UTF-8"):
         load_data(str(tmp_path), plain, 100, None)

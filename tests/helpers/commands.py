@@ -22,7 +22,8 @@ def tlora(*arguments, **popen):
 def quick_train(model, data, run, **options):
     """Train in this process with small settings; returns the run directory."""
     settings = {"iters": 6, "rank": 4, "learning_rate": 1e-2, "batch_size": 4, **options}
-    config = TrainConfig(model=str(model), data=str(data), adapter_path=str(run), **settings)
+    data = data if isinstance(data, list) else str(data)
+    config = TrainConfig(model=str(model), data=data, adapter_path=str(run), **settings)
     return train(config, Terminal()).directory
 
 

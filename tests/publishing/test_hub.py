@@ -143,7 +143,7 @@ def one_sentence(hub, text, directory, words):
     """A failure's message: what happened, how to retry, no secret; nothing was pushed yet."""
     assert "\n" not in text
     assert re.search(words, text), text
-    again = f"python -m tlora_mlx.upload {directory} {NAME}"
+    again = f"python -m tlora_mlx upload {directory} {NAME}"
     assert f"{directory} is complete; push it again with: {again}" in text
     assert sorted(files_of(directory)) == FILES
     assert secretless(text, directory)
@@ -211,7 +211,7 @@ def test_retrying_with_the_command_from_the_message(hub, adapter, tlora_here, ru
     hub.fail("POST", "/commit/", [404])
     with pytest.raises(RunError) as failure:
         push(adapter, NAME, private=True)
-    command = shlex.split(str(failure.value).split("again with: python -m tlora_mlx.")[1])
+    command = shlex.split(str(failure.value).split("again with: python -m tlora_mlx ")[1])
     assert command == ["upload", str(adapter), NAME, "--private"]
     again = tlora_here(*command)
     assert (again.returncode, again.stderr) == (0, "")
@@ -253,7 +253,7 @@ def test_ctrl_c_during_an_upload(hub, run_path, tmp_path, without_xet):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert re.fullmatch(r"error: interrupted; \S+ is complete; push it again with: .+\n", error)
+    assert re.fullmatch(r"interrupted; \S+ is complete; push it again with: .+\n", error)
     assert sorted(files_of(output)) == FILES
     assert len(hub.repositories[NAME].commits) == 1
     assert secretless(out + error, output)

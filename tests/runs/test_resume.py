@@ -125,7 +125,7 @@ def test_interrupted_and_resumed(model_path, data_path, tmp_path, tlora_here, nu
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "interrupted after iteration" in errors
-    assert f"continue with: python -m tlora_mlx.train --adapter-path {run} --resume" in errors
+    assert f"continue with: python -m tlora_mlx train --adapter-path {run} --resume" in errors
     assert "Traceback" not in errors
     assert read_run(run).tensors
     # The rest of the run, shorter than it was: nothing but what was saved says where it stands.
@@ -152,7 +152,7 @@ def test_interrupted_before_the_first_checkpoint(
 ):
     raise_in(monkeypatch, "tlora_mlx.method.initialise.plan_ranks", number)
     result = tlora_here(*arguments(model_path, data_path, tmp_path / "run"))
-    assert_one_sentence(result, code, "error: interrupted")
+    assert (result.returncode, result.stderr) == (code, "interrupted\n")
     assert not (tmp_path / "run").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("kept")
@@ -213,7 +213,7 @@ def test_a_finished_run_says_so(uncut, tlora_here):
     before = {p: p.read_bytes() for p in uncut.rglob("*") if p.is_file()}
     result = tlora_here("train", "--adapter-path", uncut, "--resume")
     assert result.returncode == 0
-    assert "is finished; next: python -m tlora_mlx.export" in result.stdout
+    assert "is finished; next: python -m tlora_mlx export" in result.stdout
     assert {p: p.read_bytes() for p in uncut.rglob("*") if p.is_file()} == before
 
 

@@ -24,7 +24,7 @@ def test_the_run_directory(model_path, data_path, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "rank × scale of each module" in result.stdout
     assert "test loss" in result.stdout
-    assert f"next: python -m tlora_mlx.export {run} --format peft" in result.stdout
+    assert f"next: python -m tlora_mlx export {run} --format peft" in result.stdout
     files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
     assert files == [
         "adapter_config.json",

@@ -11,12 +11,19 @@ from tlora_mlx.method.layers import attach
 from tlora_mlx.models.base_model import BaseModel, load_base_model
 
 
-def load_adapter(adapter: Adapter | str | Path, *, trust_remote_code: bool = False) -> BaseModel:
+def load_adapter(
+    adapter: Adapter | str | Path,
+    *,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+) -> BaseModel:
     """Load an adapter's base model with the adapter attached.
 
     Args:
         adapter: a run, a PEFT LoRA adapter or an mlx-lm adapter, or its directory. It is loaded on
             the base model that it names.
+        base_model: the directory or Hub repository of its base model, instead of the one that it
+            names, which may have been on another machine.
         trust_remote_code: allow code from the model's repository to run.
 
     Returns:
@@ -26,8 +33,8 @@ def load_adapter(adapter: Adapter | str | Path, *, trust_remote_code: bool = Fal
     Raises:
         UserError: the adapter or its base model cannot be loaded, or they do not fit together.
     """
-    adapter = resolve_adapter(adapter)
-    base = load_base_model(adapter.model, trust_remote_code)
+    adapter = resolve_adapter(adapter, base_model)
+    base = load_base_model(base_model or adapter.model, trust_remote_code)
     try:
         attach(base.model, adapter.plan, adapter.tensors)
     except ValueError as error:

@@ -32,8 +32,14 @@ class MlxLmFormat(AdapterFormat):
         """Check for the keys that mlx-lm's trainer writes."""
         return "lora_parameters" in config or "fine_tune_type" in config
 
-    def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """Read a LoRA adapter whose tensors match its configuration; not DoRA, not experts."""
+    def read(self, directory: Path, config: Mapping[str, Any], weights: str = ADAPTERS) -> Adapter:
+        """Read a LoRA adapter whose tensors match its configuration; not DoRA, not experts.
+
+        Args:
+            directory: where it is.
+            config: its ``adapter_config.json``.
+            weights: the file that holds its tensors.
+        """
         kind = config.get("fine_tune_type", "lora")
         if kind != "lora":
             raise UserError(
@@ -47,7 +53,7 @@ class MlxLmFormat(AdapterFormat):
                 f"the mlx-lm adapter {directory} has no 'lora_parameters' with 'rank' and 'scale' "
                 "above 0"
             )
-        path = file_in(directory, ADAPTERS)
+        path = file_in(directory, weights)
         tensors = read_tensors(path, "the mlx-lm adapter")
         unknown = [key for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
         if unknown:

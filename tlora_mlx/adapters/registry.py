@@ -23,7 +23,8 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read a run, a PEFT LoRA adapter or an mlx-lm adapter, without its base model.
 
     Args:
-        path: the adapter's directory.
+        path: the adapter's directory; or one of an mlx-lm adapter's ``.safetensors`` files, which
+            mlx-lm's trainer writes at several steps.
 
     Returns:
         The adapter with its own tool's module names; A and B are oriented as in MLX, in the dtype
@@ -33,6 +34,11 @@ def read_adapter(path: str | Path) -> Adapter:
         UserError: it is none of them, incomplete, or more than LoRA on linear layers.
     """
     path = user_path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        config = read_json(path.parent / CONFIG, "the adapter's configuration")
+        if isinstance(config, dict) and not PEFT.recognises(config) and MLX_LM.recognises(config):
+            return MLX_LM.read(path.parent, config, path.name)
+        raise UserError(f"{path} is not a file of an mlx-lm adapter; give its directory")
     if not path.is_dir():
         raise UserError(f"adapter directory {path} does not exist")
     config = read_json(file_in(path, CONFIG), "the adapter's configuration")

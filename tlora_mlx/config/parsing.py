@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
+import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from tlora_mlx.config.data_options import DataConfig
+from tlora_mlx.config.help_groups import grouped
+from tlora_mlx.config.mlx_lm_options import MLX_LM_FLAGS, ONLY_MLX_LM, Translation
 from tlora_mlx.config.option import flag
-from tlora_mlx.config.training_options import DataConfig
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import read_yaml, user_path
 from tlora_mlx.version import __version__
@@ -28,8 +32,11 @@ def parse(
     argv: Sequence[str] | None = None,
     also_known: type | None = None,
     complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
+    note: Callable[[str], object] = lambda text: None,
 ) -> C:
     """Make a configuration from the command line and, with ``-c``, a YAML file; flags win.
+
+    Commands that read data take mlx-lm's options too, by its names, and translate them.
 
     Args:
         config_class: a subclass of ``Config``.
@@ -38,23 +45,28 @@ def parse(
         argv: the arguments; None: those of the process.
         also_known: a configuration whose options are accepted in the YAML too, but ignored.
         complete: adds options that follow from those that were given.
+        note: is told in one line what was translated from mlx-lm's options.
 
     Raises:
         UserError: an argument, a key or a value is invalid; the message names the flag or the file.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"tlora_mlx {__version__}")
-    if issubclass(config_class, DataConfig):
-        parser.add_argument(
-            "-c", "--config", metavar="FILE", help="YAML file with the same options; flags win"
-        )
-    for item in fields(config_class):
-        _add_argument(parser, item, typing.get_type_hints(config_class)[item.name])
+    parser = make_parser(config_class, prog, description, "--help-all" in (argv or sys.argv))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    flags = {name: given[name] for name in given.keys() - {*MLX_LM_FLAGS, "config"}}
     values: dict[str, Any] = {}
-    if (path := given.pop("config", None)) is not None:
-        values = _read_yaml(user_path(path), config_class, also_known)
-    values = complete(_typed(values | given, config_class))
+    if issubclass(config_class, DataConfig):
+        path = given.pop("config", None)
+        own = {item.name for item in fields(config_class)}
+        known = own | ({item.name for item in fields(also_known)} if also_known else set())
+        translation = Translation(
+            (_read_yaml(user_path(path), known | {*ONLY_MLX_LM}) if path is not None else {})
+            | {name: given[name] for name in given.keys() & {*MLX_LM_FLAGS}},
+            flags,
+        )
+        values = {name: value for name, value in translation.values.items() if name in own}
+        if line := translation.line():
+            note(line)
+    values = complete(_typed(values | flags, config_class))
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise UserError(f"missing: {', '.join(_shown(f) for f in missing)}; see --help")
@@ -69,7 +81,57 @@ def _typed(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        given = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(given[1], known, n=1) if given else []
+        meant = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+        raise UserError(f"{message}{meant}")
+
+
+def make_parser(
+    config_class: type, prog: str, description: str, show_all: bool = False
+) -> argparse.ArgumentParser:
+    """The parser of a command; its help has the options in groups.
+
+    Args:
+        config_class: a subclass of ``Config``.
+        prog: the command's name in the help.
+        description: its first line.
+        show_all: have ``--help`` show all groups, not only the first.
+    """
+    items, hints = {f.name: f for f in fields(config_class)}, typing.get_type_hints(config_class)
+    groups = grouped(items)
+    required = [i for i in items.values() if i.default is MISSING or i.metadata["positional"]]
+    needed = [
+        _shown(i) if i.metadata["positional"] else f"{_shown(i)} {_shown(i)[2:].upper()}"
+        for i in required
+    ]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *needed, "[options]"]),
+        description=description,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for number, (title, names) in enumerate(groups.items()):
+        hidden = number > 0 and not show_all
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_argument(group, items[name], hints[name], hidden)
+    others = parser.add_argument_group("help and files" if len(groups) > 1 else "other")
+    if issubclass(config_class, DataConfig):
+        text = "YAML file with the same options, or mlx-lm's; flags win"
+        others.add_argument("-c", "--config", metavar="FILE", help=text)
+        for name, arguments in MLX_LM_FLAGS.items():
+            others.add_argument(flag(name), help=argparse.SUPPRESS, **arguments)
+    text = "show this help"
+    if len(groups) > 1:
+        text += f"; --help-all: all {len(items)} options"
+        others.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
+    others.add_argument("-h", "--help", action="help", help=text)
+    version = f"tlora_mlx {__version__}"
+    others.add_argument("--version", action="version", version=version, help="show the version")
+    return parser
 
 
 def _shown(item: dataclasses.Field) -> str:
@@ -88,17 +150,28 @@ def _words(hint: Any) -> tuple[str, ...]:
     return tuple(word for literal in literals for word in typing.get_args(literal))
 
 
-def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: Any) -> None:
+def _may_be_list(hint: Any) -> bool:
+    """Whether an option is one text or a list whose entries its configuration checks."""
+    options = typing.get_args(hint)
+    return str in options and any(typing.get_origin(option) is list for option in options)
+
+
+def _add_argument(
+    parser: argparse._ArgumentGroup, item: dataclasses.Field, hint: Any, hidden: bool
+) -> None:
     """Values arrive as text (True or False for a flag); ``_convert`` converts them."""
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not MISSING and item.default is not None and item.default is not False:
         text += f" (default: {item.default})"
+    text = argparse.SUPPRESS if hidden else text
     kind = _kind(hint)
     if item.metadata["positional"]:
         parser.add_argument(item.name, nargs="?", metavar=item.name.upper(), help=text)
     elif kind is bool:
         action = "store_true" if hint is bool else argparse.BooleanOptionalAction
         parser.add_argument(flag(item.name), action=action, default=None, help=text)
+    elif _may_be_list(hint):
+        parser.add_argument(flag(item.name), action="append", metavar="TEXT", help=text)
     elif typing.get_origin(kind) is list:
         parser.add_argument(flag(item.name), nargs="+", action="extend", metavar="NAME", help=text)
     else:
@@ -121,6 +194,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     words = _words(hint)
     if value in words:
         return value
+    if _may_be_list(hint) and isinstance(value, (list, dict)):
+        entries = value if isinstance(value, list) else [value]
+        return entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(i, str) and i for i in items):
@@ -145,8 +221,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise UserError(f"{name} must be {what}, not {value!r}") from None
 
 
-def _read_yaml(path: Path, config_class: type, also_known: type | None) -> dict[str, Any]:
-    """The options of ``config_class`` that a YAML file sets."""
+def _read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The options that a YAML file sets; all that are not known are one error."""
     data = read_yaml(path, "the configuration file")
     if data is None:
         return {}
@@ -154,14 +230,14 @@ def _read_yaml(path: Path, config_class: type, also_known: type | None) -> dict[
         raise UserError(
             f"the configuration file {path} must contain options as 'name: value' lines"
         )
-    own = {item.name for item in fields(config_class)}
-    known = own | ({item.name for item in fields(also_known)} if also_known else set())
-    values = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise UserError(f"{path} has an unknown option '{key}'; the nearest one is '{nearest}'")
-        if name in own:
-            values[name] = value
+    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    unknown = [name for name in values if name not in known]
+    nearest = [difflib.get_close_matches(n, sorted(known), n=1, cutoff=0.0)[0] for n in unknown]
+    if len(unknown) == 1:
+        raise UserError(
+            f"{path} has an unknown option '{unknown[0]}'; the nearest one is '{nearest[0]}'"
+        )
+    if unknown:
+        told = (f"'{name}' (nearest: '{n}')" for name, n in zip(unknown, nearest, strict=True))
+        raise UserError(f"{path} has unknown options: {', '.join(told)}")
     return values

@@ -2,68 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from tlora_mlx.config.option import Config, flag, option
-from tlora_mlx.data.formats import FORMATS
+from tlora_mlx.config.data_options import DataConfig
+from tlora_mlx.config.option import flag, option
 from tlora_mlx.errors import UserError
-
-
-@dataclass(kw_only=True)
-class DataConfig(Config):
-    """Which data to read, and how to tokenize it."""
-
-    model: str = option(MISSING, "model directory, or a Hub repository that mlx-lm loads")
-    data: str = option(
-        MISSING,
-        "directory with train.jsonl (and valid.jsonl, test.jsonl) in mlx-lm's formats, or a Hub "
-        "data set, as NAME or NAME:CONFIGURATION",
-    )
-    format: str | None = option(
-        None,
-        "how rows of a well-known data set become prompt and completion; not needed if they have "
-        "mlx-lm's keys",
-        choices=tuple(FORMATS),
-    )
-    prompt_column: str | None = option(
-        None, "name of the column that holds the prompt, if it is not 'prompt'"
-    )
-    completion_column: str | None = option(
-        None, "name of the column that holds the completion, if it is not 'completion'"
-    )
-    messages_column: str | None = option(
-        None, "name of the column that holds the messages, if it is not 'messages'"
-    )
-    max_samples: int | None = option(
-        None, "use only the first N rows of the training data", at_least=1
-    )
-    val_split: float | None = option(
-        None,
-        "share of the training rows to validate on, drawn with --seed, if the data has no "
-        "validation split",
-        above=0.0,
-        below=1.0,
-    )
-    max_seq_length: int = option(2048, "longer samples are cut to N tokens", at_least=2)
-    mask_prompt: bool | None = option(
-        None,
-        "leave the prompt out of the loss; default: yes if the data has prompts, as in the paper "
-        "(mlx-lm: no)",
-    )
-    seed: int = option(0, "seed for sampling and data order", at_least=0)
-    trust_remote_code: bool = option(False, "let the model's repository run its own code")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise UserError("--prompt-column and --completion-column must be given together")
-
-    def columns(self) -> dict[str, str]:
-        """``prompt``, ``completion`` and ``messages``, by the name of each one's column."""
-        names = ("prompt", "completion", "messages")
-        given = {getattr(self, f"{name}_column"): name for name in names}
-        return {column: name for column, name in given.items() if column is not None}
 
 
 @dataclass(kw_only=True)
@@ -132,7 +76,9 @@ class PlanCommand(PlanConfig):
     """
 
     model: str | None = option(None, "model directory, or a Hub repository that mlx-lm loads")
-    data: str | None = option(None, "directory with train.jsonl, or a Hub data set, as for train")
+    data: str | list[Any] | None = option(
+        None, "directory with train.jsonl, file, or Hub data set, as for train"
+    )
     sensitivities: str | None = option(
         None,
         "an earlier plan: allocate from its sensitivities with --rank, --alpha and --max-rank, "
@@ -251,6 +197,7 @@ class TrainConfig(PlanConfig):
     report_to: str | None = option(
         None, "also report to wandb or swanlab, or both (wandb,swanlab), through mlx-lm"
     )
+    project_name: str = option("tlora_mlx", "project that --report-to reports to")
     test: bool = option(False, "report the loss on test.jsonl before and after training")
 
     def __post_init__(self) -> None:

@@ -16,6 +16,10 @@ class GenerateCommand(Config):
     run: str = option(MISSING, "run directory, or a PEFT or mlx-lm adapter", positional=True)
     prompt: str = option(MISSING, "text to complete; '-' reads it from standard input")
     max_tokens: int = option(100, "generate at most N tokens", at_least=1)
+    base_model: str | None = option(
+        None,
+        "the base model, if it is not where the adapter says: a directory, or a Hub repository",
+    )
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 
 

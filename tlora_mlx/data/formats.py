@@ -24,6 +24,9 @@ FRAME_WITH_INPUT = (
 # What a base model goes on with when it does not know where to end.
 FRAME_STOPS = ("### Instruction:", "### Input:", "### Response:", "Below is an instruction")
 
+# The columns that are trained on: a prompt and its completion, messages, or a text.
+TRAINED_ON = ("prompt", "completion", "messages", "text")
+
 Row = Mapping[str, Any]
 
 
@@ -197,7 +200,7 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
 
     Args:
         row: as the data set has it.
-        columns: ``prompt``, ``completion``, ``messages`` by the name of the row's column.
+        columns: of ``TRAINED_ON``, by the name of the row's column; the others do not count then.
 
     Raises:
         ValueError: it has no such column; the sentence goes on from the name of the row.
@@ -207,4 +210,5 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
     if missing := [name for name in columns if name not in row]:
         found = ", ".join(repr(str(key)) for key in row) or "nothing"
         raise ValueError(f" has {found}, but no {' and no '.join(map(repr, missing))}")
-    return {**row, **{wanted: row[name] for name, wanted in columns.items()}}
+    others = {key: row[key] for key in row if key not in TRAINED_ON}
+    return others | {wanted: row[name] for name, wanted in columns.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,12 +20,14 @@ class Sample(NamedTuple):
         row: where it comes from: its line in the file, or its row in the data set, from 1 on.
         gaps: (first, one past the last) of positions after that which do not count: what others
             say between an assistant's turns, and what the template puts after the last.
+        part: which of a mixture's parts it is from (``Split.parts``).
     """
 
     tokens: list[int]
     first_target: int
     row: int = 0
     gaps: tuple[tuple[int, int], ...] = ()
+    part: int = 0
 
     def cut(self, length: int) -> Sample:
         """The first tokens, so many."""
@@ -49,6 +51,7 @@ class Split:
         left_out: rows with no token to learn from: empty, or the completion was cut away whole.
         truncated: rows that were cut to the maximal length.
         warnings: about the rows or the chat template, in sentences.
+        parts: of a mixture: what it is mixed of, each with its own rows; else empty.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Split:
     left_out: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    parts: Sequence[Split] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,6 +77,51 @@ class Split:
         if len(cut.tokens) < len(sample.tokens):
             self.truncated.append(sample.row)
         self.samples.append(cut)
+
+    def name(self) -> str:
+        """A short name of where its rows are from: "DIR/train.jsonl"."""
+        where = self.where.rsplit(",", 1)[0]
+        return "/".join(where.split("/")[-2:])
+
+    def place(self, samples: Iterable[Sample]) -> str:
+        """Where samples come from: "DIR/train.jsonl, line 3, 4"."""
+        parts, found = self.parts or [self], []
+        rows = {(sample.part, sample.row) for sample in samples}
+        for number, part in enumerate(parts):
+            if numbers := sorted(row for of, row in rows if of == number):
+                found.append(f"{part.where} {', '.join(map(str, numbers))}")
+        return "; ".join(found)
+
+
+def mixed(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
+    """Several data sets' splits as one.
+
+    Args:
+        parts: the splits.
+        weights: how often each part's samples are there: 2: each of them twice; 0.5: half of them,
+            drawn without replacement, one at least.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: there are more or fewer weights than parts.
+    """
+    samples: list[Sample] = []
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        whole = int(weight)
+        some = round((weight - whole) * len(part))
+        if part.samples and not whole:
+            some = max(some, 1)
+        drawn = draw_samples(part.samples, some, seed) if some else []
+        own = [*part.samples * whole, *drawn]
+        samples += [sample._replace(part=number) for sample in own]
+    return Split(
+        samples,
+        "; ".join(part.where for part in parts),
+        [row for part in parts for row in part.left_out],
+        [row for part in parts for row in part.truncated],
+        list(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+        parts,
+    )
 
 
 def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.data.conversation import conversation_of
+from tlora_mlx.data.faults import Faults
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.offsets import NotLocatedError, intervals
 from tlora_mlx.data.samples import Sample, Split
@@ -16,9 +17,6 @@ from tlora_mlx.errors import UserError, first_line
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Faults of a file that are told before it is given up.
-MOST_FAULTS = 20
-
 # Each format's keys, in the order in which mlx-lm looks for them (mlx_lm/tuner/datasets.py,
 # create_dataset).
 _KEYS = (("prompt", "completion"), ("messages",), ("text",))
@@ -27,108 +25,118 @@ _KEYS = (("prompt", "completion"), ("messages",), ("text",))
 _Process = Callable[[dict[str, Any]], Tokenized]
 
 
-class Faults:
-    """What is wrong with the rows of a split, collected so that all of it is told at once.
+class RowTokenizer:
+    """Turns rows into samples of token ids; made once for all splits and sources.
 
     Args:
-        where: what the rows are numbered in, such as "DIR/train.jsonl, line".
-    """
-
-    def __init__(self, where: str):
-        self._where = where
-        self._found: dict[str, list[int]] = {}
-
-    def add(self, number: int, fault: str) -> None:
-        """One row's fault: what follows its number, such as " has no 'text'".
-
-        Raises:
-            UserError: there are as many as are told.
-        """
-        self._found.setdefault(fault, []).append(number)
-        if sum(map(len, self._found.values())) == MOST_FAULTS:
-            self.raise_if_any("; there may be more")
-
-    def raise_if_any(self, more: str = "") -> None:
-        """End with one sentence that has all of them, and ``more`` at its end.
-
-        Raises:
-            UserError: there is one.
-        """
-        if self._found:
-            unit = self._where.rsplit(" ", 1)[-1]
-            told = []
-            for fault, (first, *others) in self._found.items():
-                also = f" (also {unit} {', '.join(map(str, others))})" if others else ""
-                told.append(f"{first}{fault}{also}")
-            raise UserError(f"{self._where} {f'; {unit} '.join(told)}{more}")
-
-
-def tokenize(
-    rows: Sequence[tuple[int, Any]],
-    where: str,
-    tokenizer: TokenizerWrapper,
-    max_seq_length: int,
-    mask_prompt: bool | None,
-    format: str | None = None,
-    embeddings: int | None = None,
-) -> Split:
-    """All rows of a split as samples; the first row decides on the format, as in mlx-lm.
-
-    Args:
-        rows: with their numbers.
-        where: what they are numbered in, such as "DIR/train.jsonl, line".
         tokenizer: the model's.
         max_seq_length: in tokens; longer samples are cut.
         mask_prompt: None: wherever the rows have a prompt.
-        format: of ``formats.FORMATS``, through which the rows go first; None: what the first row
-            shows that it is.
         embeddings: how many token ids the model has; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        max_seq_length: int,
+        mask_prompt: bool | None,
+        embeddings: int | None = None,
+    ):
+        self.tokenizer, self._max_seq_length = tokenizer, max_seq_length
+        self._mask_prompt, self._embeddings = mask_prompt, embeddings
+        self._template = ChatTemplate(tokenizer) if tokenizer.has_chat_template else None
+
+    def split(
+        self, rows: Sequence[tuple[int, Any]], where: str, format: str | None = None
+    ) -> Split:
+        """All rows of a split as samples; the first row decides on the format, as in mlx-lm.
+
+        Args:
+            rows: with their numbers.
+            where: what they are numbered in, such as "DIR/train.jsonl, line".
+            format: of ``formats.FORMATS``, through which the rows go first; None: what the first
+                row shows that it is.
+
+        Raises:
+            UserError: rows are not right; they are named, up to ``MOST_FAULTS`` of them.
+        """
+        faults = Faults(where)
+        first = rows[0][1]
+        format = format or recognised_format(first)
+        if format:
+            rows = _formatted(rows, format, self._template is not None, faults)
+            first = rows[0][1]
+        keys = _keys_of(first)
+        if self._mask_prompt and keys == ("text",):
+            raise UserError("--mask-prompt needs rows with a prompt; rows with 'text' have none")
+        mask_prompt = keys != ("text",) if self._mask_prompt is None else self._mask_prompt
+        process, split = self._process(keys), Split(where=where)
+        ends: set[str] = set()
+        for number, row in rows:
+            if fault := _fault(row, keys):
+                faults.add(number, fault)
+                continue
+            try:
+                made = process(row)
+            except NotLocatedError as error:
+                faults.add(number, f" cannot be masked with certainty: {error}")
+                continue
+            except ValueError as error:
+                faults.add(number, str(error))
+                continue
+            except Exception as error:  # a chat template may raise anything
+                fault = _template_fault(row, error)
+                faults.add(number, f" is refused by the chat template: {fault}")
+                continue
+            if fault := self._unknown_token(made):
+                faults.add(number, fault)
+                continue
+            ends |= set(made.ends)
+            made = _stopped(made, self.tokenizer)
+            split.add(_sample(made, number, mask_prompt), self._max_seq_length)
+        faults.raise_if_any()
+        split.warnings.extend(_warnings(ends, self._template, self.tokenizer))
+        return split
+
+    def _process(self, keys: tuple[str, ...]) -> _Process:
+        """What tokenizes a row with these keys."""
+        if keys == ("text",):
+            return lambda row: _text(row["text"], self.tokenizer)
+        template = self._template
+        if template is not None:
+            return lambda row: template.tokenize(conversation_of(row))
+        if keys == ("messages",):
+            raise UserError(
+                "rows with 'messages' need a tokenizer with a chat template, and the model has "
+                "none; use rows with 'prompt' and 'completion' or a chat model"
+            )
+        return lambda row: _joined(row, self.tokenizer)
+
+    def _unknown_token(self, made: Tokenized) -> str | None:
+        """What is wrong with a row that has a token beyond the model's embeddings."""
+        known = self._embeddings
+        beyond = next((t for t in made.tokens if known is not None and t >= known), None)
+        if beyond is None:
+            return None
+        text = self.tokenizer._tokenizer.convert_ids_to_tokens(beyond)
+        return (
+            f": token {text!r} has id {beyond}, and the model has {known} embeddings; use the "
+            "model's own tokenizer"
+        )
+
+
+def check_first_row(rows: Sequence[tuple[int, Any]], where: str, format: str | None = None) -> None:
+    """Check a split's first row, which decides on the format, without a tokenizer.
 
     Raises:
-        UserError: rows are not right; they are named, up to ``MOST_FAULTS`` of them.
+        UserError: it has none of the keys that are trained on, or is no row of the format.
     """
-    faults = Faults(where)
-    first = rows[0][1]
-    format = format or recognised_format(first)
-    if format:
-        rows = _formatted(rows, format, tokenizer.has_chat_template, faults)
-        first = rows[0][1]
-    keys = _keys_of(first)
-    if mask_prompt and keys == ("text",):
-        raise UserError("--mask-prompt needs rows with a prompt; rows with 'text' have none")
-    mask_prompt = keys != ("text",) if mask_prompt is None else mask_prompt
-    process, split = _processor(keys, tokenizer), Split(where=where)
-    ends: set[str] = set()
-    for number, row in rows:
-        if fault := _fault(row, keys):
-            faults.add(number, fault)
-            continue
-        try:
-            made = process(row)
-        except NotLocatedError as error:
-            faults.add(number, f" cannot be masked with certainty: {error}")
-            continue
-        except ValueError as error:
-            faults.add(number, str(error))
-            continue
-        except Exception as error:  # a chat template may raise anything
-            faults.add(number, f" is refused by the chat template: {_template_fault(row, error)}")
-            continue
-        beyond = [t for t in made.tokens if embeddings is not None and t >= embeddings]
-        if beyond:
-            text = tokenizer._tokenizer.convert_ids_to_tokens(beyond[0])
-            faults.add(
-                number,
-                f": token {text!r} has id {beyond[0]}, and the model has {embeddings} embeddings; "
-                "use the model's own tokenizer",
-            )
-            continue
-        ends |= set(made.ends)
-        made = _stopped(made, tokenizer)
-        split.add(_sample(made, number, mask_prompt), max_seq_length)
+    faults, first = Faults(where), rows[:1]
+    if format := format or recognised_format(first[0][1]):
+        first = _formatted(first, format, True, faults)
+    if fault := _fault(first[0][1], _keys_of(first[0][1])):
+        faults.add(first[0][0], fault)
     faults.raise_if_any()
-    split.warnings.extend(_warnings(ends, tokenizer))
-    return split
 
 
 def _formatted(
@@ -178,21 +186,6 @@ def _template_fault(row: dict[str, Any], error: Exception) -> str:
     if "system" in roles and "system" in said.lower():
         return f"{said}; put the system message's text at the beginning of the first user message"
     return said
-
-
-def _processor(keys: tuple[str, ...], tokenizer: TokenizerWrapper) -> _Process:
-    """What tokenizes a row with these keys."""
-    if keys == ("text",):
-        return lambda row: _text(row["text"], tokenizer)
-    if keys == ("prompt", "completion") and not tokenizer.has_chat_template:
-        return lambda row: _joined(row, tokenizer)
-    if keys and not tokenizer.has_chat_template:
-        raise UserError(
-            "rows with 'messages' need a tokenizer with a chat template, and the model has none; "
-            "use rows with 'prompt' and 'completion' or a chat model"
-        )
-    template = ChatTemplate(tokenizer) if keys else None
-    return lambda row: template.tokenize(conversation_of(row))
 
 
 def _text(text: str, tokenizer: TokenizerWrapper) -> Tokenized:
@@ -248,11 +241,13 @@ def _stopped(made: Tokenized, tokenizer: TokenizerWrapper) -> Tokenized:
     return Tokenized([*made.tokens, end], [*made.counts, True], made.ends)
 
 
-def _warnings(ends: set[str], tokenizer: TokenizerWrapper) -> list[str]:
+def _warnings(
+    ends: set[str], template: ChatTemplate | None, tokenizer: TokenizerWrapper
+) -> list[str]:
     """Warnings about how the template ends the assistant's turns."""
-    if not ends:
+    if template is None or not ends:
         return []
-    template, found = ChatTemplate(tokenizer), []
+    found = []
     if "" in ends:
         found.append(
             "the chat template ends an answer with no token that stops generation; "

@@ -26,7 +26,9 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
     Raises:
         UserError: the adapter or its base model cannot be loaded, or there is no prompt.
     """
-    base = load_adapter(config.run, trust_remote_code=config.trust_remote_code)
+    base = load_adapter(
+        config.run, base_model=config.base_model, trust_remote_code=config.trust_remote_code
+    )
     try:
         text = stdin.read() if config.prompt == "-" else config.prompt
     except UnicodeDecodeError:

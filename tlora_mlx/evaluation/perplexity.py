@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tlora_mlx.data.tokenizing import tokenize
+from tlora_mlx.data.tokenizing import RowTokenizer
 from tlora_mlx.errors import UserError
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject, sample_losses
@@ -22,9 +22,8 @@ def read(
     """
     where = rows[0].where.rsplit(" ", 1)[0]
     numbered = [(row.number, row.columns) for row in rows]
-    split = tokenize(
-        numbered, where, subject.base.tokenizer, max_seq_length, mask_prompt, subject.format
-    )
+    tokenizer = RowTokenizer(subject.base.tokenizer, max_seq_length, mask_prompt)
+    split = tokenizer.split(numbered, where, subject.format)
     if not split.samples:
         raise UserError(f"no row of {where.rsplit(',', 1)[0]} has a token to predict")
     return [{"row": sample.row, "sample": sample} for sample in split.samples]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tlora_mlx.data.reading import download_rows, read_jsonl
+from tlora_mlx.data.row_files import numbered_in, read_row_file
+from tlora_mlx.data.sources import DataSource
+from tlora_mlx.data.splits import read_splits
 from tlora_mlx.errors import UserError
-from tlora_mlx.storage.files import read_json, user_path
+from tlora_mlx.storage.files import user_path
 
 # The columns in which public test sets have the question, if there is no prompt, and the answer.
 QUESTIONS = ("question", "query", "problem", "instruction", "text")
@@ -59,7 +61,7 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
     """The first rows, at most ``limit``, of a file or of a Hub data set.
 
     Args:
-        data: a file of JSON lines, or a ``.json`` file with an array; or a Hub data set as
+        data: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``); or a Hub data set as
             NAME or NAME:CONFIGURATION, whose test split is read, or its validation split if
             there is no test split with labels.
 
@@ -69,19 +71,14 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
     path = user_path(data)
     if path.is_dir():
         raise UserError(f"--data {path} is a directory; give the file to evaluate on")
-    if not path.exists() and path.suffix not in (".json", ".jsonl"):
-        splits = download_rows(data, ["test", "valid"])
-        split = "test" if splits["test"] else "valid"
-        numbered, what = splits[split], f"split {split}, row"
-    elif path.suffix == ".json":
-        content = read_json(path, "the evaluation data")
-        if not isinstance(content, list) or not content:
-            raise UserError(f"{path} does not contain an array of rows")
-        numbered, what = list(enumerate(content, 1)), "row"
+    if path.exists():
+        numbered, what = read_row_file(path, any_name=True), numbered_in(path).rsplit(" ", 1)[-1]
+    elif path.suffix in (".json", ".jsonl"):
+        raise UserError(f"--data {path} does not exist; give a file of JSON lines")
     else:
-        numbered, what = read_jsonl(path), "line"
-        if numbered is None:
-            raise UserError(f"--data {path} does not exist; give a file of JSON lines")
+        splits = read_splits(DataSource(data), ("test", "valid"))
+        split = "test" if splits["test"] else "valid"
+        numbered, what = splits[split].numbered, f"split {split}, row"
     rows = []
     for number, columns in numbered[:limit]:
         where = f"{data}, {what} {number}"

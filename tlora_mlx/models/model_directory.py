@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import read_json, user_path
-from tlora_mlx.storage.hub_names import can_be_repository
+from tlora_mlx.storage.hub_names import can_be_repository, why_not_provided
 
 # What mlx-lm downloads (mlx_lm/utils.py, DEFAULT_ALLOW_PATTERNS), the licence, which often has to
 # accompany a changed model, and the card, which names what a conversion was made from.
@@ -22,6 +22,19 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+def check_model_name(name: str) -> None:
+    """Check what can be checked of a model's name without loading or downloading anything.
+
+    Raises:
+        UserError: it is neither a directory with a ``config.json`` nor a Hub repository's name.
+    """
+    path = _directory(name)
+    if path is not None:
+        read_model_config(path, name)
+    elif not can_be_repository(name):
+        raise UserError(f"model directory {name} does not exist")
+
+
 def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]:
     """The name that a run records for a model, and the model's directory on this machine.
 
@@ -32,15 +45,27 @@ def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]
     Raises:
         UserError: it is neither.
     """
+    path = _directory(name)
+    if path is None:
+        return name, _download(name, files)
+    return str(path.resolve()), path
+
+
+def _directory(name: str) -> Path | None:
+    """The model's directory on this machine; None if there is none of that name.
+
+    Raises:
+        UserError: it is a file, or no valid path.
+    """
     path = user_path(name)
     if not path.exists():
-        return name, _download(name, files)
+        return None
     if not path.is_dir():
         raise UserError(f"model {name} is a file; give the directory that holds config.json")
     for entry in path.iterdir():
         if entry.exists() and not (entry.is_file() or entry.is_dir()):
             raise UserError(f"{entry} is no file, but a pipe or device; delete it")
-    return str(path.resolve()), path
+    return path
 
 
 def read_model_config(path: Path, name: str) -> dict[str, Any]:
@@ -125,5 +150,5 @@ def _download(name: str, files: Sequence[str]) -> Path:
     except Exception as error:  # the client's errors share no base class below Exception
         raise UserError(
             f"model {name} is not a directory, and the Hugging Face Hub did not provide it: "
-            f"{first_line(error)}"
+            f"{why_not_provided(error)}"
         ) from None

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.data.sources import names_of
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.publishing.instructions import EXPORTS, Export
 from tlora_mlx.reporting import pictures
@@ -61,14 +62,14 @@ def write_card(
     trained_on = base_model or adapter.model
     name = name or directory.resolve().name
     export = EXPORTS[format](directory, name, _display_name(base), _display_name(trained_on))
-    data = adapter.config.get("data")
+    data = [_repository(name) for name in names_of(adapter.config.get("data"))]
     metadata = ModelCardData(
         base_model=base if is_repository(base) else None,
         base_model_relation=export.relation,
         library_name=export.library,
         pipeline_tag="text-generation",
         tags=[*([] if _is_derived(adapter) else ["tlora"]), "tlora_mlx", *export.tags],
-        datasets=[data] if isinstance(data, str) and is_repository(data) else None,
+        datasets=[name for name in data if name] or None,
         **_base_model_facts((base, adapter.model)),
     )
     picture = pictures.can_draw()
@@ -179,14 +180,11 @@ def _intro(adapter: Adapter, export: Export, base: str) -> str:
 
 def _training(adapter: Adapter) -> list[str]:
     """Data, losses, settings and versions, as far as known."""
-    parts, data, reports = [], adapter.config.get("data"), _reports(adapter.directory)
-    if isinstance(data, str):
+    parts, data, reports = [], names_of(adapter.config.get("data")), _reports(adapter.directory)
+    if data:
         tokens = max((r.get("trained_tokens") or 0 for r in reports), default=0)
         counted = f"; {tokens:,} tokens counted in the loss" if tokens else ""
-        where = f"the directory `{Path(data).name}`"
-        if is_repository(data):
-            where = f"[{data}](https://huggingface.co/datasets/{data})"
-        parts.append(f"Data: {where}{counted}.\n")
+        parts.append(f"Data: {', '.join(map(_data_link, data))}{counted}.\n")
     if losses := _losses(reports):
         parts.append(_table(["loss (nats per token)", "iteration", "value"], losses))
     settings = [
@@ -200,6 +198,19 @@ def _training(adapter: Adapter) -> list[str]:
     if isinstance(versions, dict):
         parts.append(f"Made with {', '.join(f'{k} {v}' for k, v in versions.items())}.\n")
     return parts
+
+
+def _data_link(name: str) -> str:
+    """A Hub data set with a link; of a file or directory, only its name."""
+    if repository := _repository(name):
+        return f"[{name}](https://huggingface.co/datasets/{repository})"
+    return f"the {'file' if Path(name).suffix else 'directory'} `{Path(name).name}`"
+
+
+def _repository(name: str) -> str | None:
+    """The Hub repository of a data set named NAME or NAME:CONFIGURATION; None: it is local."""
+    repository = name.partition(":")[0]
+    return repository if is_repository(repository) and not Path(name).exists() else None
 
 
 def _reports(directory: Path | None) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tlora_mlx.adapters.proof import Proof
 from tlora_mlx.adapters.run import RUN
 from tlora_mlx.adapters.source import read_source
 from tlora_mlx.config.export_options import ExportCommand
+from tlora_mlx.invocation import suggested
 from tlora_mlx.merging.dense import export_merged
 from tlora_mlx.merging.dequantize import export_dequantized
 from tlora_mlx.merging.requantize import export_requantized
@@ -130,8 +130,8 @@ def _write_run(
 
 
 def _how_to_load_run(output: Path, _: ExportCommand) -> str:
-    argument = shlex.quote(str(output))
-    return f"run directory in {output}; try it with\n  tlora generate {argument} --prompt TEXT"
+    command = suggested("generate", output, "--prompt", "TEXT")
+    return f"run directory in {output}; try it with\n  {command}"
 
 
 @dataclass(frozen=True)

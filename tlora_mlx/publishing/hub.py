@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line
+from tlora_mlx.invocation import suggested
 from tlora_mlx.runs.run_directory import PLAN
 from tlora_mlx.storage.files import read_json
 from tlora_mlx.storage.hub_names import is_repository
@@ -121,8 +121,8 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
-    command = f"python -m tlora_mlx.upload {quote(str(directory))} {repository}"
-    again = f"{directory} is complete; push it again with: {command}{' --private' * private}"
+    command = suggested("upload", directory, repository, *["--private"] * private)
+    again = f"{directory} is complete; push it again with: {command}"
     try:
         with _silent_client():
             info = _retried(lambda: _find_or_create(api, repository, private))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
@@ -11,6 +9,7 @@ from rich.table import Table
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.readers import PATTERN_SOURCES, Reading, readings, vllm_rank
 from tlora_mlx.adapters.registry import FORMATS
+from tlora_mlx.invocation import suggested
 
 
 def described(adapter: Adapter) -> list[str]:
@@ -61,8 +60,7 @@ def advice(adapter: Adapter) -> list[str]:
     vllm = f"vLLM needs --max-lora-rank {needed}"
     if needed is None:
         vllm = f"vLLM does not serve rank {largest}"
-    directory = shlex.quote(str(adapter.directory))
-    export = f"python -m tlora_mlx.export {directory} --format peft"
+    export = suggested("export", adapter.directory, "--format", "peft")
     wrong = [reading.reader for reading in readings(adapter) if reading.fault]
     lines = []
     if wrong:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
+from tlora_mlx.data.sources import names_of
 from tlora_mlx.method.allocation import ModulePlan
 from tlora_mlx.reporting.charts import heat_map, is_finite, line_chart, short
 from tlora_mlx.reporting.evaluations import Completion, Evaluation, metric_rows
@@ -61,7 +62,7 @@ def page(
         "page.html.j2",
         name=adapter.directory.resolve().name,
         model=adapter.model,
-        data=adapter.config.get("data", "unknown data"),
+        data=", ".join(names_of(adapter.config.get("data"))) or "unknown data",
         cards=_cards(adapter, reports),
         energies_known=bool(energies),
         heat_maps=_heat_maps(adapter, energies),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.adapters.run import read_run
+from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.config.usage_options import ReportCommand
-from tlora_mlx.data.reading import load_data
-from tlora_mlx.data.samples import split_off
+from tlora_mlx.data.reading import read_rows, tokenize_rows
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.evaluation.evaluate import RESULTS, SUMMARY
 from tlora_mlx.evaluation.subject import Subject
@@ -126,27 +126,18 @@ def generated(run: Adapter, config: ReportCommand, observer: Observer) -> list[C
     They are from the validation data or, if there is none, from the training data.
     """
     base = load_adapter(run, trust_remote_code=config.trust_remote_code)
-    stored = run.config.get
-    data = load_data(
-        run.config["data"],
-        base.tokenizer,
-        stored("max_seq_length"),
-        stored("mask_prompt"),
-        stored("format"),
-        stored("max_samples"),
+    names = {item.name for item in fields(DataConfig)} & run.config.keys()
+    options = DataConfig(**{name: run.config[name] for name in names})
+    data = tokenize_rows(
+        read_rows(**options.for_reading()), base.tokenizer, **options.for_tokenizing()
     )
-    split = data["valid"]
-    if stored("val_split"):
-        _, split = split_off(data["train"], stored("val_split"), stored("seed"))
-    rows = (split if split.samples else data["train"]).samples
+    rows = (data["valid"] if data["valid"].samples else data["train"]).samples
     step = max(len(rows) / config.samples, 1)
     chosen = [rows[int(i * step)] for i in range(min(config.samples, len(rows)))]
     # A text without a prompt is continued from its middle.
     cuts = [s.first_target if s.first_target > 1 else -(-len(s.tokens) // 2) for s in chosen]
     prompts = [s.tokens[:cut] for s, cut in zip(chosen, cuts, strict=True)]
-    subject = Subject(
-        base, "base model", stored("format"), len(prompts), config.max_tokens, observer
-    )
+    subject = Subject(base, "base model", options.format, len(prompts), config.max_tokens, observer)
     with adapters_off(base.model):
         before = subject.complete(prompts)
     after = replace(subject, title="adapter").complete(prompts)

@@ -29,7 +29,7 @@ class ExternalReports:
         try:
             self._callback = get_reporting_callbacks(
                 config.report_to,
-                project_name="tlora_mlx",
+                project_name=config.project_name,
                 log_dir=str(path),
                 config=config.to_dict(),
             )

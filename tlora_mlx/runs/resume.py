@@ -21,7 +21,7 @@ from tlora_mlx.storage.files import file_digest, read_json
 # they are now; an adapter to start from is not read again.
 MAY_CHANGE_ON_RESUME = {
     "adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every",
-    "report_to", "skip_nonfinite", "trust_remote_code", "from_adapter",
+    "report_to", "project_name", "skip_nonfinite", "trust_remote_code", "from_adapter",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tlora_mlx.config.training_options import TrainConfig
+from tlora_mlx.data.sources import resolved
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.initialise import Initialisation
@@ -41,7 +42,7 @@ from tlora_mlx.runs.run_directory import (
     PLAN,
     RATES,
 )
-from tlora_mlx.storage.files import read_json, replace_file, user_path, write_json
+from tlora_mlx.storage.files import read_json, replace_file, write_json
 from tlora_mlx.storage.safetensors import TensorFile, write_tensors
 from tlora_mlx.version import __version__
 
@@ -162,7 +163,6 @@ class RunWriter(Recorder):
         energies = {name: energy._asdict() for name, energy in start.energies.items()}
         write_json(self.path / ENERGIES, energies)
         self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
-        data = user_path(self.config.data)
         write_json(
             self.path / CONFIG,
             {
@@ -175,7 +175,7 @@ class RunWriter(Recorder):
                 },
                 **{k: v for k, v in self.config.to_dict().items() if k != "resume"},
                 "model": base.name,
-                "data": str(data.resolve()) if data.exists() else self.config.data,
+                "data": resolved(self.config.data),
                 "rank": plan.rank,
                 "alpha": plan.alpha,
             },

@@ -10,16 +10,16 @@ from typing import Any
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import UserError
-from tlora_mlx.models.tokenizer import load_tokenizer
 from tlora_mlx.storage.files import user_path, write_text
 from tlora_mlx.training.setup import read_data
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split in figures.
+    """One split in figures; of a mixture, one of its parts, as often as its weight says.
 
     Attributes:
+        name: of the split; of a part, with the file or the data set that it is from.
         samples: how many are trained or validated on.
         tokens: of all samples together.
         counted: how many of those tokens count in the loss.
@@ -85,35 +85,41 @@ def check(config: CheckCommand) -> DataCheck:
     output = user_path(config.json) if config.json else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--json {output} must be a file in a directory that exists")
-    model = load_tokenizer(config.model, config.trust_remote_code)
-    data = read_data(config, model)
+    data, model = read_data(config)
     tokenizer = model.tokenizer
     if output:
         lines = _lines(data, tokenizer)
         write_text(output, "".join(lines))
-    first = {tuple(sample.tokens) for sample in data["train"].samples}
-    summaries = [
-        _summary(name, split, first)
-        for name, split in data.items()
-        if split.samples or split.left_out
-    ]
+    summaries = list(_summaries(data))
     shown = [(s.row, runs(s, tokenizer)) for s in data["train"].samples[: config.rows]]
     return DataCheck(summaries, _warnings(data, summaries, config.max_seq_length), shown)
 
 
-def _summary(name: str, split: Split, train: set[tuple[int, ...]]) -> SplitSummary:
-    lengths = [len(sample.tokens) for sample in split.samples]
-    repeated = sum(tuple(sample.tokens) in train for sample in split.samples)
-    return SplitSummary(
-        name,
-        len(split),
-        sum(lengths),
-        sum(int(sample.counts().sum()) for sample in split.samples),
-        split.longest(),
-        split.truncated,
-        split.left_out,
-        len(split) - len(train) if name == "train" else repeated,
-    )
+def _summaries(data: Mapping[str, Split]) -> Iterator[SplitSummary]:
+    """Each split, or each part of it, that has rows."""
+    train: set[tuple[int, ...]] = set()
+    for name, split in data.items():
+        for number, part in enumerate(split.parts or [split]):
+            samples = (
+                [s for s in split.samples if s.part == number] if split.parts else part.samples
+            )
+            repeated = 0
+            for sample in part.samples:
+                repeated += tuple(sample.tokens) in train
+                if name == "train":
+                    train.add(tuple(sample.tokens))
+            lengths = [len(sample.tokens) for sample in samples]
+            if part.samples or part.left_out:
+                yield SplitSummary(
+                    f"{name}: {part.name()}" if split.parts else name,
+                    len(samples),
+                    sum(lengths),
+                    sum(int(sample.counts().sum()) for sample in samples),
+                    max(lengths, default=0),
+                    part.truncated,
+                    part.left_out,
+                    repeated,
+                )
 
 
 def _warnings(
@@ -132,8 +138,8 @@ def _warnings(
                 f"{summary.name}: {len(summary.cut)} rows are cut to --max-seq-length "
                 f"{max_seq_length}, and lose how they end: {_numbers(summary.cut)}"
             )
-        if summary.repeated and summary.name == "train":
-            found.append(f"train: {summary.repeated} samples are there more than once")
+        if summary.repeated and summary.name.startswith("train"):
+            found.append(f"{summary.name}: {summary.repeated} samples are there more than once")
         elif summary.repeated:
             found.append(
                 f"{summary.name}: {summary.repeated} samples are in the training data too, so its "

@@ -245,9 +245,9 @@ class Training:
 def _not_finite(iteration: int, loss: float, batches: list[list[Sample]], train: Split) -> str:
     """A message that says what was not finite, and in which samples."""
     what = "gradient" if math.isfinite(loss) else "loss"
-    rows = sorted(sample.row for samples in batches for sample in samples)
-    shown = ", ".join(map(str, rows[:20])) + (", …" if len(rows) > 20 else "")
-    return f"the {what} is not finite in iteration {iteration} ({train.where} {shown})"
+    samples = [sample for batch in batches for sample in batch]
+    shown = train.place(samples[:20]) + (", …" if len(samples) > 20 else "")
+    return f"the {what} is not finite in iteration {iteration} ({shown})"
 
 
 def _stage_text(window: Window) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import mlx.core as mx
 
@@ -13,6 +12,7 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import from_first, is_first
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line, interruption_code
+from tlora_mlx.invocation import suggested
 from tlora_mlx.method.layers import attach
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.reporting.pictures import can_draw, draw_losses
@@ -28,7 +28,7 @@ from tlora_mlx.training.loop import Training
 from tlora_mlx.training.planning import plan_from_first
 from tlora_mlx.training.rate_search import search_rate
 from tlora_mlx.training.setup import Setup, prepare
-from tlora_mlx.training.start import find_start
+from tlora_mlx.training.start import check_start, find_start
 from tlora_mlx.training.step import make_optimizer
 from tlora_mlx.training.validation import evaluate
 
@@ -108,16 +108,18 @@ def _train(
         progress = checkpoint.state.progress
         if from_first(writer and writer.is_finished(progress)):
             return TrainingResult(path, progress, was_finished=True)
+    if is_first():
+        check_start(config)
     setup = prepare(config, observer)
     if config.test and not setup.data["test"].samples:
-        raise UserError(f"--test needs samples in {config.data}/test.jsonl, but there are none")
+        raise UserError("--test needs test data: test.jsonl, or a split 'test'; there is none")
     if config.early_stop and not setup.data["valid"].samples:
         raise UserError("--early-stop needs validation data: valid.jsonl, or --val-split")
     if checkpoint:
         training = _resume(config, setup, checkpoint, writer, observer)
     else:
         training = _begin(config, setup, writer, observer)
-    again = f"python -m tlora_mlx.train --adapter-path {quote(str(path))} --resume"
+    again = suggested("train", "--adapter-path", path, "--resume")
     try:
         training.fit()
         training.best.restore(training.model)

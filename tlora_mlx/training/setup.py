@@ -10,14 +10,16 @@ from typing import Any
 
 import mlx.nn as nn
 
+from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.config.option import flag
-from tlora_mlx.config.training_options import DataConfig, PlanConfig
-from tlora_mlx.data.reading import load_data
-from tlora_mlx.data.samples import Split, split_off
+from tlora_mlx.config.training_options import PlanConfig
+from tlora_mlx.data.reading import read_rows, tokenize_rows
+from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import from_each, from_first, processes
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import Linear, target_linears
 from tlora_mlx.models.base_model import BaseModel, load_base_model
+from tlora_mlx.models.model_directory import check_model_name
 from tlora_mlx.models.names import unexportable
 from tlora_mlx.models.tokenizer import ModelTokenizer, load_tokenizer
 from tlora_mlx.observer import SILENT, Observer
@@ -56,8 +58,7 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
     """
     limit_memory()
     # Before the weights, so that an error in the data does not cost their download.
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    data = read_data(config, tokenizer, observer)
+    data, _ = read_data(config, observer)
     base = load_base_model(config.model, config.trust_remote_code)
     blocks = len(base.model.layers)
     if config.num_layers > blocks:
@@ -81,38 +82,34 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
 
 
 def read_data(
-    config: DataConfig, model: ModelTokenizer, observer: Observer = SILENT
-) -> dict[str, Split]:
+    config: DataConfig, observer: Observer = SILENT
+) -> tuple[dict[str, Split], ModelTokenizer]:
     """Read the splits that the options describe; of the model, only the tokenizer is needed.
+
+    Names, files and keys are checked before the tokenizer is loaded or downloaded.
 
     Args:
         config: the options.
-        model: the tokenizer, and how many embeddings the model has.
         observer: notified of the splits' contents, and of warnings.
 
+    Returns:
+        The splits, and the model's tokenizer.
+
     Raises:
-        UserError: there is no such data, or rows are invalid.
+        UserError: there is no such model or data, or rows are invalid.
     """
-    data = load_data(
-        config.data,
-        model.tokenizer,
-        config.max_seq_length,
-        config.mask_prompt,
-        config.format,
-        config.max_samples,
-        config.columns(),
-        model.embeddings,
+    check_model_name(config.model)
+    rows = read_rows(**config.for_reading())
+    model = load_tokenizer(config.model, config.trust_remote_code)
+    data = tokenize_rows(
+        rows, model.tokenizer, embeddings=model.embeddings, **config.for_tokenizing()
     )
-    if config.val_split:
-        if data["valid"].samples:
-            raise UserError(f"--val-split: {config.data} has a validation split already")
-        data["train"], data["valid"] = split_off(data["train"], config.val_split, config.seed)
     for name, split in data.items():
         if text := _described(name, split, config.max_seq_length):
             observer.note(text)
     for warning in dict.fromkeys(w for split in data.values() for w in split.warnings):
         observer.note(f"warning: {warning}")
-    return data
+    return data, model
 
 
 def _digest(split: Split) -> str:
