@@ -11,7 +11,7 @@ from tlora_mlx.storage.files import read_json
 
 # Losses that differ by less than this share of the improvement are taken for level. Of level rates
 # the lowest is recommended: a long run's best rate lies below a short run's, never above it.
-LEVEL = 0.02
+LEVEL = 0.002
 # The bar of the largest improvement, in characters.
 BAR = 40
 
