@@ -117,6 +117,17 @@ def test_reasoning_in_a_field_of_its_own(tmp_path):
     assert learnt(tmp_path, row, tokenizer_of(QWEN35)) == [text.removeprefix("<think>\n")]
 
 
+def test_reasoning_that_a_template_does_not_show_is_a_warning(tmp_path):
+    earlier = {**ASSISTANT("2"), "reasoning_content": "One and one."}
+    shown = {"messages": [USER("1+1?"), earlier, USER("2+2?"), ASSISTANT("4")]}
+    hidden = {"messages": [USER("2+2?"), {**ASSISTANT("4"), "reasoning_content": "Two and two."}]}
+    # Qwen3 drops the reasoning of earlier answers, as it was trained.
+    assert not split_of(tmp_path, shown, tokenizer_of(QWEN3)).warnings
+    assert not split_of(tmp_path, hidden, tokenizer_of(QWEN3)).warnings
+    (warning,) = split_of(tmp_path, hidden, named("chatml")).warnings
+    assert "line 1: the chat template shows nothing of 'reasoning_content'" in warning
+
+
 @pytest.mark.parametrize("template", [QWEN3, QWEN35])
 @pytest.mark.parametrize("arguments", ['{"a": 1, "b": 2}', {"a": 1, "b": 2}])
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])

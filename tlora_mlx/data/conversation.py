@@ -128,6 +128,17 @@ def thoughts_of(message: Mapping[str, Any]) -> list[str]:
     return thoughts
 
 
+def hidden_reasoning(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[str, ...]:
+    """The fields of the last answer's reasoning of which a rendered conversation shows nothing.
+
+    Only the last answer's: templates may drop the reasoning of earlier ones.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    last = answers[-1] if answers else {}
+    given = {field: last.get(field) for field in REASONING_FIELDS}
+    return tuple(f for f, t in given.items() if isinstance(t, str) and t.strip() not in text)
+
+
 def with_arguments_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose tool calls have their arguments as JSON, as OpenAI's API gives them."""
     made = []

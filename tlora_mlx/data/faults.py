@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tlora_mlx.errors import UserError
 
 # Faults of a file that are told before it is given up.
 MOST_FAULTS = 20
+
+
+def first_numbers(rows: Sequence[int]) -> str:
+    """The numbers of the first ten rows."""
+    return ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
 
 class Faults:

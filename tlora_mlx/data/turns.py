@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tlora_mlx.data.conversation import (
     Conversation,
     function_of,
+    hidden_reasoning,
     thoughts_of,
     with_arguments_as_text,
     with_function,
@@ -43,11 +44,13 @@ class Tokenized:
         tokens: as the chat template renders them.
         counts: for each token, whether it is an assistant's: of the content or the end of a turn.
         ends: what ends each assistant turn: a special token's text; empty where nothing does.
+        hidden: the fields with reasoning that the template does not show.
     """
 
     tokens: list[int]
     counts: list[bool]
     ends: list[str]
+    hidden: tuple[str, ...] = ()
 
 
 class ChatTemplate:
@@ -111,7 +114,8 @@ class ChatTemplate:
         counts = [
             any(is_within(token, (start, stop)) for start, stop, _ in places) for token in offsets
         ]
-        return Tokenized(tokens, counts, [end for _, _, end in places])
+        hidden = hidden_reasoning(conversation.messages, text)
+        return Tokenized(tokens, counts, [end for _, _, end in places], hidden)
 
     def _by_marks(self, conversation: Conversation) -> Tokenized:
         """By the template's own ``{% generation %}``.
@@ -144,7 +148,7 @@ class ChatTemplate:
                 ends.append(names[stop])
             else:
                 ends.append("")
-        return Tokenized(tokens, counts, ends)
+        return Tokenized(tokens, counts, ends, hidden_reasoning(conversation.messages, text))
 
     def _locate(self, conversation: Conversation, text: str, number: int) -> tuple[int, int, str]:
         """Where a turn's content begins, where its end token ends, and that token's text."""

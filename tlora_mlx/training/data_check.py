@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlora_mlx.config.check_options import CheckCommand
+from tlora_mlx.data.faults import first_numbers
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import user_path, write_text
@@ -131,12 +132,12 @@ def _warnings(
         if summary.left_out:
             found.append(
                 f"{summary.name}: {len(summary.left_out)} rows have no token that counts, so they "
-                f"are left out: {_numbers(summary.left_out)}"
+                f"are left out: rows {first_numbers(summary.left_out)}"
             )
         if summary.cut:
             found.append(
                 f"{summary.name}: {len(summary.cut)} rows are cut to --max-seq-length "
-                f"{max_seq_length}, and lose how they end: {_numbers(summary.cut)}"
+                f"{max_seq_length}, and lose how they end: rows {first_numbers(summary.cut)}"
             )
         if summary.repeated and summary.name.startswith("train"):
             found.append(f"{summary.name}: {summary.repeated} samples are there more than once")
@@ -151,10 +152,6 @@ def _warnings(
             "valid.jsonl, or --val-split"
         )
     return found
-
-
-def _numbers(rows: list[int]) -> str:
-    return "rows " + ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
 
 def _lines(data: Mapping[str, Split], tokenizer: Any) -> Iterator[str]:
