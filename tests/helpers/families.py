@@ -66,7 +66,7 @@ DELTA = {
     "partial_rotary_factor": 0.5,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
+    "linear_key_head_dim": 32,  # a multiple of 32, for which mlx-lm has Metal kernels
     "linear_value_head_dim": 8,
 }
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
@@ -203,7 +203,14 @@ FAMILIES = {
     "granitemoe": Tiny({"num_local_experts": 4}),
     "qwen2_moe": Tiny({**EXPERTS, "shared_expert_intermediate_size": 40}),
     "qwen3_moe": Tiny({**EXPERTS, "head_dim": 12, "mlp_only_layers": [0]}),
-    "qwen3_next": Tiny({**EXPERTS, **DELTA, "shared_expert_intermediate_size": 40}),
+    "qwen3_next": Tiny(
+        {
+            **EXPERTS,
+            **DELTA,
+            "shared_expert_intermediate_size": 40,
+            "linear_key_head_dim": 128,  # for the packed kernel
+        }
+    ),
     "mellum": Tiny({**EXPERTS, "head_dim": 12}),
     "dots1": Tiny(ROUTED),
     "glm4_moe": Tiny({**ROUTED, "head_dim": 12}),

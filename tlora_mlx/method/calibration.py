@@ -31,10 +31,10 @@ from tlora_mlx.method.layers import (
     Linear,
     dense_weight,
     linear_shape,
-    make_differentiable,
     replace_modules,
 )
 from tlora_mlx.method.output_layer import PROBE_TOKENS, is_separable, summed_loss, target_rows
+from tlora_mlx.models.differentiable import differentiable
 from tlora_mlx.observer import Advance, no_advance
 
 # Entries of ∂loss/∂W formed at a time: 16 MB of float32.
@@ -210,7 +210,6 @@ def calibrate(
     model.freeze()
     training = model.training
     separable = _has_separable_output(model, targets)
-    make_differentiable(model)
     replace_modules(model, probes)
     try:
         for batch in batches:
@@ -284,7 +283,8 @@ def _observe(
         # are divided by the number of tokens after the backward pass.
         return summed_loss(model, padded.tokens, padded.counts, rows, separable)[0]
 
-    loss, tree = nn.value_and_grad(model, loss_of)(model)
+    with differentiable(model):
+        loss, tree = nn.value_and_grad(model, loss_of)(model)
     counts = batch.counts[:, 1:].sum(axis=1).astype(mx.float32)
     gradients = dict(tree_flatten(tree))
     del tree

@@ -173,17 +173,6 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: linear_shape(module) for name, module in _linears(model).items()}
 
 
-def make_differentiable(model: nn.Module) -> None:
-    """Set training mode, in which mlx-lm avoids its Metal kernels, which have no gradient.
-
-    Dropout stays off, since the statistics are the base model's own.
-    """
-    model.train()
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
-            module.eval()
-
-
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Replace the modules of ``model`` with these names, in place."""
     model.update_modules(tree_unflatten(list(modules.items())))

@@ -16,6 +16,7 @@ from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.distributed.collectives import rank, share, total_of_tree
 from tlora_mlx.method.output_layer import summed_loss, target_rows
+from tlora_mlx.models.differentiable import differentiable_operations
 
 
 def make_optimizer(
@@ -58,7 +59,8 @@ class Step:
 
         @partial(mx.compile, inputs=inputs, outputs=inputs)
         def gradient(tokens: mx.array, counts: mx.array, rows: int):
-            (loss, n), gradients = loss_and_gradient(model, tokens, counts, rows, separable)
+            with differentiable_operations():
+                (loss, n), gradients = loss_and_gradient(model, tokens, counts, rows, separable)
             return loss, n, gradients
 
         @mx.compile

@@ -1,0 +1,76 @@
+"""What mlx-lm's models compute with while they are differentiated.
+
+mlx-lm's Metal kernels have no gradient ("[Primitive::vjp] Not implemented for CustomKernel"). Most
+models avoid them in training mode, by a loop over tokens whose gradient takes time and memory; some
+use them all the same. On a CPU there are no kernels, so only a Mac could show the difference:
+tests/helpers/metal.py stands in for one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tlora_mlx.models.gated_delta import gated_delta_update
+
+
+def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) -> list[mx.array]:
+    """RWKV-7's recurrence, token by token, called like its kernel (mlx_lm/models/rwkv7.py)."""
+    *sequences, state, tokens = inputs  # (B, T, H, D) each, and (B, H, D, D)
+    ys = []
+    for t in range(tokens):
+        r, w, k, v, a, b = (x[:, t, :, None] for x in sequences)
+        erased = (state @ a.swapaxes(-1, -2)) @ b
+        state = state * w + v.swapaxes(-1, -2) @ k + erased
+        ys.append((state @ r.swapaxes(-1, -2)).squeeze(-1))
+    return [y.astype(t) for y, t in zip((mx.stack(ys, axis=1), state), output_dtypes, strict=True)]
+
+
+# By the name that a kernel, or the function that chooses one, has in mlx-lm's modules.
+_DIFFERENTIABLE = {
+    "gated_delta_update": gated_delta_update,
+    "_wkv7_kernel": wkv7,
+    "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
+}
+
+
+@contextmanager
+def differentiable_operations() -> Iterator[None]:
+    """Inside the block, mlx-lm's models in training mode use operations that have a gradient."""
+    found = [
+        (module, name, vars(module)[name])
+        for path, module in list(sys.modules.items())
+        if path.startswith("mlx_lm.models.")
+        for name in _DIFFERENTIABLE.keys() & vars(module).keys()
+    ]
+    for module, name, _ in found:
+        setattr(module, name, _DIFFERENTIABLE[name])
+    try:
+        yield
+    finally:
+        for module, name, original in found:
+            setattr(module, name, original)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside the block, gradients of the model can be computed, on a Mac's GPU too.
+
+    It is in training mode, in which mlx-lm avoids most of its Metal kernels; dropout is off, since
+    the statistics are those of the base model.
+    """
+    training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
+            module.eval()
+    try:
+        with differentiable_operations():
+            yield
+    finally:
+        model.train(training)
