@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tlora_mlx.models.gated_delta import gated_delta_update
+from tlora_mlx.models.state_space import ssm_update
 
 
 def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) -> list[mx.array]:
@@ -34,6 +35,7 @@ def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) 
 # By the name that a kernel, or the function that chooses one, has in mlx-lm's modules.
 _DIFFERENTIABLE = {
     "gated_delta_update": gated_delta_update,
+    "ssm_update": ssm_update,
     "_wkv7_kernel": wkv7,
     "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
 }

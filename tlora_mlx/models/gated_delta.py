@@ -22,9 +22,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-CHUNK = 64
-# The logarithm of a gate that is 0 in float32; beyond it only the cumulative sums would suffer.
-CLOSED = -104.0
+from tlora_mlx.models.chunks import CLOSED, decays, into_chunks
 
 
 def gated_delta_update(
@@ -91,16 +89,8 @@ def gated_delta(
     if mask is not None:
         keep = mask[..., None, None]
         log_g, beta = mx.where(keep, log_g, 0.0), mx.where(keep, beta, 0.0)
-    size = min(CHUNK, 1 << max(0, tokens - 1).bit_length())
-    chunks = -(-tokens // size)
-
-    def in_chunks(x: mx.array) -> mx.array:
-        """(B, T, H, D) -> (B, Hv, chunks, size, D) float32; zeros at the end change nothing."""
-        x = mx.repeat(x.astype(mx.float32), heads // x.shape[2], axis=2).transpose(0, 2, 1, 3)
-        x = mx.pad(x, [(0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)])
-        return x.reshape(batch, heads, chunks, size, -1)
-
-    q, k, v, log_g, beta = map(in_chunks, (q, k, v, log_g, beta))
+    q, k = (mx.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+    q, k, v, log_g, beta = map(into_chunks, (q, k, v, log_g, beta))
     gate = mx.cumsum(log_g, axis=-2)  # log Γ
     attention, overlap = _decayed_products(mx.stack([q, k]), k, gate)
     solved = _unit_lower_inverse(beta * mx.tril(overlap, -1))
@@ -113,7 +103,7 @@ def gated_delta(
     else:
         s = state.astype(mx.float32).swapaxes(-1, -2)
     ys = []
-    for n in range(chunks):
+    for n in range(v.shape[2]):
         delta = delta_v[:, :, n] - delta_s[:, :, n] @ s
         ys.append(q[:, :, n] @ s + attention[:, :, n] @ delta)
         s = kept[:, :, n] * s + k[:, :, n].swapaxes(-1, -2) @ delta
@@ -135,9 +125,7 @@ def _decayed_products(x: mx.array, k: mx.array, gate: mx.array) -> mx.array:
     """
     size = k.shape[-2]
     if gate.shape[-1] == 1:
-        lower = mx.tri(size, dtype=mx.bool_)
-        decay = mx.exp(mx.where(lower, gate - gate.swapaxes(-1, -2), -mx.inf))
-        return (x @ k.swapaxes(-1, -2)) * decay
+        return (x @ k.swapaxes(-1, -2)) * decays(gate)
     products = (x * k).sum(axis=-1)[..., None, None]
     half = 1
     while half < size:
