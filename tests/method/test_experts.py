@@ -5,8 +5,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
+from tlora_mlx.method import sensitivity
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
@@ -23,6 +24,7 @@ from tlora_mlx.method.layers import (
     trained_parameters,
 )
 from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.method.sensitivity import mean_products
 
 EXPERTS, WIDTH, HIDDEN = 5, 32, 64
 
@@ -253,3 +255,48 @@ def test_sorted_rows_are_multiplied_as_sorted(monkeypatch):
     model(mx.zeros((1, 64), mx.int32))
     assert len(told) == 2 * 3 + 2
     assert all(told)
+
+
+@pytest.mark.parametrize("mode", [None, ("affine", 32, 4, False), ("nvfp4", 16, 4, True)])
+def test_all_experts_at_once_are_each_of_them(mode, monkeypatch):
+    """Some experts have no row; also a few experts, and a few of their rows, at a time."""
+    mx.random.seed(0)
+    switch = SwitchLinear(32, 12, EXPERTS, bias=False)
+    if mode:
+        kind, group_size, bits, global_scale = mode
+        options = (group_size, bits, kind, global_scale)
+        switch = QuantizedSwitchLinear(32, 12, EXPERTS, False, *options)
+    indices = mx.array([[[3, 1], [0, 3], [3, 0]]])
+    x, delta = mx.random.normal((1, 3, 1, 1, 32)), mx.random.normal((1, 3, 2, 1, 12))
+    rows = mx.broadcast_to(x, (1, 3, 2, 1, 32)).reshape(6, 32)
+    expected = []
+    for e in range(EXPERTS):
+        chosen = mx.array(np.array(indices).reshape(-1) == e)[:, None]
+        pairs = [(delta.reshape(6, 12) * chosen, rows * chosen)]
+        expected.append(mean_products(Expert(switch, e), pairs).item())
+    assert [e > 0 for e in expected] == [True, True, False, True, False]
+    for piece in (sensitivity.STACK_PIECE, 800, 100):
+        monkeypatch.setattr(sensitivity, "STACK_PIECE", piece)
+        found = sensitivity.mean_products_of_experts(switch, delta, x, indices)
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_experts_are_not_a_longer_graph(tmp_path):
+    """Nor is anything evaluated on the way, which would fail while compiling."""
+
+    def operations(experts):
+        switch = SwitchLinear(8, 8, experts, bias=False)
+
+        @mx.compile
+        def compiled(x, indices):
+            return sensitivity.mean_products_of_experts(switch, x, x, indices)
+
+        x, indices = mx.zeros((20, 1, 8)), mx.arange(20) % experts
+        mx.eval(switch.parameters(), x, indices)
+        assert compiled(x, indices).shape == (experts,)
+        graph = tmp_path / f"{experts}.dot"
+        found = sensitivity.mean_products_of_experts(switch, x, x, indices)
+        mx.export_to_dot(str(graph), found)
+        return graph.read_text().count("shape=rectangle")
+
+    assert operations(64) == operations(4) > 5

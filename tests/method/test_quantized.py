@@ -11,10 +11,11 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.allocation import plan_ranks
-from tlora_mlx.method.calibration import PIECE, calibrate
+from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.covariance import input_leaders
 from tlora_mlx.method.initialise import exact_subspaces
 from tlora_mlx.method.layers import dense_weight, linear_shape, replace_modules, target_linears
+from tlora_mlx.method.sensitivity import PIECE, mean_products
 
 MODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
@@ -108,7 +109,7 @@ def test_gradients_of_large_weights_are_formed_in_pieces(monkeypatch):
     targets = target_linears(model)
     whole = calibrate(model, targets, batches)
     assert PIECE > 64 * 128
-    monkeypatch.setattr("tlora_mlx.method.calibration.PIECE", 1000)
+    monkeypatch.setattr("tlora_mlx.method.sensitivity.PIECE", 1000)
     pieces = calibrate(model, targets, batches)
     for name, s in whole.sensitivities.items():
         assert pieces.sensitivities[name] == pytest.approx(s, rel=1e-5)
@@ -138,12 +139,10 @@ def test_peak_memory_of_the_sensitivities(quantized):
 
 def test_sensitivities_of_a_large_matrix_do_not_drift():
     """Against float64, at a size where one float32 sum over the matrix is 2.8e-3 too low."""
-    from tlora_mlx.method.calibration import _mean_products
-
     random = np.random.default_rng(0)
     linear = nn.Linear(2048, 2048, bias=False)
     delta, x = (random.standard_normal((7, 2048)).astype(np.float32) for _ in range(2))
-    found = _mean_products(linear, [(mx.array(delta), mx.array(x))]).item()
+    found = mean_products(linear, [(mx.array(delta), mx.array(x))]).item()
     weight = np.array(linear.weight, np.float64)
     expected = np.abs(weight * (delta.astype(np.float64).T @ x.astype(np.float64))).mean()
     assert found == pytest.approx(expected, rel=1e-5)

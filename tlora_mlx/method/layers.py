@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import EllipsisType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,26 +39,32 @@ def activation_dtype(linear: nn.Module) -> mx.Dtype:
     return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else mx.bfloat16
 
 
-def dense_weight(linear: Linear, rows: slice = slice(None)) -> mx.array:
-    """W (out, in) float32 of a linear layer or an expert, or some of its rows; not evaluated."""
-    layer, number = linear if isinstance(linear, Expert) else (linear, ...)
+def dense_weight(
+    linear: Linear, rows: slice = slice(None), experts: slice | EllipsisType = ...
+) -> mx.array:
+    """W (out, in) float32 of a linear layer or an expert, or some of its rows, dequantized.
+
+    It is not evaluated. Of a stacked layer it is (E, out, in), or that of some of its experts.
+    """
+    layer, which = linear if isinstance(linear, Expert) else (linear, experts)
 
     def some(array: mx.array | None) -> mx.array | None:
-        return None if array is None else array[number][rows]
+        return None if array is None else array[which][..., rows, :]
 
-    if "scales" in layer:
-        global_scale = layer.get("global_scale")
-        return mx.dequantize(
-            some(layer.weight),
-            some(layer.scales),
-            some(layer.get("biases")),
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-            global_scale=None if global_scale is None else global_scale[number],
-            dtype=mx.float32,
-        )
-    return some(layer.weight).astype(mx.float32)
+    if "scales" not in layer:
+        return some(layer.weight).astype(mx.float32)
+    scale = layer.get("global_scale")  # one for each expert, in nvfp4 alone
+    weight = mx.dequantize(
+        some(layer.weight),
+        some(layer.scales),
+        some(layer.get("biases")),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        global_scale=None if scale is None else mx.array(1.0),
+        dtype=mx.float32,
+    )
+    return weight if scale is None else weight * scale[which][..., None, None]
 
 
 class TLoRALinear(nn.Module):
