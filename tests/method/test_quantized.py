@@ -11,6 +11,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.allocation import plan_ranks
+from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.covariance import input_leaders
 from tlora_mlx.method.initialise import exact_subspaces
@@ -102,6 +103,49 @@ def test_half_precision_bases_have_float32_statistics(dtype, tolerance):
     for name, s in full.sensitivities.items():
         assert half.sensitivities[name] == pytest.approx(s, rel=tolerance)
     assert all(a.dtype == mx.float32 and mx.isfinite(a).all().item() for a in subspaces.values())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 0.02), (mx.float16, 0.004)])
+def test_massive_activations_in_half_precision(dtype, tolerance):
+    """A first token that is huge in two directions, and a feature that is large everywhere.
+
+    As in real models (Sun and others, "Massive Activations in Large Language Models", arXiv
+    2402.17762).
+    """
+
+    def model(final):
+        model = small_model()
+        embeddings = model.model.embed_tokens.weight
+        embeddings[0, 5], embeddings[0, 40] = 3000.0, -1500.0
+        for block in model.layers:
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                norm.weight[5], norm.weight[7] = 0.02, 60.0
+        model.set_dtype(dtype)  # the same weights, whatever they are computed with
+        model.set_dtype(final)
+        return model
+
+    batches = [
+        Batch(
+            mx.pad(mx.maximum(tokens, 1), [(0, 0), (1, 0)]),
+            mx.pad(counts, [(0, 0), (1, 0)]),
+            lengths + 1,
+        )
+        for tokens, counts, lengths in some_batches()
+    ]
+    half, plan, subspaces, leaders = statistics(model(dtype), batches)
+    full, expected, _, _ = statistics(model(mx.float32), batches)
+    eigenvalues = np.linalg.eigvalsh(np.array(full.covariances["model.layers.0.self_attn.q_proj"]))
+    assert eigenvalues[-1] > 1e4
+    linears = target_linears(model(mx.float32))
+    for name, s in full.sensitivities.items():
+        assert half.sensitivities[name] == pytest.approx(s, rel=4 * tolerance), name
+        assert plan.modules[name].rank == expected.modules[name].rank
+    for name, covariance in full.covariances.items():
+        error = np.array(half.covariances[name] - covariance)
+        assert np.linalg.norm(error) <= tolerance * np.linalg.norm(np.array(covariance)), name
+    for name, a in subspaces.items():
+        covariance = full.covariances[leaders[name]]
+        assert quality(dense_weight(linears[name]), covariance, a)[0] > 0.999
 
 
 def test_gradients_of_large_weights_are_formed_in_pieces(monkeypatch):
