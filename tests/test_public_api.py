@@ -2,13 +2,16 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
 
+import pytest
 from helpers.paths import ROOT
 
 import tlora_mlx
+from tlora_mlx import TrainConfig
 
 
 def spelt_out():
@@ -38,8 +41,8 @@ def test_a_command_of_the_same_name_hides_no_function():
         "print(train.__module__, export.__module__, plan.__module__, main.__module__)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    expected = "tlora_mlx.training.session tlora_mlx.publishing.export tlora_mlx.training.planning"
-    assert result.stdout.strip() == f"{expected} tlora_mlx.train", result.stderr
+    expected = "tlora_mlx.api tlora_mlx.api tlora_mlx.api tlora_mlx.train"
+    assert result.stdout.strip() == expected, result.stderr
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -106,6 +109,53 @@ def test_an_observer_is_notified(model_path, data_path, tmp_path):
     assert listener.plans == [tlora_mlx.read_run(result.directory).plan]
     assert len([loss for loss in listener.losses if loss]) == 2
     assert any(note.startswith("train: 13 samples") for note in listener.notes)
+
+
+def test_keywords_as_a_notebook_has_them(model_path, data_path, tmp_path, capsys):
+    """The same run as with a configuration; a callback, quiet or not; shown as HTML."""
+    told = []
+    options = {"model": model_path, "data": data_path, "iters": 2, "rank": 2, "batch_size": 4}
+    result = tlora_mlx.train(
+        **options, adapter_path=tmp_path / "a", quiet=True, on_report=told.append
+    )
+    assert capsys.readouterr().out == ""
+    config = short_run(model_path, data_path, tmp_path / "b")
+    other = tlora_mlx.train(config)
+    assert tlora_mlx.read_run(result.directory).plan == tlora_mlx.read_run(other.directory).plan
+    assert [line["iteration"] for line in told] == [m["iteration"] for m in result.metrics()]
+    html = result._repr_html_()
+    assert "<polyline" in html
+    assert html.count('<table class="heat">') == 2
+    assert "trained 2 iterations" in html
+    assert ":root" not in html  # the notebook's own style is left alone
+
+    plan = tlora_mlx.plan(sensitivities=tmp_path / "a/rank_plan.json", rank=4)
+    assert isinstance(plan, tlora_mlx.RankPlan)
+    assert plan.rank == 4
+    assert plan._repr_html_().count('<table class="heat">') == 2
+    exported = tlora_mlx.export(run=tmp_path / "a", output=tmp_path / "peft", quiet=True)
+    assert exported.directory == tmp_path / "peft"
+    assert capsys.readouterr().out == ""
+    again = tlora_mlx.train(adapter_path=tmp_path / "a", resume=True)
+    assert again.was_finished
+
+
+def test_faults_of_keywords():
+    for options, message in (
+        ({"modle": "m"}, "unknown option 'modle'; the nearest one is 'model'"),
+        ({"model": "m"}, "missing: --data"),
+        ({"model": "m", "data": "d", "rank": 0}, "--rank must be at least 1, not 0"),
+    ):
+        with pytest.raises(tlora_mlx.UserError, match=re.escape(message)):
+            tlora_mlx.train(**options)
+
+
+def test_options_are_in_signature_and_help():
+    """What a notebook completes and shows."""
+    signature = inspect.signature(tlora_mlx.train)
+    assert {*TrainConfig.__dataclass_fields__} < {*signature.parameters}
+    assert signature.parameters["rank"].default == 8
+    assert "\n    rank: base rank: the budget is" in tlora_mlx.train.__doc__
 
 
 def test_types_are_shipped():

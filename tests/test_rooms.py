@@ -31,9 +31,11 @@ ROOMS = (
     "merging",
     "publishing",
     "terminal",
+    "api",
     "cli",
 )
 DOORS = (
+    "completion",
     "__main__",
     "check",
     "train",

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from tlora_mlx.adapters.registry import read_adapter as read_adapter
     from tlora_mlx.adapters.registry import resolve_adapter as resolve_adapter
     from tlora_mlx.adapters.run import read_run as read_run
+    from tlora_mlx.api import check as check
+    from tlora_mlx.api import evaluate as evaluate
+    from tlora_mlx.api import export as export
+    from tlora_mlx.api import plan as plan
+    from tlora_mlx.api import report as report
+    from tlora_mlx.api import train as train
     from tlora_mlx.config.check_options import CheckCommand as CheckCommand
     from tlora_mlx.config.export_options import ExportCommand as ExportCommand
     from tlora_mlx.config.training_options import PlanCommand as PlanCommand
@@ -33,7 +39,6 @@ if TYPE_CHECKING:
     from tlora_mlx.errors import RunError as RunError
     from tlora_mlx.errors import UserError as UserError
     from tlora_mlx.evaluation.evaluate import EvaluationResult as EvaluationResult
-    from tlora_mlx.evaluation.evaluate import evaluate as evaluate
     from tlora_mlx.merging.dense import export_merged as export_merged
     from tlora_mlx.merging.dequantize import export_dequantized as export_dequantized
     from tlora_mlx.merging.requantize import export_requantized as export_requantized
@@ -50,14 +55,9 @@ if TYPE_CHECKING:
     from tlora_mlx.models.base_model import load_base_model as load_base_model
     from tlora_mlx.observer import Observer as Observer
     from tlora_mlx.publishing.export import ExportResult as ExportResult
-    from tlora_mlx.publishing.export import export as export
     from tlora_mlx.publishing.hub import push as push
-    from tlora_mlx.reporting.report import report as report
     from tlora_mlx.terminal import Terminal as Terminal
-    from tlora_mlx.training.data_check import check as check
-    from tlora_mlx.training.planning import plan as plan
     from tlora_mlx.training.session import TrainingResult as TrainingResult
-    from tlora_mlx.training.session import train as train
 
 # The module that defines each name; a test compares it with the imports above.
 _MODULES = {
@@ -68,12 +68,13 @@ _MODULES = {
     "adapters.loading": ("load_adapter",),
     "adapters.proof": ("Proof",),
     "adapters.run": ("read_run",),
+    "api": ("check", "evaluate", "export", "plan", "report", "train"),
     "config.export_options": ("ExportCommand",),
     "config.check_options": ("CheckCommand",),
     "config.training_options": ("PlanCommand", "TrainConfig"),
     "config.usage_options": ("EvaluateCommand", "ReportCommand"),
     "errors": ("Interrupted", "RunError", "UserError"),
-    "evaluation.evaluate": ("EvaluationResult", "evaluate"),
+    "evaluation.evaluate": ("EvaluationResult",),
     "merging.dense": ("export_merged",),
     "merging.dequantize": ("export_dequantized",),
     "merging.requantize": ("export_requantized",),
@@ -83,13 +84,10 @@ _MODULES = {
     "method.subspace": ("task_subspace",),
     "models.base_model": ("BaseModel", "load_base_model"),
     "observer": ("Observer",),
-    "publishing.export": ("ExportResult", "export"),
+    "publishing.export": ("ExportResult",),
     "publishing.hub": ("push",),
-    "reporting.report": ("report",),
     "terminal": ("Terminal",),
-    "training.data_check": ("check",),
-    "training.planning": ("plan",),
-    "training.session": ("TrainingResult", "train"),
+    "training.session": ("TrainingResult",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": "complete a prompt with the base model and with the adapter",
     "evaluate": "compare base model and adapter on a task",
     "report": "write a run as one HTML page",
+    "completion": "print a script that completes commands and options with Tab",
 }
 
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     """All commands, in the order of a first day."""
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: tlora COMMAND …",

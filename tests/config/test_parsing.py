@@ -7,18 +7,14 @@ from dataclasses import fields
 import pytest
 from helpers.commands import tlora
 
-from tlora_mlx.cli import COMMANDS
-from tlora_mlx.config.check_options import CheckCommand
-from tlora_mlx.config.export_options import ExportCommand, UploadCommand
+from tlora_mlx.cli import COMMANDS, main
+from tlora_mlx.config.commands import OPTIONS_OF
+from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.config.help_groups import FEW, grouped
 from tlora_mlx.config.option import flag
 from tlora_mlx.config.parsing import make_parser, parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
-from tlora_mlx.config.usage_options import EvaluateCommand, GenerateCommand
 from tlora_mlx.errors import UserError
-
-COMMANDS_WITH_OPTIONS = (TrainConfig, PlanCommand, CheckCommand, ExportCommand, UploadCommand)
-COMMANDS_WITH_OPTIONS += (GenerateCommand, EvaluateCommand)
 
 REQUIRED = ["--model", "m", "--data", "d"]
 
@@ -131,7 +127,7 @@ def test_all_unknown_keys_are_told_at_once(tmp_path):
         yaml_config(tmp_path, "{itres: 3, ranc: 2, seed: 1}", *REQUIRED)
 
 
-@pytest.mark.parametrize("config_class", COMMANDS_WITH_OPTIONS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config_class", OPTIONS_OF.values(), ids=list(OPTIONS_OF))
 def test_help_shows_what_matters_first_and_help_all_everything(config_class):
     """Every option is in one group of ``--help-all``; a few of them are in ``--help``."""
     names = [item.name for item in fields(config_class)]
@@ -187,36 +183,55 @@ def test_a_terminal_that_lacks_our_characters():
     assert "(in ? in)" in result.stdout
 
 
-def test_the_console_script():
-    def tlora_script(*arguments):
-        code = f"import sys; from tlora_mlx.cli import main; sys.exit(main({list(arguments)!r}))"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_completion_in_bash(tmp_path):
+    """The script is sourced and asked as bash asks it: commands, options and choices."""
+    assert [*OPTIONS_OF] == [*COMMANDS]
+    script = tlora("completion", "bash")
+    assert script.returncode == 0, script.stderr
+    (tmp_path / "tlora.sh").write_text(script.stdout)
+    for line, expected in (
+        ("tlora pl", ["plan"]),
+        ("tlora train --learning", ["--learning-rate"]),
+        ("tlora train --project", ["--project-name"]),
+        ("tlora export run --quan", ["--quantize"]),
+    ):
+        words = line.split(" ")
+        ask = (
+            f"source {tmp_path}/tlora.sh; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+            "_shtab_tlora; printf '%s\n' \"${COMPREPLY[@]}\""
+        )
+        answer = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+        assert answer.stdout.split() == expected, answer.stderr
 
-    assert "usage: tlora train" in tlora_script("train", "--help").stdout
-    assert tlora_script("--help").returncode == 0
-    assert tlora_script("--version").stdout.startswith("tlora_mlx ")
+
+def test_the_console_script(capsys):
+    def tlora_script(*arguments):
+        code = main(list(arguments))
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
     for word, advice in (
         ("trian", "did you mean train? The commands are check, train, plan, export, inspect, "),
         ("nothing-like-it", "choose one of check, train, plan, export, inspect, upload, "),
         ("fuse", "tlora export --format merged does that"),
         ("--rank", "'--rank' comes before a command"),
     ):
-        unknown = tlora_script(word)
-        assert (unknown.returncode, unknown.stdout) == (2, "")
-        assert unknown.stderr.startswith("error: ")
-        assert advice in unknown.stderr
+        code, out, error = tlora_script(word)
+        assert (code, out) == (2, "")
+        assert error.startswith("error: ")
+        assert advice in error
     for words in ((), ("help",), ("--help",)):
-        shown = tlora_script(*words)
-        assert (shown.returncode, shown.stderr) == (0, "")
-        assert all(f"\n  {name} " in shown.stdout for name in COMMANDS)
-    assert tlora_script("help", "plan").stdout == tlora_script("plan", "--help").stdout
+        code, out, error = tlora_script(*words)
+        assert (code, error) == (0, "")
+        assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert "usage: tlora train" in tlora_script("train", "--help")[1]
+    assert tlora_script("help", "plan") == tlora_script("plan", "--help")
+    assert tlora_script("--version")[1].startswith("tlora_mlx ")
     as_mlx_lm = tlora_script("--model", "no/such/model", "--train", "--data", "none")
-    assert (as_mlx_lm.returncode, as_mlx_lm.stderr) == (
-        2,
-        "error: model directory no/such/model does not exist\n",
-    )
-    assert tlora("train", "--rank", "0").returncode == 2
-    for module in ("tlora_mlx", "tlora_mlx.cli"):
-        command = [sys.executable, "-m", module, "train", "--rank", "0"]
+    assert as_mlx_lm[0] == 2
+    assert as_mlx_lm[2] == "error: model directory no/such/model does not exist\n"
+    for module in ("tlora_mlx", "tlora_mlx.cli", "tlora_mlx.train"):
+        words = [] if module == "tlora_mlx.train" else ["train"]
+        command = [sys.executable, "-m", module, *words, "--rank", "0"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stderr[:7]) == (2, "error: ")

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers.commands import arguments, assert_one_sentence, quick_train, tlora, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
@@ -321,6 +323,40 @@ def test_reports_also_go_to_wandb(model_path, data_path, tmp_path):
     told = log.read_bytes()
     for key in (b"train_loss", b"val_loss", b"tokens_per_second"):
         assert key in told
+
+
+def test_reports_also_go_to_tensorboard_and_trackio(model_path, data_path, tmp_path, monkeypatch):
+    """The real packages, without a network: what the files hold is what metrics.jsonl holds."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = quick_train(
+        model_path, data_path, tmp_path / "run", report_to="tensorboard,trackio",
+        project_name="mine", steps_per_report=2, iters=4,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = {(n, k, v) for line in lines for n, k, v in numbers(line)}
+    assert {k for _, k, _ in expected} > {"train_loss", "val_loss", "tokens_per_second"}
+    (file,) = run.glob("tensorboard/events.*")
+    content, found, place = file.read_bytes(), set(), 0
+    while place < len(content):  # TFRecords: length, checksum of it, content, checksum of that
+        size = int.from_bytes(content[place : place + 8], "little")
+        event = Event.FromString(content[place + 12 : place + 12 + size])
+        found |= {(event.step, v.tag, v.simple_value) for v in event.summary.value if not v.tensor}
+        place += size + 16
+    scalars = {(step, tag, np.float32(value)) for step, tag, value in expected}
+    assert {(s, t, np.float32(v)) for s, t, v in found if "options" not in t} == scalars
+    with sqlite3.connect(tmp_path / "trackio/mine.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, _, _ in rows} == {"run"}
+    assert {(step, k, v) for _, step, m in rows for k, v in json.loads(m).items()} >= expected
+
+
+def numbers(line):
+    """Iteration, name and value of all that a report says."""
+    for name, value in line.items():
+        if name != "iteration" and isinstance(value, (int, float)):
+            yield line["iteration"], name, value
 
 
 def test_both_reporters_and_one_that_fails(

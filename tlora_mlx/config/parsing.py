@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -67,6 +67,47 @@ def parse(
         if line := translation.line():
             note(line)
     values = complete(_typed(values | flags, config_class))
+    return _made(config_class, values)
+
+
+def from_keywords(
+    config_class: type[C],
+    options: Mapping[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
+) -> C:
+    """Make a configuration from Python keywords; paths may be ``Path`` objects.
+
+    Args:
+        config_class: a subclass of ``Config``.
+        options: by their names.
+        complete: adds options that follow from those that were given.
+
+    Raises:
+        UserError: a name or a value is invalid; the message names the flag.
+    """
+    known = {item.name for item in fields(config_class)}
+    if unknown := [name for name in options if name not in known]:
+        nearest = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown option '{unknown[0]}'; the nearest one is '{nearest}'")
+    given = {k: v for k, v in _plain(dict(options)).items() if v is not None}
+    return _made(config_class, complete(_typed(given, config_class)))
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML would hold it: paths are texts, tuples are lists."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _made(config_class: type[C], values: dict[str, Any]) -> C:
+    """The configuration with these values.
+
+    Raises:
+        UserError: a required one is missing, or a value is not allowed.
+    """
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise UserError(f"missing: {', '.join(_shown(f) for f in missing)}; see --help")

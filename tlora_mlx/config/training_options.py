@@ -195,7 +195,9 @@ class TrainConfig(PlanConfig):
     save_every: int = option(100, "updates between checkpoints", at_least=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
     report_to: str | None = option(
-        None, "also report to wandb or swanlab, or both (wandb,swanlab), through mlx-lm"
+        None,
+        "also report to wandb, swanlab (both through mlx-lm), tensorboard or trackio, or several: "
+        "wandb,tensorboard",
     )
     project_name: str = option("tlora_mlx", "project that --report-to reports to")
     test: bool = option(False, "report the loss on test.jsonl before and after training")

@@ -87,3 +87,12 @@ class ReportCommand(Config):
     )
     max_tokens: int = option(120, "at most N tokens per sample", at_least=1)
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+
+@dataclass(kw_only=True)
+class CompletionCommand(Config):
+    """``python -m tlora_mlx.completion``."""
+
+    shell: str = option(
+        MISSING, "bash, zsh or tcsh", choices=("bash", "zsh", "tcsh"), positional=True
+    )

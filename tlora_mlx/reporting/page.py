@@ -116,14 +116,20 @@ def _cards(adapter: Adapter, reports: Reports) -> list[_Card]:
     return cards
 
 
-def _charts(reports: Reports) -> list[Markup]:
+def loss_chart(reports: Reports) -> Markup | None:
+    """Training and validation loss over iterations; None if there are none."""
     losses = {
         "training": points(reports, "train_loss"),
         "validation": points(reports, "val_loss"),
     }
-    charts = []
-    if any(losses.values()):
-        charts.append(line_chart(losses, "iteration", "loss (nats per token)"))
+    if not any(losses.values()):
+        return None
+    return line_chart(losses, "iteration", "loss (nats per token)")
+
+
+def _charts(reports: Reports) -> list[Markup]:
+    losses = loss_chart(reports)
+    charts = [] if losses is None else [losses]
     for key, label in (
         ("learning_rate", "learning rate"),
         ("tokens_per_second", "throughput (tokens per second)"),

@@ -79,6 +79,8 @@ class RunWriter(Recorder):
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._external:
+            self._external.close()
         if self._created and not (self.path / PLAN).exists():  # ended before there was a run
             (self.path / METRICS).unlink(missing_ok=True)
             with suppress(OSError):  # somebody else put something there

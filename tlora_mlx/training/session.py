@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from tlora_mlx.errors import Interrupted, RunError, UserError, first_line, inter
 from tlora_mlx.invocation import suggested
 from tlora_mlx.method.layers import attach
 from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.reporting.notebook import run_html
 from tlora_mlx.reporting.pictures import can_draw, draw_losses
 from tlora_mlx.runs.checkpoint import Checkpoint, checkpoint_from_first
 from tlora_mlx.runs.metrics import read_lines
@@ -49,6 +51,17 @@ class TrainingResult:
     progress: Progress
     test_loss: float | None = None
     was_finished: bool = False
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            UserError: one of them is damaged.
+        """
+        return read_lines(self.directory / METRICS)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.directory, self.summary())
 
     def summary(self) -> list[str]:
         """Updates, time, tokens and losses, in a few lines."""
