@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import runpy
 from dataclasses import MISSING, fields
 
 import pytest
@@ -21,6 +22,7 @@ from tlora_mlx.config.usage_options import (
 )
 
 OPTIONS = (ROOT / "docs/OPTIONS.md").read_text()
+HOME = "https://github.com/tlora-mlx/tlora_mlx/blob/main/"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -57,13 +59,30 @@ def test_the_files_and_links_in_it_exist(document):
     for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w(?!\*|\w)", text):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        if "://" not in link:
-            path, _, section = link.partition("#")
-            other = (document.parent / path) if path else document
+        ours = link.startswith(HOME)  # the README is read on PyPI too
+        if ours or "://" not in link:
+            path, _, section = link.removeprefix(HOME).partition("#")
+            other = ((ROOT if ours else document.parent) / path) if path else document
             assert other.exists(), link
             titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE) if section else []
             anchors = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
             assert not section or section in anchors, link
+
+
+def test_the_readme_is_complete_on_pypi():
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert all("://" in link for link in links)
+
+
+def test_a_release_has_its_section_of_the_changelog():
+    section = runpy.run_path(str(ROOT / "scripts/changelog_section.py"))["section"]
+
+    text = "# Changelog\n\n## 0.2.0 (unreleased)\n\n- b\n\n## 0.1.0 (2026-11-30)\n\n- a\n"
+    assert section(text, "0.1.0") == "- a\n"
+    for version, message in (("0.2.0", "still calls 0.2.0 unreleased"), ("0.3.0", "no section")):
+        with pytest.raises(SystemExit, match=message):
+            section(text, version)
 
 
 def texts_of_the_code():
