@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tlora_mlx.adapters.adapter import Adapter as Adapter
     from tlora_mlx.adapters.combine import Combination as Combination
     from tlora_mlx.adapters.combine import combine as combine
+    from tlora_mlx.adapters.exporting import export_gguf_adapter as export_gguf_adapter
     from tlora_mlx.adapters.exporting import export_mlx_lm as export_mlx_lm
     from tlora_mlx.adapters.exporting import export_peft as export_peft
     from tlora_mlx.adapters.exporting import export_run as export_run
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tlora_mlx.evaluation.evaluate import EvaluationResult as EvaluationResult
     from tlora_mlx.merging.dense import export_merged as export_merged
     from tlora_mlx.merging.dequantize import export_dequantized as export_dequantized
+    from tlora_mlx.merging.gguf_model import export_gguf as export_gguf
     from tlora_mlx.merging.requantize import export_requantized as export_requantized
     from tlora_mlx.method.allocation import ModulePlan as ModulePlan
     from tlora_mlx.method.allocation import RankPlan as RankPlan
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "adapters.adapter": ("Adapter",),
     "adapters.combine": ("Combination", "combine"),
-    "adapters.exporting": ("export_mlx_lm", "export_peft", "export_run"),
+    "adapters.exporting": ("export_gguf_adapter", "export_mlx_lm", "export_peft", "export_run"),
     "adapters.registry": ("read_adapter", "resolve_adapter"),
     "adapters.loading": ("load_adapter",),
     "adapters.proof": ("Proof",),
@@ -77,6 +79,7 @@ _MODULES = {
     "evaluation.evaluate": ("EvaluationResult",),
     "merging.dense": ("export_merged",),
     "merging.dequantize": ("export_dequantized",),
+    "merging.gguf_model": ("export_gguf",),
     "merging.requantize": ("export_requantized",),
     "method.allocation": ("ModulePlan", "RankPlan", "plan_ranks"),
     "method.calibration": ("Calibration", "calibrate"),

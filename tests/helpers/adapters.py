@@ -1,6 +1,7 @@
 """Adapters with random matrices: runs of ours, and those that PEFT and mlx-lm make."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -39,6 +40,12 @@ def make_run(path, model_path, rank_of, num_layers=-1, experts=False, **config):
     write_json(path / "adapter_config.json", config)
     write_tensors(path / "adapters.safetensors", tensors, {})
     return path
+
+
+def without_effect(run):
+    """The same run with B = 0: its merged model is the base model."""
+    tensors = {k: t * 0 if k.endswith("lora_b") else t for k, t in run.tensors.items()}
+    return replace(run, tensors=tensors)
 
 
 def zero_one_cap(i, shape):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.gguf import write_gguf_adapter
 from tlora_mlx.adapters.mlx_lm import MLX_LM
 from tlora_mlx.adapters.peft import PEFT
 from tlora_mlx.adapters.proof import Proof
@@ -84,3 +85,29 @@ def export_run(
         RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     return RUN.write(resolve_adapter(adapter), Path(output), dtype)
+
+
+def export_gguf_adapter(
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    base_model: str | None = None,
+) -> Proof:
+    """Write an adapter as a directory with ``adapter.gguf``, which llama.cpp takes as ``--lora``.
+
+    Args:
+        adapter: as for ``export_peft``.
+        output: directory to create; must be new or empty.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
+        base_model: the model that the file names as its base; None: the adapter's own.
+
+    Returns:
+        The result of reading the export back and comparing its deltas.
+
+    Raises:
+        UserError: as ``write_gguf_adapter``, or the adapter cannot be read.
+        RunError: writing failed, or what was read back differs; nothing is left behind.
+    """
+    resolved = resolve_adapter(adapter, base_model)
+    return write_gguf_adapter(resolved, Path(output), dtype, base_model)

@@ -11,14 +11,19 @@ from tlora_mlx.errors import UserError
 COMBINATIONS = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
 COMBINATIONS += ("dare_ties", "dare_ties_svd")
 
+# The types of a GGUF model's weights (tlora_mlx.storage.gguf_file).
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
 # The export formats, and the options that apply to only some of them.
-FORMATS = ("peft", "mlx-lm", "merged", "run")
+FORMATS = ("peft", "mlx-lm", "merged", "gguf", "run")
 FORMATS_OF_OPTION = {
     "layout": ("peft",),
-    "dtype": ("peft", "mlx-lm", "run"),
+    "dtype": ("peft", "mlx-lm", "gguf", "run"),
+    "merged": ("gguf",),
+    "outtype": ("gguf",),
     "dequantize": ("merged",),
     "quantize": ("merged",),
-    "push_to": ("peft", "mlx-lm", "merged"),
+    "push_to": ("peft", "mlx-lm", "merged", "gguf"),
 }
 
 
@@ -85,8 +90,9 @@ class ExportCommand(AdapterOptions):
     format: str = option(
         "peft",
         "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
-        "merged: the whole model with the adapter in its weights; run: a run directory, made from "
-        "another tool's adapter or from several",
+        "merged: the whole model with the adapter in its weights; gguf: an adapter for llama.cpp "
+        "or, with --merged, the whole model for llama.cpp, Ollama and LM Studio; run: a run "
+        "directory, made from another tool's adapter or from several",
         choices=FORMATS,
     )
     output: str | None = option(None, "directory to create; default: RUN-FORMAT")
@@ -104,6 +110,15 @@ class ExportCommand(AdapterOptions):
         "the base model: the Hub repository that the export should name, the repository or "
         "directory whose weights to merge into, or the model to load another tool's adapter on; "
         "default: the one that the adapter names",
+    )
+    merged: bool = option(
+        False, "gguf: write the whole model with the adapter in its weights, not only the adapter"
+    )
+    outtype: str = option(
+        "f16",
+        "gguf --merged: type of the weights, by llama.cpp's names; vectors stay f32, and the "
+        "embeddings of a q4 or q5 file are q8_0",
+        choices=OUTTYPES,
     )
     dequantize: bool = option(
         False, "merged: merge into the weights of the run's own quantized model, written dense"
@@ -129,6 +144,10 @@ class ExportCommand(AdapterOptions):
             raise UserError(
                 f"{' and '.join(wrong)} cannot be used with --format {self.format}{why}"
             )
+        if self.merged and self.dtype != "float32":
+            raise UserError("--dtype is for an adapter; with --merged, choose --outtype")
+        if self.outtype != "f16" and not self.merged:
+            raise UserError("--outtype needs --merged; the type of an adapter is --dtype")
         if self.dequantize and self.quantize:
             raise UserError("--dequantize and --quantize cannot be used together")
         if self.base_model and (self.dequantize or self.quantize):
@@ -140,6 +159,11 @@ class ExportCommand(AdapterOptions):
             raise UserError("--private needs --push-to USER/NAME")
         if self.adapter and not self.output:
             raise UserError("--adapter needs --output")
+
+    @property
+    def kind(self) -> str:
+        """The format, and whether it is the whole model or an adapter if it could be either."""
+        return f"{self.format}-merged" if self.merged else self.format
 
 
 @dataclass(kw_only=True)

@@ -69,7 +69,7 @@ def export_merged(
             f"model {base.name} is quantized; name the full-precision one with --base-model, or, "
             "if the run was trained on it, pass --dequantize"
         )
-    count, targets = len(adapter.adapted()), _targets(adapter, base)
+    count, targets = len(adapter.adapted()), merge_targets(adapter, base)
     proof = Proof(output)
     with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
@@ -102,10 +102,10 @@ class _Change(NamedTuple):
 
 
 # For each tensor of the checkpoint, the modules that are merged into it, and their places in it.
-_Targets = Mapping[str, Mapping[str, HFWeight]]
+MergeTargets = Mapping[str, Mapping[str, HFWeight]]
 
 
-def _targets(adapter: Adapter, base: ModelWeights) -> _Targets:
+def merge_targets(adapter: Adapter, base: ModelWeights) -> MergeTargets:
     """What to merge, by the name of the checkpoint's tensor; all faults in one message."""
     targets: dict[str, dict[str, HFWeight]] = {}
     experts: dict[str, int] = {}
@@ -183,7 +183,7 @@ class _Block(NamedTuple):
     changes: list[_Change]
 
 
-def _segments(file: TensorFile, adapter: Adapter, targets: _Targets) -> Iterator[list[_Block]]:
+def _segments(file: TensorFile, adapter: Adapter, targets: MergeTargets) -> Iterator[list[_Block]]:
     """The blocks of a whole file, in order: those of some rows, or of the bytes in between."""
     for tensor, start, stop in segments(file, targets.keys()):
         if tensor is not None:
@@ -221,7 +221,7 @@ def _write(
     file: TensorFile,
     target: Path,
     adapter: Adapter,
-    targets: _Targets,
+    targets: MergeTargets,
     advance: Advance,
 ) -> None:
     """Write one weight file of the merged model."""
@@ -239,7 +239,7 @@ def _prove(
     file: TensorFile,
     target: Path,
     adapter: Adapter,
-    targets: _Targets,
+    targets: MergeTargets,
     proof: Proof,
     advance: Advance,
 ) -> None:

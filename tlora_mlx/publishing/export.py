@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlora_mlx.adapters.adapter import Adapter
+from tlora_mlx.adapters.gguf import ADAPTER, write_gguf_adapter
 from tlora_mlx.adapters.mlx_lm import MLX_LM
 from tlora_mlx.adapters.peft import PEFT
 from tlora_mlx.adapters.proof import Proof
@@ -16,11 +17,13 @@ from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.invocation import suggested
 from tlora_mlx.merging.dense import export_merged
 from tlora_mlx.merging.dequantize import export_dequantized
+from tlora_mlx.merging.gguf_model import MODEL, export_gguf
 from tlora_mlx.merging.requantize import export_requantized
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.publishing.card import write_card
 from tlora_mlx.publishing.hub import check_base, check_push
 from tlora_mlx.publishing.instructions import EXPORTS
+from tlora_mlx.publishing.modelfile import MODELFILE, write_modelfile
 from tlora_mlx.storage.files import Finish, user_path
 
 
@@ -31,7 +34,7 @@ class ExportResult:
     Attributes:
         directory: the new directory.
         proof: what reading it back has shown.
-        how_to_load: two lines for the user.
+        how_to_load: two or three lines for the user.
     """
 
     directory: Path
@@ -54,7 +57,7 @@ def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
             pushed to ``config.push_to``.
         RunError: writing failed, or what was read back differs.
     """
-    target = _TARGETS[config.format]
+    target = _TARGETS[config.kind]
     adapter = read_source(config, config.base_model, observer)
     if config.push_to is not None:
         _check_push(config, adapter)
@@ -62,8 +65,8 @@ def export(config: ExportCommand, observer: Observer = SILENT) -> ExportResult:
     name = config.push_to or output.resolve().name
 
     def finish(staging: Path) -> None:
-        if config.format in EXPORTS:
-            write_card(staging, adapter, config.format, config.base_model, name)
+        if config.kind in EXPORTS:
+            write_card(staging, adapter, config.kind, config.base_model, name)
 
     proof = target.write(adapter, output, config, observer, finish)
     return ExportResult(output, proof, target.how_to_load(output, config))
@@ -73,7 +76,7 @@ def _check_push(config: ExportCommand, adapter: Adapter) -> None:
     """Check that a push is possible, before the work starts."""
     check_push(config.push_to)
     base = config.base_model or adapter.original
-    if base and EXPORTS[config.format].names_base:
+    if base and EXPORTS[config.kind].names_base:
         check_base(base)
 
 
@@ -122,6 +125,45 @@ def _how_to_load_merged(output: Path, config: ExportCommand) -> str:
     return f"merged model in {output}; load it with\n  {loader}({str(output)!r})"
 
 
+def _write_gguf(
+    adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
+) -> Proof:
+    return write_gguf_adapter(adapter, output, config.dtype, config.base_model, finish=finish)
+
+
+def _how_to_load_gguf(output: Path, _: ExportCommand) -> str:
+    argument = shlex.quote(str(output / ADAPTER))
+    return f"GGUF adapter in {output}; load it with\n  llama-cli -m base.gguf --lora {argument}"
+
+
+def _write_gguf_model(
+    adapter: Adapter, output: Path, config: ExportCommand, observer: Observer, finish: Finish
+) -> Proof:
+    base_model = config.base_model or adapter.original
+
+    def finish_with_modelfile(staging: Path) -> None:
+        write_modelfile(staging, base_model)
+        finish(staging)
+
+    return export_gguf(
+        adapter,
+        output,
+        outtype=config.outtype,
+        base_model=base_model,
+        observer=observer,
+        finish=finish_with_modelfile,
+    )
+
+
+def _how_to_load_gguf_model(output: Path, _: ExportCommand) -> str:
+    model, modelfile = (shlex.quote(str(output / name)) for name in (MODEL, MODELFILE))
+    return (
+        f"GGUF model in {output}; chat with it in llama.cpp, or add it to Ollama:\n"
+        f"  llama-cli -m {model}\n"
+        f"  ollama create NAME -f {modelfile}"
+    )
+
+
 def _write_run(
     adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
 ) -> Proof:
@@ -140,7 +182,7 @@ class _Target:
 
     Attributes:
         write: writes the adapter into a new directory, reads it back and has it finished.
-        how_to_load: two lines for the user.
+        how_to_load: two or three lines for the user.
     """
 
     write: Callable[[Adapter, Path, ExportCommand, Observer, Finish], Proof]
@@ -151,5 +193,7 @@ _TARGETS = {
     "peft": _Target(_write_peft, _how_to_load_peft),
     "mlx-lm": _Target(_write_mlx_lm, _how_to_load_mlx_lm),
     "merged": _Target(_write_merged, _how_to_load_merged),
+    "gguf": _Target(_write_gguf, _how_to_load_gguf),
+    "gguf-merged": _Target(_write_gguf_model, _how_to_load_gguf_model),
     "run": _Target(_write_run, _how_to_load_run),
 }

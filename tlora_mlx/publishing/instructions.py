@@ -224,11 +224,59 @@ class MergedExport(Export):
         ]
 
 
-# By their name in ``tlora export --format``; a run directory is not for publishing.
+class GGUFExport(Export):
+    """An adapter for llama.cpp's ``--lora``."""
+
+    tags = ("lora", "gguf")
+    names_base = False
+
+    @property
+    def library(self) -> str:
+        """The Hub's name for llama.cpp's files."""
+        return "gguf"
+
+    def loading(self) -> list[str]:
+        """llama.cpp, with the base model as GGUF."""
+        return [
+            *self._download_blocks(),
+            "llama.cpp, with the base model as GGUF:\n",
+            _code("bash", f"llama-cli -m base.gguf --lora {self._local}/adapter.gguf"),
+        ]
+
+
+class GGUFModelExport(MergedExport):
+    """A whole model for llama.cpp, Ollama and LM Studio."""
+
+    tags = ("gguf",)
+
+    @property
+    def library(self) -> str:
+        """The Hub's name for llama.cpp's files."""
+        return "gguf"
+
+    def loading(self) -> list[str]:
+        """llama.cpp and Ollama."""
+        name = self.name.rsplit("/", 1)[-1]
+        return [
+            *self._download_blocks(),
+            "llama.cpp:\n",
+            _code("bash", f"llama-cli -m {self._local}/model.gguf"),
+            "Ollama:\n",
+            _code(
+                "bash",
+                f"ollama create {quote(name.lower())} -f {self._local}/Modelfile",
+                f"ollama run {quote(name.lower())}",
+            ),
+        ]
+
+
+# By ``ExportCommand.kind``; a run directory is not for publishing.
 EXPORTS: dict[str, type[Export]] = {
     "peft": PeftExport,
     "mlx-lm": MlxLmExport,
     "merged": MergedExport,
+    "gguf": GGUFExport,
+    "gguf-merged": GGUFModelExport,
 }
 
 
