@@ -118,7 +118,7 @@ def test_the_flags_that_the_documents_name():
     # Of pip, pytest, mlx-lm, mlx.launch, vLLM, the Hub's client and EvalPlus; and of all commands.
     known |= {"--adapter-path", "--hostfile", "--env", "--hosts", "--over", "--backend"}
     known |= {"--auto-setup", "--enable-lora", "--lora-modules", "--max-lora-rank", "--local-dir"}
-    known |= {"--dataset", "--help"}
+    known |= {"--dataset", "--help", "--lora", "--real"}  # llama.cpp, scripts/demo.sh
     for document in DOCUMENTS:
         # Whose flags are the scripts' and mlx-lm's.
         if document.name not in ("BENCHMARKS.md", "RESULTS.md", "FROM_MLX_LM.md"):
