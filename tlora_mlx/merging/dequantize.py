@@ -76,7 +76,7 @@ def export_dequantized(
     with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
         # An Infinity in the configuration is kept: transformers and mlx-lm read it.
-        text = json.dumps(_without_quantization(base.config), indent=2)
+        text = json.dumps(_without_quantization(base.shared_config), indent=2)
         write_text(staging / "config.json", text + "\n")
         if len(files) > 1:
             places = {tensor: file for file, names in files.items() for tensor in names}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 # mlx-lm's name of each setting and the name that transformers 5 writes, the first table's inside
@@ -57,3 +60,79 @@ def _period(kinds: Any) -> int | None:
     period = kinds.index("full_attention") + 1
     full = [(i + 1) % period == 0 for i in range(len(kinds))]
     return period if full == [kind == "full_attention" for kind in kinds] else None
+
+
+def missed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a ``config.json`` without which plain mlx-lm computes a different model.
+
+    They are under the names that mlx-lm reads; empty if it reads the configuration as it is, or
+    does not know the family.
+    """
+    from mlx_lm.utils import _get_classes
+
+    settings, missed = older_settings(config), {}
+    text = config.get("text_config")
+    if isinstance(text, dict) and (inner := missed_settings(text)):
+        missed["text_config"] = {**text, **inner}
+    settings.pop("text_config", None)
+    try:
+        _, arguments = _get_classes(config)
+        read = vars(arguments.from_dict({**config, **settings}))
+    except Exception:  # whatever an unknown family raises: nothing is known about it
+        return missed
+    try:
+        plain = vars(arguments.from_dict(config))
+    except TypeError:  # without some of them it is not read at all
+        plain = {}
+    same = [name for name in settings if name in plain and plain[name] == read.get(name)]
+    return missed | {n: v for n, v in settings.items() if n in read and n not in same}
+
+
+def mlx_lm_warning(name: str, config: dict[str, Any]) -> str | None:
+    """A warning if plain mlx-lm computes a different model; None if it does not.
+
+    Args:
+        name: the model.
+        config: its ``config.json``.
+    """
+    missed = missed_settings(config)
+    missed |= {
+        f"text_config.{key}": value
+        for key, value in missed.pop("text_config", {}).items()
+        if value != config["text_config"].get(key)
+    }
+    if not missed:
+        return None
+    lines = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in missed.items())
+    return (
+        f"warning: mlx_lm's own commands compute a different model from {name}, since they do not "
+        f"read all that transformers 5 wrote into its config.json; for them, add {lines}"
+    )
+
+
+def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """A ``config.json`` that mlx-lm and transformers read alike.
+
+    Args:
+        config: the contents of ``config.json``.
+        path: the model's directory.
+
+    Returns:
+        The configuration with mlx-lm's settings, too; None if it needs none, or if transformers
+        would then read it differently.
+    """
+    from transformers import AutoConfig
+
+    missed = missed_settings(config)
+    if not missed:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps({**config, **missed}))
+        try:
+            before, after = (
+                AutoConfig.from_pretrained(place).to_dict() for place in (path, directory)
+            )
+        except Exception:  # transformers does not know the family, or needs its code
+            return None
+    changed = [key for key, value in before.items() if after.get(key) != value]
+    return None if set(changed) - {"_name_or_path", *missed} else {**config, **missed}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tlora_mlx.errors import UserError
+from tlora_mlx.models.compatibility import shared_config
 from tlora_mlx.models.model_directory import (
     INDEX,
     MODEL_FILES,
@@ -14,7 +18,7 @@ from tlora_mlx.models.model_directory import (
     read_model_config,
     weight_files,
 )
-from tlora_mlx.storage.files import copy_file
+from tlora_mlx.storage.files import copy_file, write_text
 from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile
 
@@ -72,7 +76,10 @@ class ModelWeights:
             copy_file(file_in(self.path, INDEX), output / INDEX)
 
     def copy_other_files(self, output: Path) -> None:
-        """Copy what mlx-lm and transformers need besides the weights and their index."""
+        """Copy what mlx-lm and transformers need besides the weights and their index.
+
+        Settings that mlx-lm would miss are added to ``config.json`` under its own names.
+        """
         # A tokenizer's further templates (transformers, utils/hub.py, CHAT_TEMPLATE_DIR).
         templates = self.path / "additional_chat_templates"
         for source in sorted([*self.path.iterdir(), *templates.glob("*.jinja")]):
@@ -83,3 +90,11 @@ class ModelWeights:
             if wanted and source.is_file():
                 name = source.relative_to(self.path)
                 copy_file(file_in(self.path, name), output / name)
+        if self.shared_config != self.config:
+            # An Infinity in the configuration is kept: transformers and mlx-lm read it.
+            write_text(output / "config.json", json.dumps(self.shared_config, indent=2) + "\n")
+
+    @cached_property
+    def shared_config(self) -> dict[str, Any]:
+        """The configuration that mlx-lm and transformers read alike, if there is one."""
+        return shared_config(self.config, self.path) or self.config

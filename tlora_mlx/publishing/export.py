@@ -20,6 +20,8 @@ from tlora_mlx.merging.dense import export_merged
 from tlora_mlx.merging.dequantize import export_dequantized
 from tlora_mlx.merging.gguf_model import MODEL, export_gguf
 from tlora_mlx.merging.requantize import export_requantized
+from tlora_mlx.models.compatibility import mlx_lm_warning
+from tlora_mlx.models.model_directory import read_model_config
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.publishing.card import write_card
 from tlora_mlx.publishing.hub import check_base, check_push
@@ -97,8 +99,13 @@ def _how_to_load_peft(output: Path, config: ExportCommand) -> str:
 
 
 def _write_mlx_lm(
-    adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
+    adapter: Adapter, output: Path, config: ExportCommand, observer: Observer, finish: Finish
 ) -> Proof:
+    name = config.base_model or adapter.model
+    if Path(name).is_dir() and (
+        warning := mlx_lm_warning(name, read_model_config(Path(name), name))
+    ):
+        observer.note(warning)
     return MLX_LM.write(adapter, output, config.dtype, config.base_model, finish=finish)
 
 

@@ -19,6 +19,7 @@ from tlora_mlx.distributed.collectives import from_each, from_first, processes
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import Linear, target_linears
 from tlora_mlx.models.base_model import BaseModel, load_base_model
+from tlora_mlx.models.compatibility import mlx_lm_warning
 from tlora_mlx.models.model_directory import check_model_name
 from tlora_mlx.models.names import unexportable
 from tlora_mlx.models.tokenizer import ModelTokenizer, load_tokenizer
@@ -73,6 +74,8 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
         if not config.allow_unexportable:
             raise UserError(f"{reason}; train anyway with --allow-unexportable")
         observer.note(f"warning: {reason}; it trains, but tlora_mlx.export will refuse it")
+    if warning := mlx_lm_warning(base.name, base.config):
+        observer.note(warning)
     setup = Setup(base, data, targets)
     if processes() > 1:
         _compare_processes(config, setup, observer)
