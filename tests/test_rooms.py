@@ -44,6 +44,8 @@ DOORS = (
     "upload",
     "inspect",
     "generate",
+    "chat",
+    "serve",
     "evaluate",
     "report",
 )

@@ -15,10 +15,12 @@ from tlora_mlx.config.export_options import ExportCommand, UploadCommand
 from tlora_mlx.config.option import Config
 from tlora_mlx.config.training_options import PlanCommand, PlanConfig, TrainConfig
 from tlora_mlx.config.usage_options import (
+    ChatCommand,
     EvaluateCommand,
     GenerateCommand,
     InspectCommand,
     ReportCommand,
+    ServeCommand,
 )
 
 OPTIONS = (ROOT / "docs/OPTIONS.md").read_text()
@@ -46,6 +48,7 @@ def test_the_table_of_flags():
 def test_the_other_commands_flags():
     last = OPTIONS[OPTIONS.index("`tlora export RUN` takes") :]
     commands = (ExportCommand, UploadCommand, GenerateCommand, EvaluateCommand, ReportCommand)
+    commands += (ChatCommand, ServeCommand)
     for config_class in commands:
         for item in fields(config_class):
             if not item.metadata["positional"] and item.name != "trust_remote_code":
@@ -114,6 +117,7 @@ def test_the_messages_that_troubleshooting_quotes():
 def test_the_flags_that_the_documents_name():
     commands = (PlanCommand, TrainConfig, ExportCommand, UploadCommand, GenerateCommand)
     commands += (InspectCommand, EvaluateCommand, ReportCommand, CheckCommand)
+    commands += (ChatCommand, ServeCommand)
     known = {f"--{i.name.replace('_', '-')}" for command in commands for i in fields(command)}
     # Of pip, pytest, mlx-lm, mlx.launch, vLLM, the Hub's client and EvalPlus; and of all commands.
     known |= {"--adapter-path", "--hostfile", "--env", "--hosts", "--over", "--backend"}

@@ -24,6 +24,30 @@ class GenerateCommand(Config):
 
 
 @dataclass(kw_only=True)
+class ChatCommand(Config):
+    """``python -m tlora_mlx.chat``."""
+
+    run: str = option(MISSING, "run directory, or a PEFT or mlx-lm adapter", positional=True)
+    system: str | None = option(None, "system message; default: the chat template's own")
+    max_tokens: int = option(512, "at most N tokens per answer", at_least=1)
+    temp: float = option(0.0, "temperature of sampling; 0: always the likeliest", at_least=0.0)
+    base_model: str | None = option(
+        None,
+        "the base model, if it is not where the adapter says: a directory, or a Hub repository",
+    )
+    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+
+
+@dataclass(kw_only=True)
+class ServeCommand(Config):
+    """``python -m tlora_mlx.serve``."""
+
+    run: str = option(MISSING, "run directory that tlora train created", positional=True)
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8080, "port to listen on", at_least=1, at_most=65535)
+
+
+@dataclass(kw_only=True)
 class InspectCommand(Config):
     """``python -m tlora_mlx.inspect``."""
 

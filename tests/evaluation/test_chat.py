@@ -1,0 +1,101 @@
+"""Chatting with a run, and serving it."""
+
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from helpers.adapters import make_run, zero_one_cap
+from helpers.commands import assert_one_sentence
+from helpers.models import save_model
+from mlx_lm import generate
+
+import tlora_mlx
+from tlora_mlx import load_adapter, read_run
+from tlora_mlx.method.layers import adapters_off
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HINT = "Chat with the run; /base asks its base model the same, /new starts over, Ctrl-D ends.\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chat")
+    model_path = save_model(root / "model", chat_template=TEMPLATE)
+    mixed = make_run(root / "mixed", model_path, zero_one_cap)
+    return tlora_mlx.export_run(read_run(mixed), root / "run").directory
+
+
+def test_a_chat(run, tlora_here, monkeypatch):
+    """Both questions, the second with the first one's answer before it; and the base model's."""
+    loaded = load_adapter(run)
+
+    def text(*turns):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return generate(loaded.model, loaded.tokenizer, prompt, max_tokens=6)
+
+    first = text("Add 1.")
+    second = text("Add 1.", first, "Add 2.")
+    with adapters_off(loaded.model):
+        base = text("Add 1.", first, "Add 2.")
+    alone = text("Add 2.")
+    assert len({second, base, alone}) == 3
+    lines = "/base\nAdd 1.\n\nAdd 2.\n/base\n/new\nAdd 2.\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    done = tlora_here("chat", run, "--max-tokens", 6)
+    assert (done.returncode, done.stderr) == (0, "")
+    asked = "ask something first; /base then shows the base model's answer"
+    assert done.stdout == HINT + "\n".join([asked, first, second, base, alone]) + "\n"
+
+
+def test_a_model_without_a_template(run_path, tlora_here):
+    done = tlora_here("chat", run_path)
+    assert_one_sentence(
+        done, 2, f"has no chat template; use python -m tlora_mlx generate {run_path}"
+    )
+
+
+def test_serving(run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tlora_mlx.serve", str(run), "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    question = [{"role": "user", "content": "Add 1."}]
+    body = json.dumps({"messages": question, "max_tokens": 6, "temperature": 0}).encode()
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    answer, end = None, time.monotonic() + 180
+    try:
+        while not answer and time.monotonic() < end:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+            except OSError:  # not up yet
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait(60)
+    loaded = load_adapter(run)
+    prompt = loaded.tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    expected = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=6)
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_what_cannot_be_served(model_path, tmp_path, tlora_here):
+    earlier = make_run(tmp_path / "earlier", model_path, lambda i, shape: 1)
+    done = tlora_here("serve", earlier)
+    assert_one_sentence(done, 2, "written by an earlier build; write it anew with: python -m")
+    done = tlora_here("serve", model_path)
+    assert done.returncode == 2

@@ -1,0 +1,26 @@
+"""What mlx-lm's server needs to serve a run."""
+
+from __future__ import annotations
+
+from tlora_mlx.adapters.run import read_run
+from tlora_mlx.errors import UserError
+from tlora_mlx.invocation import suggested
+from tlora_mlx.models.compatibility import mlx_lm_warning
+from tlora_mlx.models.model_directory import find_model, read_model_config
+
+
+def server_arguments(run: str) -> list[str]:
+    """The arguments of ``mlx_lm.server`` for a run and its base model.
+
+    Raises:
+        UserError: it is no run, is stored in the form of an earlier build, or mlx-lm would compute
+            a different base model.
+    """
+    adapter = read_run(run)
+    if "lora_parameters" not in adapter.config:
+        again = suggested("export", run, "--format", "run")
+        raise UserError(f"{run} was written by an earlier build; write it anew with: {again}")
+    name, path = find_model(adapter.model)
+    if warning := mlx_lm_warning(name, read_model_config(path, name)):
+        raise UserError(warning.removeprefix("warning: "))
+    return ["--model", name, "--adapter-path", str(adapter.directory)]

@@ -1,0 +1,34 @@
+"""``python -m tlora_mlx.serve``: mlx-lm's own server with a run, which OpenAI's clients can ask."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tlora_mlx.cli import run_command
+from tlora_mlx.config.parsing import parse
+from tlora_mlx.config.usage_options import ServeCommand
+
+DESCRIPTION = "Serve a run with mlx_lm.server, on its base model."
+
+
+def command(argv: Sequence[str] | None) -> None:
+    """Become mlx-lm's server."""
+    config = parse(ServeCommand, "tlora serve", DESCRIPTION, argv)
+
+    from tlora_mlx.adapters.serving import server_arguments
+
+    arguments = server_arguments(config.run)
+    address = ["--host", config.host, "--port", str(config.port)]
+    print(f"mlx_lm.server on http://{config.host}:{config.port}/v1; Ctrl-C ends it", flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "mlx_lm", "server", *arguments, *address])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(lambda: command(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
