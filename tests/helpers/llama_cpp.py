@@ -133,7 +133,7 @@ class LlamaCpp:
         parameters = lib.llama_context_default_params()
         assert (parameters.n_ctx, parameters.n_batch, parameters.type_k) == (512, 2048, 1)
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(64, count)
-        parameters.n_threads = parameters.n_threads_batch = 2
+        parameters.n_threads = parameters.n_threads_batch = 1  # more would spin, waiting
         parameters.type_k = parameters.type_v = parameters.flash_attn_type = 0  # float32
         context = c.c_void_p(lib.llama_init_from_model(self.model, parameters))
         assert context

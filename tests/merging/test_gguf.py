@@ -73,13 +73,13 @@ def check_in_llama_cpp(run, root, tolerance=1e-3):
     assert np.abs(expected - plain).max() > 0.1
     own = difference(LlamaCpp(base), plain)
     assert own < tolerance
+    text = greedy(loaded.model, TOKENS[0], 40, loaded.tokenizer.eos_token_ids)
     for read in (
         LlamaCpp(root / "merged/model.gguf"),
         LlamaCpp(base, root / "adapter/adapter.gguf"),
     ):
         assert difference(read, expected) < max(1e-3, 2 * own)
-        text = read.greedy(TOKENS[0], 40)
-        assert text == greedy(loaded.model, TOKENS[0], 40, loaded.tokenizer.eos_token_ids)
+        assert read.greedy(TOKENS[0], 40) == text
 
 
 @pytest.mark.parametrize(
