@@ -19,17 +19,17 @@ def command(argv: Sequence[str] | None) -> None:
     """Answer line by line, as it is generated."""
     config = parse(ChatCommand, "tlora chat", DESCRIPTION, argv)
 
-    from tlora_mlx.evaluation.conversing import Conversation
+    from tlora_mlx.evaluation.conversing import ChatSession
 
-    conversation = Conversation(config)
+    session = ChatSession(config)
     print("Chat with the run; /base asks its base model the same, /new starts over, Ctrl-D ends.")
     for line in _lines():
         if line == "/new":
-            conversation.restart()
+            session.restart()
             continue
         try:
             for part in (
-                conversation.base_answer() if line == "/base" else conversation.answer(line)
+                session.base_answer() if line == "/base" else session.answer(line)
             ):
                 print(part, end="", flush=True)
             print()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.models import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from tlora_mlx.publishing.modelfile import ollama_template
 
@@ -84,8 +85,14 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("chat_template", [CHATML, GEMMA, LLAMA3, BRACES])
 def test_the_template_renders_the_same(chat_template):
+    """Gemma's tokenizer adds the first token itself; SmolLM2's does not, where ChatML's is it."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    first = "<bos>" if chat_template is GEMMA else "<|im_start|>"
+    tokenizer.add_special_tokens({"bos_token": first})
+    if chat_template is GEMMA:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
     tokenizer.chat_template = chat_template
     template = ollama_template(tokenizer)
     for turns in CONVERSATIONS[: 2 if chat_template is GEMMA else 3]:

@@ -14,7 +14,7 @@ from tlora_mlx.invocation import suggested
 from tlora_mlx.method.layers import adapters_off
 
 
-class Conversation:
+class ChatSession:
     """A conversation with a run.
 
     Args:

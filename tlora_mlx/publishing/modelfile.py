@@ -127,10 +127,11 @@ def _literal(part: str | None) -> str:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool = True
 ) -> str:
-    """A conversation as text, without the token that begins every text."""
+    """A conversation as text, without a first token that the tokenizer adds to every text."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    # Ollama adds it itself, as the GGUF says.
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+    # Ollama adds it too, as the GGUF says.
+    adds = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def _messages(*texts: str, system: str | None = None) -> list[dict[str, str]]:
