@@ -200,6 +200,11 @@ class TrainConfig(PlanConfig):
         "wandb,tensorboard",
     )
     project_name: str = option("tlora_mlx", "project that --report-to reports to")
+    sample_prompts: str | None = option(
+        None,
+        "text file, one prompt per line, which the model answers at each validation; for "
+        "metrics.jsonl and the report",
+    )
     test: bool = option(False, "report the loss on test.jsonl before and after training")
 
     def __post_init__(self) -> None:

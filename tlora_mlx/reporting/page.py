@@ -68,12 +68,25 @@ def page(
         heat_maps=_heat_maps(adapter, energies),
         charts=_charts(reports) + _rate_charts(rates),
         metrics=metric_rows(evaluations) if evaluations else None,
+        watched=_watched(reports),
         sample_groups=[(title, shown) for title, shown in groups if shown],
         snippets=_snippets(adapter),
         options=[item for item in adapter.config.items() if item[1] is not None],
     )
     # Half a surrogate pair, from a file name or escaped in JSON, cannot be written as UTF-8.
     return f"{html}\n".encode(errors="replace").decode()
+
+
+def _watched(reports: Reports) -> list[tuple[str, list[tuple[Any, str]]]]:
+    """Each prompt of ``--sample-prompts`` with the iterations and the answers at them."""
+    found: dict[str, list[tuple[Any, str]]] = {}
+    for report in reports:
+        samples = report.get("samples")
+        for sample in samples if isinstance(samples, list) else []:
+            if isinstance(sample, dict) and {"prompt", "answer"} <= sample.keys():
+                place = report.get("iteration"), str(sample["answer"])
+                found.setdefault(str(sample["prompt"]), []).append(place)
+    return list(found.items())
 
 
 def points(reports: Reports, key: str) -> list[tuple[float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ class Recorder:
     run directory, and on the same machine the first process writes it (``writer.RunWriter``).
     """
 
-    def report(self, metrics: Mapping[str, float | None]) -> None:
+    def report(self, metrics: Mapping[str, Any]) -> None:
         """Record one report, a line of ``metrics.jsonl``."""
 
     def checkpoint(self, state: TrainingState) -> None:

@@ -22,6 +22,7 @@ from tlora_mlx.storage.files import file_digest, read_json
 MAY_CHANGE_ON_RESUME = {
     "adapter_path", "model", "data", "plan", "resume", "keep_checkpoints", "save_every",
     "report_to", "project_name", "skip_nonfinite", "trust_remote_code", "from_adapter",
+    "sample_prompts",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -191,7 +192,7 @@ class RunWriter(Recorder):
         """
         self._external = ExternalReports(self.path, self.config, self._observer)
 
-    def report(self, metrics: Mapping[str, float | None]) -> None:
+    def report(self, metrics: Mapping[str, Any]) -> None:
         """Append one report to ``metrics.jsonl``.
 
         Raises:

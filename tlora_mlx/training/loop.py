@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 
 import mlx.core as mx
@@ -69,6 +69,7 @@ class Training:
         config: the run's options.
         progress: where the run stands; updated in place.
         best: the adapter with the lowest validation loss so far; updated in place.
+        samples: called at each validation: prompts, each with the model's answer.
         recorder: receives each report: ``iteration`` and either ``train_loss``, ``learning_rate``,
             ``grad_norm`` (of the last update, before clipping), ``iterations_per_second``,
             ``tokens_per_second``, ``trained_tokens`` and ``peak_memory`` (GB), or ``val_loss`` and
@@ -86,12 +87,14 @@ class Training:
         *,
         progress: Progress | None = None,
         best: BestAdapter | None = None,
+        samples: Callable[[], list[dict[str, str]]] | None = None,
         recorder: Recorder | None = None,
         observer: Observer = SILENT,
     ):
         self.model, self.optimizer, self.config = model, optimizer, config
         self.train, self.valid = train, valid
         self.progress, self.best = progress or Progress(), best or BestAdapter()
+        self.samples = samples
         self.recorder, self.observer = recorder or Recorder(), observer
         self.updates = total_updates(len(train), config)
 
@@ -205,6 +208,7 @@ class Training:
         loss = evaluate(
             self.model, self.valid, config, "validating", config.val_batches, stops, self.observer
         )
+        samples = self.samples() if self.samples else None
         self.model.train()
         now = progress.validated = progress.iteration
         known = loss if math.isfinite(loss) else None
@@ -219,6 +223,8 @@ class Training:
             progress.stale += 1
         seconds = time.perf_counter() - start
         self._send_report({"iteration": now, "val_loss": known, "val_time": seconds})
+        if samples:
+            self.recorder.report({"iteration": now, "samples": samples})
 
     def _report(self, rate: float, norm: float) -> None:
         """Report the window's figures, and empty it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tlora_mlx.storage.files import user_path
 from tlora_mlx.training.best import BestAdapter
 from tlora_mlx.training.loop import Training
 from tlora_mlx.training.planning import plan_from_first
+from tlora_mlx.training.prompts import answers, read_prompts
 from tlora_mlx.training.rate_search import search_rate
 from tlora_mlx.training.setup import Setup, prepare
 from tlora_mlx.training.start import check_start, find_start
@@ -123,7 +126,8 @@ def _train(
             return TrainingResult(path, progress, was_finished=True)
     if is_first():
         check_start(config)
-    setup = prepare(config, observer)
+    prompts = read_prompts(config.sample_prompts)
+    setup = replace(prepare(config, observer), prompts=prompts)
     if config.test and not setup.data["test"].samples:
         raise UserError("--test needs test data: test.jsonl, or a split 'test'; there is none")
     if config.early_stop and not setup.data["valid"].samples:
@@ -178,6 +182,7 @@ def _begin(
         setup.data["train"],
         setup.data["valid"],
         config,
+        samples=_samples(setup),
         recorder=writer,
         observer=observer,
     )
@@ -211,9 +216,17 @@ def _resume(
         config,
         progress=state.progress,
         best=BestAdapter(state.best),
+        samples=_samples(setup),
         recorder=writer,
         observer=observer,
     )
+
+
+def _samples(setup: Setup) -> Callable[[], list[dict[str, str]]] | None:
+    """What answers the prompts of ``--sample-prompts``, in the process that records."""
+    if not setup.prompts or not is_first():
+        return None
+    return partial(answers, setup.base.model, setup.base.tokenizer, setup.prompts)
 
 
 def _test_loss(training: Training, split: Split) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,13 @@ class Setup:
     Attributes:
         data: the splits ``train``, ``valid`` and ``test``.
         targets: the target modules by full name.
+        prompts: those of ``--sample-prompts``.
     """
 
     base: BaseModel
     data: dict[str, Split]
     targets: dict[str, Linear]
+    prompts: Sequence[str] = ()
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of the model and the tokenized samples, which must not change before a resume."""

@@ -1,0 +1,56 @@
+"""Answers to the same few prompts at every validation, so that a run can be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.nn as nn
+
+from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.storage.files import user_path
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+MAX_TOKENS = 100
+
+
+def read_prompts(file: str | None) -> list[str]:
+    """The prompts of ``--sample-prompts``, one per line; none without a file.
+
+    Raises:
+        UserError: it cannot be read, or has no prompt.
+    """
+    if file is None:
+        return []
+    try:
+        lines = user_path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample-prompts {file} cannot be read: {first_line(error)}") from None
+    if prompts := [line for line in lines if line.strip()]:
+        return prompts
+    raise UserError(f"--sample-prompts {file} has no prompt; write one per line")
+
+
+def answers(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str]
+) -> list[dict[str, str]]:
+    """Each prompt with the model's answer, greedy, up to ``MAX_TOKENS`` tokens.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its chat template is used if there is one.
+        prompts: from ``read_prompts``.
+    """
+    from mlx_lm.generate import generate
+
+    found = []
+    for text in prompts:
+        prompt: str | list[int] = text
+        if tokenizer.has_chat_template:
+            turn = [{"role": "user", "content": text}]
+            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True)
+        answer = generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS)
+        found.append({"prompt": text, "answer": answer})
+    return found
