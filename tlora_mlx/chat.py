@@ -28,9 +28,7 @@ def command(argv: Sequence[str] | None) -> None:
             session.restart()
             continue
         try:
-            for part in (
-                session.base_answer() if line == "/base" else session.answer(line)
-            ):
+            for part in session.base_answer() if line == "/base" else session.answer(line):
                 print(part, end="", flush=True)
             print()
         except UserError as error:
