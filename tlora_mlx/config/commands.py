@@ -7,11 +7,13 @@ from tlora_mlx.config.export_options import ExportCommand, UploadCommand
 from tlora_mlx.config.option import Config
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
 from tlora_mlx.config.usage_options import (
+    ChatCommand,
     CompletionCommand,
     EvaluateCommand,
     GenerateCommand,
     InspectCommand,
     ReportCommand,
+    ServeCommand,
 )
 
 OPTIONS_OF: dict[str, type[Config]] = {
@@ -22,6 +24,8 @@ OPTIONS_OF: dict[str, type[Config]] = {
     "inspect": InspectCommand,
     "upload": UploadCommand,
     "generate": GenerateCommand,
+    "chat": ChatCommand,
+    "serve": ServeCommand,
     "evaluate": EvaluateCommand,
     "report": ReportCommand,
     "completion": CompletionCommand,
@@ -31,4 +35,5 @@ OPTIONS_OF: dict[str, type[Config]] = {
 PATHS = {
     "config", "model", "data", "adapter_path", "plan", "from_adapter", "run", "path", "directory",
     "output", "sensitivities", "base_model", "json", "adapter", "resume_adapter_file",
+    "sample_prompts",
 }  # fmt: skip
