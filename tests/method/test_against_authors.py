@@ -13,10 +13,12 @@ from mlx_lm.utils import load_model
 
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample
+from tlora_mlx.method import calibration as calibration_module
 from tlora_mlx.method.allocation import plan_ranks
-from tlora_mlx.method.calibration import _mean_products, calibrate
-from tlora_mlx.method.covariance import centred_gram, input_leaders
+from tlora_mlx.method.calibration import calibrate
+from tlora_mlx.method.covariance import centred_rows, input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape, target_linears
+from tlora_mlx.method.sensitivity import mean_products
 from tlora_mlx.method.subspace import task_subspace
 
 CASES = ["expected_r4_a4", "expected_r6_a12"]
@@ -164,6 +166,21 @@ def test_modules_that_read_the_same_input_share_a_covariance(model, samples):
     assert all(mx.array_equal(own[name], own[leader]) for name, leader in leaders.items())
 
 
+def test_the_last_module_is_evaluated_first(model, samples, monkeypatch):
+    """So that the backward pass frees what it no longer needs, module by module."""
+    names, observe = [], calibration_module._observe
+
+    def watched(*arguments):
+        for found in observe(*arguments):
+            names.append(found[0])
+            yield found
+
+    monkeypatch.setattr(calibration_module, "_observe", watched)
+    targets = target_linears(model)
+    calibrate(model, targets, [collate(samples[:2], 512)])
+    assert names == list(reversed(targets))
+
+
 def test_no_samples(model):
     with pytest.raises(ValueError, match="no sample"):
         calibrate(model, target_linears(model), [])
@@ -194,6 +211,9 @@ def test_statistics_are_float32_before_the_first_operation():
             for k, v in (("x", x), ("delta", delta), ("weight", linear.weight))
         }
         rows = exact["x"] - exact["x"].mean(axis=0)
-        np.testing.assert_allclose(centred_gram(x), rows.T @ rows, rtol=1e-3, atol=1e-3)
+        found = centred_rows(mx.stack([x, x]), [40, 30])
+        np.testing.assert_allclose(found[:40], rows, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found[40:].mean(axis=0), np.zeros(12), atol=1e-3)
+        assert found.shape == (70, 12)
         expected = np.abs(exact["weight"] * (exact["delta"].T @ exact["x"])).mean()
-        assert _mean_products(linear, [(delta, x)]).item() == pytest.approx(expected, rel=1e-5)
+        assert mean_products(linear, [(delta, x)]).item() == pytest.approx(expected, rel=1e-5)

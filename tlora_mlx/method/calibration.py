@@ -14,15 +14,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from tlora_mlx.distributed.collectives import total
 from tlora_mlx.method.batch import Batch
-from tlora_mlx.method.covariance import centred_gram
+from tlora_mlx.method.covariance import centred_rows
 from tlora_mlx.method.experts import is_switch, modules_of, samples_of
 from tlora_mlx.method.layers import Linear, linear_shape, replace_modules
 from tlora_mlx.method.output_layer import PROBE_TOKENS, is_separable, summed_loss, target_rows
 from tlora_mlx.method.sensitivity import mean_products, mean_products_of_experts
+from tlora_mlx.method.symmetric import from_strips, gram_strips, zero_strips
 from tlora_mlx.models.differentiable import differentiable
 from tlora_mlx.observer import Advance, no_advance
 
@@ -45,8 +46,8 @@ class Calibration:
 class _Probe(nn.Module):
     """Computes what ``linear`` computes, and the statistics in the backward pass.
 
-    ``sensitivity`` (batch,) and, if collected, ``covariance`` (in, in) are parameters that have no
-    effect on the output; their gradients are the batch's statistics.
+    ``sensitivity`` (batch,) and, if collected, ``covariance`` (strips of (in, in)) are parameters
+    that have no effect on the output; their gradients are the batch's statistics.
     """
 
     def __init__(self, name: str, linear: nn.Module, collects: bool):
@@ -61,8 +62,7 @@ class _Probe(nn.Module):
         self._lengths = lengths
         self.sensitivity = mx.zeros((len(lengths),))
         if self._collects:
-            in_features = linear_shape(self.linear)[1]
-            self.covariance = mx.broadcast_to(mx.array(0.0), (in_features, in_features))
+            self.covariance = zero_strips(linear_shape(self.linear)[1])
         self.unfreeze(recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -83,10 +83,10 @@ class _Probe(nn.Module):
             rows = [(delta[n, :t], x[n, :t]) for n, t in enumerate(lengths)]
             gradients = [mean_products(linear, rows)]
             if collects:
-                gradients.append(sum(centred_gram(r) for _, r in rows))
+                gradients += gram_strips(centred_rows(x, lengths))
             return delta, mx.zeros_like(x), *gradients
 
-        statistics = [self.sensitivity] + ([self.covariance] if collects else [])
+        statistics = [self.sensitivity, *(self.covariance if collects else ())]
         return tap(linear(x), mx.stop_gradient(x), *statistics)
 
 
@@ -163,39 +163,35 @@ def calibrate(
     if any(isinstance(probe, _SwitchProbe) for probe in probes.values()):
         batches = samples_of(batches)
     sensitivities = dict.fromkeys(targets, 0.0)
-    covariances: dict[str, mx.array] = {}
-    samples = 0
+    grams = {name: zero_strips(linear_shape(targets[name])[1]) for name in covariance_of}
+    samples, training = 0, model.training
     model.freeze()
-    training = model.training
     separable = _has_separable_output(model, targets)
     replace_modules(model, probes)
     try:
         for batch in batches:
-            for name, scores, gram in _observe(model, probes, batch, samples, separable):
+            for name, scores, strips in _observe(model, probes, batch, samples, separable):
                 if is_switch(modules[name]):
                     for number, score in enumerate(scores.tolist()):
                         sensitivities[f"{name}.{number}"] += score
                     continue
                 sensitivities[name] += sum(scores.tolist())
-                if gram is not None:
-                    covariances[name] = covariances[name] + gram if name in covariances else gram
-                    mx.eval(covariances[name])
+                if strips:
+                    grams[name] = tree_map(mx.add, grams[name], strips)
+                    mx.eval(grams[name])
             samples += batch.tokens.shape[0]
             advance(batch.tokens.shape[0])
     finally:
         replace_modules(model, modules)
-        model.freeze()
         model.train(training)
     samples = int(total(mx.array(samples)).item())
     if samples == 0:
         raise ValueError("there is no sample to calibrate on")
     sums = total(mx.array(list(sensitivities.values()))).tolist()
+    covariances: dict[str, mx.array] = {}
     for name in targets:
         if name in covariance_of:
-            in_features = linear_shape(targets[name])[1]
-            gram = covariances.get(name)  # None: this process had no sample
-            gram = mx.zeros((in_features, in_features)) if gram is None else gram
-            covariances[name] = total(gram) / samples
+            covariances[name] = total(from_strips(grams.pop(name))) / samples
             mx.eval(covariances[name])
     return Calibration(
         {name: s / samples for name, s in zip(targets, sums, strict=True)}, covariances, samples
@@ -216,8 +212,8 @@ def _observe(
     batch: Batch,
     samples_before: int,
     separable: bool,
-) -> Iterator[tuple[str, mx.array, mx.array | None]]:
-    """One batch's statistics, module by module: name, scores (batch,) and gram (in, in) or None.
+) -> Iterator[tuple[str, mx.array, list[mx.array]]]:
+    """One batch's statistics, module by module: name, scores (batch,), and a gram's strips or none.
 
     A stacked layer's scores are its experts', (E,), for a batch of one sample.
 
@@ -253,6 +249,7 @@ def _observe(
         )
     for name in reversed(probes):
         scores = gradients.pop(f"{name}.sensitivity") / counts
-        gram = gradients.pop(f"{name}.covariance", None)
+        keys = [key for key in gradients if key.startswith(f"{name}.covariance.")]
+        strips = [gradients.pop(key) for key in keys]
         mx.eval(scores)
-        yield name, scores, gram
+        yield name, scores, strips

@@ -5,7 +5,7 @@ Modules that read the same input (q, k and v; gate and up) share one C: the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,20 +29,16 @@ def centred(inputs: mx.array) -> mx.array:
     return x - x.mean(axis=0, keepdims=True)
 
 
-def centred_gram(inputs: mx.array) -> mx.array:
-    """One sample's contribution to C, before the average over samples.
+def centred_rows(inputs: mx.array, lengths: Sequence[int]) -> mx.array:
+    """All samples' X − mean_t X below each other, (Σ T_n, in) float32.
+
+    So one product with it sums over the samples, which is faster than a product for each.
 
     Args:
-        inputs: X (T, in), the module's inputs on all tokens of one sample, any float dtype.
-
-    Returns:
-        (X − mean_t X)ᵀ (X − mean_t X), (in, in) float32: centred per sample, summed over its
-        tokens and not divided by their number.
-
-    Source: Rambo-Yi/TLora e3463ae, ``peft/tuners/lora/tlora.py::preprocess_tlora``.
+        inputs: (batch, T, in), any float dtype.
+        lengths: T_n, each sample's number of tokens; what is behind them is padding.
     """
-    x = centred(inputs)
-    return x.T @ x
+    return mx.concatenate([centred(inputs[n, :t]) for n, t in enumerate(lengths)])
 
 
 class _InputTap(nn.Module):
@@ -132,7 +128,8 @@ def accumulate(
         model: the base model; its weights stay untouched.
         linears: the modules whose inputs are used, by full name.
         batches: as for ``calibrate``.
-        term: a function of a module's name and one sample's centred inputs (T, in), float32.
+        term: a function of a module's name and the samples' centred inputs (N, in), float32, such
+            that adding rows adds terms.
         advance: called with each finished batch's number of samples.
     """
     sums: dict[str, mx.array] = {}
@@ -142,7 +139,7 @@ def accumulate(
     for batch in batches:
         lengths = batch.lengths.tolist()
         for name, x in _inputs(model, linears, batch.tokens):
-            terms = sum(term(name, centred(x[n, :t])) for n, t in enumerate(lengths))
+            terms = term(name, centred_rows(x, lengths))
             sums[name] = sums[name] + terms if name in sums else terms
             mx.eval(sums[name])
         samples += len(lengths)

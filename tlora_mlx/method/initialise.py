@@ -280,7 +280,7 @@ def streamed_subspaces(
 
 
 def _product(blocks: Mapping[str, mx.array], name: str, x: mx.array) -> mx.array:
-    """One sample's part of C P: Xᵀ(X P), of centred X (T, in) and P (in, k)."""
+    """These samples' part of C P: Xᵀ(X P), of centred X (N, in) and P (in, k)."""
     return x.T @ (x @ blocks[name])
 
 
