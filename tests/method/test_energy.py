@@ -48,3 +48,11 @@ def test_beyond_huge_directions(ratio, leading):
         assert count == leading
         assert total > 1 - 2 / ratio**2
         assert abs(beyond - shares(weight, covariance, a, leading)[1]) < 0.02
+
+
+def test_what_is_only_rounding_is_no_gap():
+    """Behind the five directions of a deficient W·C there is nothing to lead."""
+    weight, covariance = problem(60, 40, "deficient")
+    energy = captured_energy(weight, covariance, task_subspace(weight, covariance, 8))
+    assert energy.leading == 0
+    assert energy.beyond == energy.total > 0.9999
