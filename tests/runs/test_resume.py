@@ -1,5 +1,6 @@
 """What a run survives: kill -9 at any moment, signals, a full disk, damage, changed inputs."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from mlx.utils import tree_flatten
 from tlora_mlx import read_run
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.runs import checkpoint
+from tlora_mlx.storage import foreign
 
 ITERATIONS = 40
 SLOW = {"iters": ITERATIONS, "save_every": 1, "keep_checkpoints": 2, "steps_per_report": 3}
@@ -38,6 +40,14 @@ def results(run):
             report.pop(key, None)
     adapters = (run / "adapters.safetensors").read_bytes()
     return adapters, (run / "rank_plan.json").read_bytes(), reports
+
+
+def contents(directory):
+    """Every file's bytes, and where every link leads."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in directory.rglob("*")
+    }
 
 
 def train_quietly(model, data, run, options):
@@ -270,19 +280,78 @@ def test_a_damaged_checkpoint_is_skipped(uncut, tmp_path, tlora_here):
     )
     assert f"continuing after iteration {ITERATIONS - 1}" in result.stdout
     assert results(run) == results(uncut)
+    aside = run / "checkpoints" / f"{ITERATIONS:07d}.damaged-1"
+    assert f"it is now called {aside.name}" in result.stdout
+    assert (aside / "optimizer.safetensors").read_bytes() == data
 
 
-def test_a_checkpoint_of_another_version_is_kept(uncut, tmp_path, tlora_here):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["progress"].update(momentum=1),
+        lambda state: state["progress"]["window"].update(median=1.0),
+        lambda state: state["progress"].update(window=[]),
+        lambda state: state.pop("fingerprints"),
+        lambda state: state.update(random_state=[1, 2]),
+        lambda state: state["files"].update({"../../rank_plan.json": "0"}),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_kept(uncut, tmp_path, tlora_here, change):
     """It is no damage: the version that wrote it goes on from there."""
     run = unfinished(uncut, tmp_path / "run")
     path = run / "checkpoints" / f"{ITERATIONS - 1:07d}" / "state.json"
     state = json.loads(path.read_text())
     del state["sha256"]
-    state["progress"]["momentum"] = 1
+    change(state)
     path.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+    before = contents(run)
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert_one_sentence(result, 2, "was written by another version of tlora_mlx; resume with that")
-    assert path.exists()
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("fault", [errno.EACCES, errno.EIO, "directory"])
+def test_a_checkpoint_that_cannot_be_read_is_kept(uncut, tmp_path, tlora_here, monkeypatch, fault):
+    run = unfinished(uncut, tmp_path / "run")
+    newest_one = run / "checkpoints" / newest(run)
+    if fault == "directory":
+        (newest_one / "state.json").unlink()
+        (newest_one / "state.json").mkdir()
+        (newest_one / "state.json" / "file").write_text("mine")
+    else:
+        openly = foreign.open_file
+
+        def failing(path):
+            if path == newest_one / "optimizer.safetensors":
+                raise OSError(fault, os.strerror(fault), str(path))
+            return openly(path)
+
+        monkeypatch.setattr("tlora_mlx.storage.files.open_file", failing)
+    before = contents(run)
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert_one_sentence(result, 2, f"checkpoint {newest_one} is not readable (")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "adapter_config.json"])
+def test_links_in_a_run_are_not_followed(uncut, tmp_path, tlora_here, name):
+    run, elsewhere = unfinished(uncut, tmp_path / "run"), tmp_path / "elsewhere"
+    (run / name).rename(elsewhere)
+    (run / name).symlink_to(elsewhere)
+    before = contents(tmp_path)
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert_one_sentence(result, 2, "link")
+    assert contents(tmp_path) == before
+
+
+def test_metrics_that_got_shorter_are_noticed(uncut, tmp_path, tlora_here):
+    run = unfinished(uncut, tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:100])
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert result.returncode == 0
+    assert f"{metrics} is shorter than when checkpoint {ITERATIONS - 1} was saved" in result.stdout
+    assert (run / "adapters.safetensors").read_bytes() == results(uncut)[0]
 
 
 def test_without_any_intact_checkpoint_the_run_starts_again(uncut, tmp_path, tlora_here):

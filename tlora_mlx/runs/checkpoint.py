@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from tlora_mlx.distributed.collectives import from_first, is_first, processes, tensors_from_first
 from tlora_mlx.errors import UserError
-from tlora_mlx.runs.progress import Progress
+from tlora_mlx.runs.progress import OtherVersionError, Progress
 from tlora_mlx.storage.files import file_digest, new_directory, read_json, write_json
 from tlora_mlx.storage.safetensors import read_tensors, write_tensors
 
@@ -21,6 +21,8 @@ ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
 STATE = "state.json"
+# What the state of this version consists of.
+STATE_TYPES = {"progress": dict, "fingerprints": dict, "metrics_bytes": int, "files": dict}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _write_state(path: Path, checkpoint: Checkpoint) -> None:
         "fingerprints": checkpoint.fingerprints,
         "metrics_bytes": checkpoint.metrics_bytes,
         "files": {
-            name: file_digest(path / name)
+            name: file_digest(path / name, name)
             for name in (ADAPTERS, OPTIMIZER, *([BEST] if _has_best_file(checkpoint.state) else []))
         },
     }
@@ -124,14 +126,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UserError: a file is missing, damaged, or was changed.
+        UnreadableError: a file cannot be read.
+        OtherVersionError: it is intact, but another version wrote it.
     """
     state = read_json(path / STATE, "its state")
     if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):
         raise UserError(f"its state is damaged: {path / STATE}")
+    types = {key: type(value) for key, value in state.items()}
+    if types != STATE_TYPES or not state["files"].keys() <= {ADAPTERS, OPTIMIZER, BEST}:
+        raise OtherVersionError("its state was written by another version")
     for name, digest in state["files"].items():
-        if not (path / name).is_file():
-            raise UserError(f"{name} is missing")
-        if file_digest(path / name) != digest:
+        if file_digest(path / name, name) != digest:
             raise UserError(f"{name} is damaged")
     adapters = read_tensors(path / ADAPTERS, ADAPTERS)
     progress = Progress.from_dict(state["progress"])

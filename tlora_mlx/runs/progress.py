@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -66,13 +65,15 @@ class Progress:
         return self.iteration if self.best_iteration is None else self.best_iteration
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Progress:
+    def from_dict(cls, data: Any) -> Progress:
         """The inverse of ``dataclasses.asdict``.
 
         Raises:
             OtherVersionError: another version wrote it.
         """
-        data = {key: value for key, value in data.items() if key != "val_loss"}  # up to 0.1
-        if data.keys() != {item.name for item in fields(cls)}:
-            raise OtherVersionError("its state was written by another version")
+        data = dict(data) if isinstance(data, dict) else {}
+        data.pop("val_loss", None)  # up to 0.1
+        for kind, found in ((cls, data), (Window, data.get("window"))):
+            if not isinstance(found, dict) or found.keys() != {f.name for f in fields(kind)}:
+                raise OtherVersionError("its state was written by another version")
         return cls(**{**data, "window": Window(**data["window"])})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tlora_mlx.config.option import flag
@@ -15,7 +17,7 @@ from tlora_mlx.observer import Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, read_checkpoint
 from tlora_mlx.runs.progress import OtherVersionError
 from tlora_mlx.runs.run_directory import CHECKPOINTS, CONFIG, PLAN
-from tlora_mlx.storage.files import file_digest, read_json
+from tlora_mlx.storage.files import UnreadableError, file_digest, read_json, sweep
 
 # A run's result does not depend on these. Model, data and plan are compared by content, wherever
 # they are now; an adapter to start from is not read again.
@@ -79,12 +81,10 @@ def own_fingerprints(path: Path, config: TrainConfig) -> dict[str, str]:
     Raises:
         UserError: the rank plan is missing.
     """
-    if not (path / PLAN).is_file():
-        raise UserError(f"the run's rank plan is missing: there is no {path / PLAN}")
     options = json.dumps(_binding_options(config, config.to_dict()))
     return {
         "options": hashlib.sha256(options.encode()).hexdigest(),
-        "rank plan": file_digest(path / PLAN),
+        "rank plan": file_digest(path / PLAN, "the run's rank plan"),
     }
 
 
@@ -103,21 +103,30 @@ def check_fingerprints(path: Path, now: Mapping[str, str], checkpoint: Checkpoin
 
 
 def checkpoint_directories(path: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first."""
-    found = (path / CHECKPOINTS).glob("*")
-    return sorted(p for p in found if p.name.isdigit() and p.is_dir())
+    """All checkpoints of a run, oldest first; none if there is no directory of them.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    with suppress(FileNotFoundError), os.scandir(path / CHECKPOINTS) as entries:
+        names = [e.name for e in entries if e.name.isdigit() and e.is_dir(follow_symlinks=False)]
+        return [path / CHECKPOINTS / name for name in sorted(names)]
+    return []
 
 
 def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
     """The newest intact checkpoint of a run, or None.
 
-    Damaged checkpoints and half-written files are deleted.
+    Damaged checkpoints are set aside under another name; half-written files are deleted.
 
     Raises:
-        UserError: another version of this package wrote it.
+        UserError: another version of this package wrote it, or it cannot be read.
     """
     found = None
-    directories = checkpoint_directories(path)
+    try:
+        directories = checkpoint_directories(path)
+    except OSError as error:
+        raise UserError(f"{path / CHECKPOINTS} cannot be read: {error.strerror}") from None
     for directory in reversed(directories):
         try:
             found = read_checkpoint(directory)
@@ -127,11 +136,26 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
                 f"{directory} was written by another version of tlora_mlx; resume with that "
                 "version, or start another run"
             ) from None
+        except UnreadableError as error:
+            raise UserError(
+                f"checkpoint {directory} is not readable ({error}); make it readable, or start "
+                "another run"
+            ) from None
         except UserError as error:
-            observer.note(f"skipping checkpoint {directory.name}: {error}")
-            shutil.rmtree(directory)
-    for left in (*path.glob(".*.part"), *path.glob(f"{CHECKPOINTS}/.*.part")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+            aside = _set_aside(directory)
+            observer.note(
+                f"skipping checkpoint {directory.name}: {error}; it is now called {aside.name}"
+            )
+    sweep(path, "*")
+    sweep(path / CHECKPOINTS, "*")
     if directories and not found:
         observer.note("no checkpoint is intact, so the run starts over")
     return found
+
+
+def _set_aside(directory: Path) -> Path:
+    """Give a damaged checkpoint a name that no checkpoint has; returns its new path."""
+    for number in itertools.count(1):
+        aside = directory.with_name(f"{directory.name}.damaged-{number}")
+        if not os.path.lexists(aside):
+            return directory.rename(aside)

@@ -8,6 +8,7 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.distributed.collectives import from_first, is_first
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import read_json, user_path
+from tlora_mlx.storage.foreign import file_in
 
 CONFIG = "adapter_config.json"
 PLAN = "rank_plan.json"
@@ -34,7 +35,7 @@ def with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
     if not given.get("resume"):
         return given
     known = TrainConfig.__dataclass_fields__
-    path = user_path(given.get("adapter_path", known["adapter_path"].default)) / CONFIG
+    path = file_in(user_path(given.get("adapter_path", known["adapter_path"].default)), CONFIG)
     found = is_first() and path.exists()
     stored = from_first(read_json(path, "the run's configuration") if found else None)
     if stored is None:

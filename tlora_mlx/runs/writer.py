@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 
@@ -91,6 +91,12 @@ class RunWriter(Recorder):
     def _hold(self) -> None:
         """Lock the directory, then check that it is empty or may be resumed."""
         self._lock.acquire()
+        files = (CONFIG, PLAN, ENERGIES, ADAPTERS, METRICS, CHECKPOINTS)
+        if links := [name for name in files if (self.path / name).is_symlink()]:
+            raise UserError(
+                f"in --adapter-path {self.path}, {' and '.join(links)} must not be links; replace "
+                "them with what they lead to"
+            )
         held = [n for n in (CONFIG, PLAN, ADAPTERS, CHECKPOINTS) if (self.path / n).exists()]
         if not self._created and (self.path / METRICS).exists():
             held += [METRICS] if (self.path / METRICS).stat().st_size else []
@@ -113,7 +119,7 @@ class RunWriter(Recorder):
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
             self._created = True
-            (self.path / METRICS).write_text("")
+            self._open_metrics("w").close()
         except OSError as error:
             raise RunError(
                 f"cannot write to --adapter-path {self.path}: {error.strerror}"
@@ -137,6 +143,11 @@ class RunWriter(Recorder):
         check_fingerprints(self.path, self._fingerprints, checkpoint)
         metrics = self.path / METRICS
         reports = metrics.read_bytes() if metrics.exists() else b""
+        if len(reports) < checkpoint.metrics_bytes:
+            self._observer.note(
+                f"{metrics} is shorter than when checkpoint {checkpoint.state.progress.iteration} "
+                "was saved: earlier reports are missing from it"
+            )
         if len(reports) != checkpoint.metrics_bytes:
             kept = reports[: checkpoint.metrics_bytes]
             replace_file(metrics, lambda file: file.write(kept))
@@ -184,6 +195,15 @@ class RunWriter(Recorder):
             },
         )
 
+    def _open_metrics(self, mode: str) -> TextIO:
+        """Open ``metrics.jsonl`` for writing, unless it has become a link."""
+        return open(
+            self.path / METRICS,
+            mode,
+            encoding="utf-8",
+            opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666),
+        )
+
     def report_to_others(self) -> None:
         """Also send reports to the trackers that ``--report-to`` names.
 
@@ -199,7 +219,7 @@ class RunWriter(Recorder):
             RunError: it cannot be written.
         """
         try:
-            with (self.path / METRICS).open("a") as file:
+            with self._open_metrics("a") as file:
                 file.write(json.dumps(metrics, allow_nan=False) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.path / METRICS}: {error.strerror}") from None
@@ -212,9 +232,9 @@ class RunWriter(Recorder):
         Raises:
             RunError: it could not be written; earlier checkpoints are intact.
         """
-        with (self.path / METRICS).open("rb+") as reports:
+        with self._open_metrics("a") as reports:
             os.fsync(reports.fileno())
-            metrics_bytes = reports.seek(0, os.SEEK_END)
+            metrics_bytes = reports.tell()
         directory = self.path / CHECKPOINTS / f"{state.progress.iteration:07d}"
         save_checkpoint(directory, Checkpoint(state, self._fingerprints, metrics_bytes))
         for old in checkpoint_directories(self.path)[: -self.config.keep_checkpoints]:

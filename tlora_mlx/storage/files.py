@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tlora_mlx.errors import RunError, UserError, first_line
-from tlora_mlx.storage.foreign import read_file
+from tlora_mlx.storage.foreign import open_file, read_file
 
 
 def user_path(text: str | Path) -> Path:
@@ -172,11 +172,16 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class UnreadableError(UserError):
+    """A file is there but cannot be read: nothing is known about its content."""
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing, unreadable or not JSON; the message begins with ``what``.
+        UserError: it is missing, unreadable (``UnreadableError``) or not JSON; the message begins
+            with ``what``.
     """
     try:
         text = read_file(path).decode()
@@ -187,7 +192,7 @@ def read_json(path: Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{what} is missing: there is no {path}") from None
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {path}: {error.strerror}") from None
+        raise UnreadableError(f"{what} cannot be read: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} cannot be read: {path}: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers with too many digits
@@ -216,12 +221,22 @@ def read_yaml(path: Path, what: str) -> Any:
         ) from None
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def file_digest(path: Path, what: str) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        UserError: it is missing or unreadable (``UnreadableError``); the message begins with
+            ``what``.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open_file(path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing: there is no {path}") from None
+    except OSError as error:
+        raise UnreadableError(f"{what} cannot be read: {path}: {error.strerror}") from None
     return digest.hexdigest()
 
 
