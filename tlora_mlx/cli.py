@@ -18,6 +18,7 @@ from tlora_mlx.errors import (
     UserError,
     first_line,
     interruption_code,
+    visible,
 )
 from tlora_mlx.version import __version__
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["train", *arguments]
     if arguments[0] in COMMANDS:
         return import_module(f"tlora_mlx.{arguments[0]}").main(arguments[1:])
-    print(f"error: {_unknown(arguments[0])}", file=sys.stderr)
+    print(f"error: {visible(_unknown(arguments[0]))}", file=sys.stderr)
     return 2
 
 
@@ -163,7 +164,7 @@ def _outcome(command: Callable[[], object]) -> tuple[int, str]:
             command()
         return 0, ""
     except (UserError, RunError, Interrupted) as error:
-        return error.exit_code, str(error)
+        return error.exit_code, visible(str(error))
     except SystemExit as stop:  # --help, --version
         return int(stop.code or 0), ""
     except KeyboardInterrupt as stop:
@@ -172,7 +173,7 @@ def _outcome(command: Callable[[], object]) -> tuple[int, str]:
         return 1, ""
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        return 1, f"{error.strerror or first_line(error)}{where}"
+        return 1, visible(f"{error.strerror or first_line(error)}{where}")
 
 
 if __name__ == "__main__":

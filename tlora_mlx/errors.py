@@ -1,8 +1,16 @@
-"""The ways in which a command fails, and how another library's error becomes one line."""
+"""The ways in which a command fails, and how other people's texts become one harmless line."""
 
 from __future__ import annotations
 
 import signal
+import unicodedata
+
+# The categories of controls, lone surrogates, and separators of lines and paragraphs.
+OBEYED = ("Cc", "Cs", "Zl", "Zp")
+# Characters that reverse or isolate the text around them (Unicode standard annex 9).
+BIDIRECTIONAL = set("\u200e\u200f\u061c") | {
+    chr(c) for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 class UserError(Exception):
@@ -37,3 +45,23 @@ def interruption_code(stop: KeyboardInterrupt) -> int:
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def visible(text: str, keep: str = "") -> str:
+    """A text as a terminal may have it: what it would obey, not show, is written as an escape.
+
+    Names in adapters, paths and YAML are other people's: with ESC they could move the cursor or
+    change the window, with a line break they could forge a message.
+
+    Args:
+        text: any text, lone surrogates included.
+        keep: control characters that are meant, such as the line breaks of a model's answer.
+    """
+    if text.isprintable():
+        return text
+
+    def shown(character: str) -> str:
+        is_obeyed = character in BIDIRECTIONAL or unicodedata.category(character) in OBEYED
+        return ascii(character)[1:-1] if is_obeyed and character not in keep else character
+
+    return "".join(map(shown, text))

@@ -26,7 +26,8 @@ def command(argv: Sequence[str] | None) -> None:
 
     result = export(config, Terminal())
     say(result.proof.summary())
-    say(result.how_to_load)
+    for line in result.how_to_load.splitlines():
+        say(line)
     if config.push_to is not None:
         say(f"pushed: {push(result.directory, config.push_to, config.private)}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import GenerateCommand
+from tlora_mlx.errors import visible
 
 DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, greedily."
 
@@ -22,7 +23,7 @@ def command(argv: Sequence[str] | None) -> None:
     for title, parts in completions(config, sys.stdin):
         print(f"--- {title}")
         for part in parts:
-            print(part, end="", flush=True)
+            print(visible(part, "\n\t"), end="", flush=True)
         print()
 
 

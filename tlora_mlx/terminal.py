@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlora_mlx.distributed.collectives import is_first
+from tlora_mlx.errors import visible
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.observer import Advance, Observer
 from tlora_mlx.reporting.tables import plan_table, plan_totals
@@ -33,7 +34,14 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class _Console(Console):
-    """A console that may disappear: closing the terminal does not end a run."""
+    """A console that may disappear, since closing the terminal does not end a run.
+
+    Other people's texts are shown as they are: no markup, no emoji codes, no control characters.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Like rich's, for all texts that are printed or in a table."""
+        return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self) -> None:
         """Continue silently; rich's default is to exit."""
@@ -50,12 +58,12 @@ class _Console(Console):
             self.quiet = True
 
 
-console = _Console(highlight=False, soft_wrap=True)
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
-    """Print a line of text, above any progress bar, without interpreting markup."""
-    console.print(text, markup=False)
+    """Print a line of text, above any progress bar."""
+    console.print(text)
 
 
 def print_plan(plan: RankPlan) -> None:
@@ -71,7 +79,10 @@ def print_sample(row: int, runs: Sequence[TokenRun]) -> None:
     for run in runs:
         if run.counts != counts:
             text.append("⟦" if run.counts else "⟧", "bold green")
-        text.append(run.text, ("bold green" if run.counts else "dim") + " italic" * run.special)
+        text.append(
+            visible(run.text, "\n\t"),
+            ("bold green" if run.counts else "dim") + " italic" * run.special,
+        )
         counts = run.counts
     text.append("⟧" * counts, "bold green")
     say(f"--- row {row}; what is learnt is between ⟦ and ⟧")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tlora_mlx.cli import run_command
 from tlora_mlx.config.export_options import UploadCommand
 from tlora_mlx.config.parsing import parse
+from tlora_mlx.errors import visible
 
 DESCRIPTION = "Push what tlora export wrote to the Hugging Face Hub, as one commit."
 
@@ -20,7 +21,7 @@ def command(argv: Sequence[str] | None) -> None:
     from tlora_mlx.storage.files import user_path
 
     address = push(user_path(config.directory), config.repository, config.private)
-    print(f"pushed: {address}")
+    print(f"pushed: {visible(address)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar
 
+from tlora_mlx.errors import visible
 from tlora_mlx.storage.files import read_json
 
 TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -281,4 +282,5 @@ EXPORTS: dict[str, type[Export]] = {
 
 
 def _code(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```\n"])
+    # A line break in a name could end the block.
+    return "\n".join([f"```{language}", *map(visible, lines), "```\n"])
