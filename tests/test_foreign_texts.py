@@ -43,7 +43,7 @@ def test_an_adapter(hostile, tlora_here):
     assert f"base model: {SHOWN}" in result.stdout
     assert result.stdout.count(SHOWN[:16]) == 2  # and in the heading, which is cut
     result = tlora_here("export", hostile, "--format", "run")
-    assert_one_sentence(result, 2, f"model {SHOWN}")
+    assert_one_sentence(result, 2, f"model directory {SHOWN} does not exist")
     assert not obeyed(result.stderr)
 
 

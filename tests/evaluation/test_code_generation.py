@@ -1,10 +1,13 @@
 import socket
+import struct
 import sys
+import time
 
 import pytest
 
 from tlora_mlx.evaluation.code_generation import is_python, metrics, solution
-from tlora_mlx.evaluation.execution import Limits, run_program
+from tlora_mlx.evaluation.execution import Limits, best_sandbox, run_program
+from tlora_mlx.evaluation.sandbox import SANDBOXES
 
 HEADER = 'from typing import List\n\n\ndef double(x: int) -> int:\n    """Twice x."""\n'
 
@@ -58,7 +61,16 @@ def test_metrics():
         ("import sys; sys.exit(0)", "ended early with exit code 0"),
         ("while True: pass", "timed out"),
         ("import time; time.sleep(60)", "timed out"),
-        ("import os; assert os.environ.get('SECRET') is None and os.listdir() != []", "passed"),
+        ("import os; assert os.environ.get('SECRET') is None and os.listdir() == []", "passed"),
+        ("import os; os._exit(97)", "ended early with exit code 97"),
+        (
+            "import os; os.write(2, b'\\xff' * 9_000_000); assert 0, 'short'",
+            "AssertionError: short",
+        ),
+        (
+            "import multiprocessing as m; m.get_context('spawn').Process(target=int).start()",
+            "PermissionError: subprocess.fork_exec is not allowed here",
+        ),
         ("input()", "EOFError: EOF when reading a line"),
         ("open('big', 'wb').write(bytes(20_000_000))", "OSError: [Errno 27] File too large"),
         pytest.param(
@@ -81,3 +93,47 @@ def test_no_network_and_no_processes():
     for program in ("import subprocess; subprocess.run(['true'])", "import os; os.fork()"):
         assert "is not allowed here" in run_program(program, limits)
     assert run_program("import asyncio; asyncio.run(asyncio.sleep(0))", limits) == "passed"
+
+
+def sandboxes():
+    """Those of this machine, and running without one."""
+    return [s for s in SANDBOXES if s is SANDBOXES[-1] or s is best_sandbox()]
+
+
+@pytest.mark.parametrize("sandbox", sandboxes(), ids=lambda sandbox: str(sandbox.name))
+def test_what_a_program_cannot_do_to_us(sandbox, tmp_path, monkeypatch):
+    """Whatever it leaves is deleted, and what it writes is read in bounds."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    limits = Limits(seconds=60)
+    nested = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)\n"
+    assert run_program(nested, limits, sandbox) == "passed"
+    full = (
+        "import os\nfor name in ('errors', 'program.py'): os.symlink('/dev/full', name)\nassert 0"
+    )
+    assert run_program(full, limits, sandbox) == "AssertionError"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(best_sandbox().name is None, reason="this machine has no sandbox")
+def test_the_sandbox(tmp_path, monkeypatch):
+    """What only a sandbox covers: these programs go around Python's own refusals."""
+    monkeypatch.setenv("SECRET", "a token")
+    limits = Limits(seconds=60)
+    outlived = tmp_path / "outlived"
+    libc = "import ctypes, os, time\nlibc = ctypes.CDLL(None)\n"
+    fork = f"if libc.fork() == 0: libc.setsid(); time.sleep(1); open({str(outlived)!r}, 'w')\n"
+    outcome = run_program(libc + fork, limits)
+    time.sleep(1.5)
+    assert not outlived.exists(), outcome
+    if sys.platform == "darwin":
+        return
+    peek = "import glob\nfor path in glob.glob('/proc/[0-9]*/environ'): assert 'SECRET' not in "
+    assert run_program(peek + "open(path, errors='replace').read()", limits) == "passed"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        address = struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + b"\x7f\0\0\1"
+        connect = (
+            f"s = libc.socket(2, 1, 0)\nassert libc.connect(s, {address + bytes(8)!r}, 16) == 0"
+        )
+        assert run_program(libc + connect, limits) == "AssertionError"
+        assert run_program(libc + connect, limits, SANDBOXES[-1]) == "passed"

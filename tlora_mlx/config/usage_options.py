@@ -83,8 +83,9 @@ class EvaluateCommand(Config):
     max_tokens: int = option(512, "at most N tokens per answer", at_least=1)
     execute: bool = option(
         False,
-        "run the code that the models write, in processes without network and with limits on time "
-        "and memory; this is not a sandbox",
+        "run the code that the models write, with limits on time, memory, files and processes: in "
+        "bubblewrap or namespaces on Linux, in sandbox-exec on macOS, else without a sandbox, and "
+        "the output says which; docs/EVALUATION.md says what that covers",
     )
     trust_remote_code: bool = option(False, "let the model's repository run its own code")
 

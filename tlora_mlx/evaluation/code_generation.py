@@ -9,7 +9,7 @@ from typing import Any
 
 from tlora_mlx.data.formats import framed
 from tlora_mlx.errors import UserError
-from tlora_mlx.evaluation.execution import Limits, run_program
+from tlora_mlx.evaluation.execution import Limits, best_sandbox, run_program
 from tlora_mlx.evaluation.rows import Row
 from tlora_mlx.evaluation.subject import Subject
 
@@ -83,6 +83,9 @@ def respond(
         code = solution(item["header"], response)
         outputs.append({"response": response, "solution": code, "is_python": is_python(code)})
     if limits:
+        sandbox = best_sandbox()
+        where = f"in {sandbox.name}" if sandbox.name else "without a sandbox"
+        subject.observer.note(f"the programs run {where}: {sandbox.covers}")
         with subject.observer.stage(f"{subject.title} runs", len(items)) as advance:
             for item, output in zip(items, outputs, strict=True):
                 output["outcome"] = run_program(f"{output['solution']}\n\n{item['test']}", limits)
