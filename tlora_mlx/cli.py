@@ -112,7 +112,7 @@ def announce(text: str) -> None:
     """Print a line at once, before anything heavy is imported; under a launcher, once."""
     number = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     if number == "0":
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
 
 def run_command(command: Callable[[], object]) -> int:

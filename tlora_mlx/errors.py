@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 import signal
 import unicodedata
+from typing import Any
 
 # The categories of controls, lone surrogates, and separators of lines and paragraphs.
 OBEYED = ("Cc", "Cs", "Zl", "Zp")
@@ -65,3 +67,15 @@ def visible(text: str, keep: str = "") -> str:
         return ascii(character)[1:-1] if is_obeyed and character not in keep else character
 
     return "".join(map(shown, text))
+
+
+def shown(value: Any) -> str:
+    """Somebody's value in a message, cut short: YAML's aliases make values of any size."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel = 2
+    try:
+        text = short.repr(value)
+        return text if len(text) <= 300 else f"{text[:300]} …"
+    except ValueError:  # more digits than Python writes
+        return "a huge number"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from tlora_mlx.cli import run_command
 from tlora_mlx.config.export_options import UploadCommand
 from tlora_mlx.config.parsing import parse
-from tlora_mlx.errors import visible
 
 DESCRIPTION = "Push what tlora export wrote to the Hugging Face Hub, as one commit."
 
@@ -19,9 +18,10 @@ def command(argv: Sequence[str] | None) -> None:
 
     from tlora_mlx.publishing.hub import push
     from tlora_mlx.storage.files import user_path
+    from tlora_mlx.terminal import Terminal, say
 
-    address = push(user_path(config.directory), config.repository, config.private)
-    print(f"pushed: {visible(address)}")
+    address = push(user_path(config.directory), config.repository, config.private, Terminal())
+    say(f"pushed: {address}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

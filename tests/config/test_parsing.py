@@ -148,6 +148,32 @@ def positional(config_class, name):
     return config_class.__dataclass_fields__[name].metadata["positional"]
 
 
+BOMB = "[&a0 [x, x]" + "".join(f", &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)) + "]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank: 2026-13-45",
+        "rank: !!int abc",
+        "rank: 0x_",
+        f"rank: 0x{'f' * 6000}",
+        f"? 0x{'f' * 6000}\n: 1",
+        f"rank: {'9' * 6000}",
+        f"rank: {'[' * 1500}",
+        "rank: !!bool x",
+        "rank: !!timestamp x",
+        *(f"{name}: {BOMB}" for name in ("rank", "format", "target_modules", "grad_checkpoint")),
+        "alpha: 1.7e308",
+        "calibration_memory: 1e300",
+    ],
+)
+def test_yaml_that_no_constructor_expects(tmp_path, text):
+    with pytest.raises(UserError) as error:
+        yaml_config(tmp_path, text, *REQUIRED)
+    assert len(str(error.value)) < 600
+
+
 def test_missing_options():
     with pytest.raises(UserError, match="missing: --model, --data"):
         parse(TrainConfig, "tlora train", "", [])

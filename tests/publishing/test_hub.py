@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from itertools import repeat
 
 import numpy as np
 import pytest
-from helpers.commands import tlora
+from helpers.commands import assert_one_sentence, tlora
 from helpers.exports import export_peft
 from helpers.hub_server import READER, SIGNATURE, TOKEN, hub_environment
 from helpers.logits import TOKENS, logits_of, mlx_logits
@@ -233,6 +234,29 @@ def test_directories_other_than_exports(hub, tlora_here, run_path, model_path, d
         assert result.returncode == 2
         assert words in result.stderr
     assert hub.requests == []
+
+
+def test_only_the_export_is_pushed(hub, adapter, tlora_here, tmp_path):
+    """And what is wrong with it is said before a repository is created."""
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / ".gitignore").write_text("*")
+    for name in (".env", ".git", "notes.md", ".hidden.json"):
+        (copy / name).write_text("SECRET=1")
+    (copy / "README.txt").symlink_to("/proc/self/environ")
+    result = tlora_here("upload", copy, NAME)
+    assert_one_sentence(result, 2, f"{copy / 'README.txt'} is a link to ")
+    (copy / "README.txt").unlink()
+    (copy / "adapter_config.json").rename(tmp_path / "config")
+    (copy / "adapter_config.json").write_text("[]")
+    assert_one_sentence(tlora_here("upload", copy, NAME), 2, "is not an adapter's configuration")
+    assert hub.requests == []
+    (tmp_path / "config").replace(copy / "adapter_config.json")
+    result = tlora_here("upload", copy, NAME)
+    assert result.returncode == 0, result.stderr
+    left_out = ".cache, .env, .git, .hidden.json, notes.md"
+    assert f"not part of the export, so not pushed: {left_out}" in result.stdout
+    assert pushed(hub, adapter)
 
 
 @pytest.mark.parametrize("without_xet", ["0", "1"])

@@ -163,6 +163,10 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
 
+    def grow(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**7}))
+
     def run_code(path):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
@@ -180,6 +184,11 @@ def test_bad_models(model_path, data_path, tmp_path, tlora_here):
         (broken("garbled", lambda p: (p / "config.json").write_text("{")), "is not valid JSON"),
         (broken("typeless", lambda p: (p / "config.json").write_text("{}")), "no 'model_type'"),
         (broken("unknown", set_type), "nonesuch not supported"),
+        (broken("tall", grow), "has num_hidden_layers 10000000, which is no model's"),
+        (
+            broken("piped", lambda p: os.mkfifo(p / "vocab.json")),
+            "vocab.json is no file, but a pipe",
+        ),
         ("organisation/no-such-model", "the Hugging Face Hub did not provide it"),
     ]
     for model, message in cases:

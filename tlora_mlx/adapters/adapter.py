@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,11 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.models.names import unexportable
 from tlora_mlx.storage.safetensors import FLOATS
+
+# float32's largest number: scales are applied in float32.
+LARGEST = 3.4028234e38
+# Of a module's name; the longest ones of real models have about 80 characters.
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,12 @@ def plan_of(
     """
     faults = [f"{key} is {_fault(value)}" for key, value in tensors.items() if _fault(value)]
     modules = {}
-    for name in sorted({key.rpartition(".")[0] for key in tensors}, key=_by_layer):
+    names = {key.rpartition(".")[0] for key in tensors}
+    if long := [name for name in names if len(name) > LONGEST_NAME]:
+        raise UserError(
+            f"the adapter {path} is invalid: a module's name has {len(long[0])} characters"
+        )
+    for name in sorted(names, key=_by_layer):
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if a is None or b is None:
             faults.append(f"{name} has {'only B' if a is None else 'only A'}")
@@ -144,6 +153,11 @@ def _by_layer(name: str) -> list[tuple[int, str]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number above 0."""
+    """Whether a value from JSON is a number above 0 that float32 can hold."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and 0 < value <= sys.float_info.max
+    return real and 0 < value <= LARGEST
+
+
+def is_rank(value: Any) -> bool:
+    """Whether a value from JSON is a whole number above 0, small enough for a dimension."""
+    return type(value) is int and 0 < value < 2**31

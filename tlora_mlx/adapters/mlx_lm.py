@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tlora_mlx.adapters.adapter import Adapter, is_number, plan_of
+from tlora_mlx.adapters.adapter import Adapter, is_number, is_rank, plan_of
 from tlora_mlx.adapters.delta import Delta, float32
 from tlora_mlx.adapters.format import CONFIG, AdapterFormat
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
@@ -48,7 +48,7 @@ class MlxLmFormat(AdapterFormat):
         parameters = config.get("lora_parameters")
         parameters = parameters if isinstance(parameters, dict) else {}
         rank, scale = parameters.get("rank"), parameters.get("scale")
-        if type(rank) is not int or rank < 1 or not is_number(scale):
+        if not is_rank(rank) or not is_number(scale):
             raise UserError(
                 f"the mlx-lm adapter {directory} has no 'lora_parameters' with 'rank' and 'scale' "
                 "above 0"

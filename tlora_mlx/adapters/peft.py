@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tlora_mlx.adapters.adapter import Adapter, is_number, plan_of
+from tlora_mlx.adapters.adapter import Adapter, is_number, is_rank, plan_of
 from tlora_mlx.adapters.delta import Delta, float32
 from tlora_mlx.adapters.format import CONFIG, AdapterFormat
 from tlora_mlx.adapters.peft_experts import expert_part, stack_module
@@ -21,6 +21,7 @@ from tlora_mlx.adapters.peft_layouts import (
     targets_and_parameters,
     tensor_keys,
 )
+from tlora_mlx.adapters.peft_patterns import patterns_of
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.families import FAMILIES
@@ -70,9 +71,9 @@ class PeftFormat(AdapterFormat):
                 "code; if you trust it, load it with PEFT and save it again with save_pretrained"
             )
         rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's defaults
-        if type(rank) is not int or rank < 1 or not is_number(alpha):
+        if not is_rank(rank) or not is_number(alpha):
             raise UserError(f"the PEFT adapter {directory} has no 'r' and 'lora_alpha' above 0")
-        ranks, alphas = _patterns(directory, config)
+        ranks, alphas = patterns_of(directory, config)
         tensors, unknown = {}, []
         for key, value in read_tensors(path, "the PEFT adapter").items():
             if found := TENSOR.fullmatch(key):
@@ -188,47 +189,10 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-class Patterns:
-    """A table of regular expressions, each with the value for the modules that it matches.
-
-    A pattern matches a module's whole name, or its end after a dot; the first match wins.
-
-    Source: huggingface/peft, ``utils/other.py::get_pattern_key``.
-    """
-
-    def __init__(
-        self, path: Path, config: Mapping[str, Any], key: str, is_right: Callable[[Any], bool]
-    ):
-        table = config.get(key) or {}
-        if not isinstance(table, dict) or not all(map(is_right, table.values())):
-            raise UserError(
-                f"the PEFT adapter {path} has a '{key}' that is not a table of numbers above 0"
-            )
-        self._values = []
-        for pattern, value in table.items():
-            try:
-                self._values.append((re.compile(rf"(.*\.)?({pattern})$"), value))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise UserError(
-                    f"the PEFT adapter {path} has '{pattern}' in its '{key}', which is not a "
-                    f"regular expression: {error}"
-                ) from None
-
-    def of(self, module: str, default: Any) -> Any:
-        """The value for a module, or the default if no pattern matches its name."""
-        return next((value for regex, value in self._values if regex.match(module)), default)
-
-
-def _patterns(path: Path, config: Mapping[str, Any]) -> tuple[Patterns, Patterns]:
-    """The ranks and the alphas of the modules that differ from the configuration's defaults."""
-    ranks = Patterns(path, config, "rank_pattern", lambda value: type(value) is int and value > 0)
-    return ranks, Patterns(path, config, "alpha_pattern", is_number)
-
-
 def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
     """Read the adapter back as PEFT does: lora_alpha over r, unless a pattern matches."""
     config = read_json(path / CONFIG, "the adapter's configuration")
-    ranks, alphas = _patterns(path, config)
+    ranks, alphas = patterns_of(path, config)
     tensors = TensorFile(path / ADAPTERS, "the adapter")
 
     @lru_cache(maxsize=4)  # all experts of a block share one pair

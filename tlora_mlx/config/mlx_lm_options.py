@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, shown
 
 # Options of mlx-lm that this package does not have under the same name.
 ONLY_MLX_LM = (
@@ -117,7 +117,7 @@ class Translation:
         config = self._mapping("optimizer_config")
         own = config.get(name) or {}
         if not isinstance(own, Mapping):
-            raise UserError(f"optimizer_config.{name} must be a mapping, not {own!r}")
+            raise UserError(f"optimizer_config.{name} must be a mapping, not {shown(own)}")
         for key, value in own.items():
             if key == "weight_decay":
                 self._set("weight_decay", value, f"optimizer_config.{name}.weight_decay")
@@ -144,7 +144,7 @@ class Translation:
             self._set("alpha", scale * self._number(self._flags.get("rank", rank), "--rank"), name)
         if keys := parameters.pop("keys", None):
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-                raise UserError(f"lora_parameters.keys must be a list of names, not {keys!r}")
+                raise UserError(f"lora_parameters.keys must be a list of names, not {shown(keys)}")
             names = list(dict.fromkeys(key.rsplit(".", 1)[-1] for key in keys))
             self._set("target_modules", names, "lora_parameters.keys")
         if self._number(parameters.pop("dropout", 0.0), "lora_parameters.dropout"):
@@ -161,7 +161,9 @@ class Translation:
             self._refused.append(f"lr_schedule: {name}")
             return
         if not isinstance(arguments, list) or not arguments:
-            raise UserError(f"lr_schedule.arguments must be a list of numbers, not {arguments!r}")
+            raise UserError(
+                f"lr_schedule.arguments must be a list of numbers, not {shown(arguments)}"
+            )
         rate = self._number(arguments[0], "lr_schedule.arguments")
         self.values["learning_rate"] = rate
         self.values["lr_schedule"] = _SCHEDULES[name]
@@ -183,7 +185,7 @@ class Translation:
         if path is None:
             return
         if not isinstance(path, str):
-            raise UserError(f"resume_adapter_file must be a path, not {path!r}")
+            raise UserError(f"resume_adapter_file must be a path, not {shown(path)}")
         whole = Path(path).name == "adapters.safetensors"
         self._set("from_adapter", str(Path(path).parent) if whole else path, "resume_adapter_file")
 
@@ -225,7 +227,7 @@ class Translation:
     def _mapping(self, name: str) -> Mapping[str, Any]:
         value = self._given.get(name, {})
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} must be a mapping, not {value!r}")
+            raise UserError(f"{name} must be a mapping, not {shown(value)}")
         return value
 
     def _number(self, value: Any, name: str) -> float:
@@ -234,7 +236,7 @@ class Translation:
                 raise ValueError
             return float(value)
         except (TypeError, ValueError):
-            raise UserError(f"{name} must be a number, not {value!r}") from None
+            raise UserError(f"{name} must be a number, not {shown(value)}") from None
 
 
 def _hub_source(number: int, entry: Any) -> dict[str, Any]:

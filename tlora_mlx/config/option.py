@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any
 
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, shown
+
+# What any option may be at most: sums and products of it, in floats and 64 bits, stay finite.
+LARGEST = {bool: 1, int: 2**53, float: 1e30}
 
 
 def option(
@@ -62,7 +65,7 @@ def _check(item: dataclasses.Field, value: Any, name: str) -> None:
     if value is None:
         return
     if rules["choices"] and value not in rules["choices"]:
-        raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {shown(value)}")
     if isinstance(value, str):  # text has no bounds
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -75,3 +78,5 @@ def _check(item: dataclasses.Field, value: Any, name: str) -> None:
         raise UserError(f"{name} must be below {rules['below']:g}, not {value}")
     if rules["at_most"] is not None and value > rules["at_most"]:
         raise UserError(f"{name} must be at most {rules['at_most']:g}, not {value}")
+    if isinstance(value, (int, float)) and abs(value) > LARGEST[type(value)]:
+        raise UserError(f"{name} must be at most {LARGEST[type(value)]:g}, not {shown(value)}")

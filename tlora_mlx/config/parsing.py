@@ -18,7 +18,7 @@ from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.config.help_groups import grouped
 from tlora_mlx.config.mlx_lm_options import MLX_LM_FLAGS, ONLY_MLX_LM, Translation
 from tlora_mlx.config.option import flag
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, shown
 from tlora_mlx.storage.files import read_yaml, user_path
 from tlora_mlx.version import __version__
 
@@ -241,12 +241,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(i, str) and i for i in items):
-            raise UserError(f"{name} must be a list of names, not {value!r}")
+            raise UserError(f"{name} must be a list of names, not {shown(value)}")
         return items
     if kind in (str, bool):
         if type(value) is not kind:
             what = "text" if kind is str else "true or false"
-            raise UserError(f"{name} must be {what}, not {value!r}")
+            raise UserError(f"{name} must be {what}, not {shown(value)}")
         if value == "":
             raise UserError(f"{name} must not be empty")
         return value
@@ -259,7 +259,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return number
     except (TypeError, ValueError, OverflowError):
         what = " or ".join(("a whole number" if kind is int else "a number", *words))
-        raise UserError(f"{name} must be {what}, not {value!r}") from None
+        raise UserError(f"{name} must be {what}, not {shown(value)}") from None
 
 
 def _read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
@@ -271,7 +271,8 @@ def _read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
         raise UserError(
             f"the configuration file {path} must contain options as 'name: value' lines"
         )
-    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    texts = {key if isinstance(key, str) else shown(key): value for key, value in data.items()}
+    values = {key.replace("-", "_"): value for key, value in texts.items()}
     unknown = [name for name in values if name not in known]
     nearest = [difflib.get_close_matches(n, sorted(known), n=1, cutoff=0.0)[0] for n in unknown]
     if len(unknown) == 1:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.config.option import flag, option
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, shown
 
 
 @dataclass(kw_only=True)
@@ -212,7 +212,9 @@ class TrainConfig(PlanConfig):
             self._refuse_with_adapter()
         super().__post_init__()
         if isinstance(self.learning_rate, str) and self.learning_rate != "auto":
-            raise UserError(f"--learning-rate must be a number or auto, not {self.learning_rate!r}")
+            raise UserError(
+                f"--learning-rate must be a number or auto, not {shown(self.learning_rate)}"
+            )
         if self.val_batches == 0:
             raise UserError("--val-batches must be -1 (all) or at least 1, not 0")
 

@@ -39,7 +39,8 @@ thread.join()
 """
 # Runs in the child. Its input is the program's length, the program and a token, which it copies to
 # its output when the program has run to its end. macOS rejects a memory limit below what the
-# process has already mapped; only Linux counts threads as processes.
+# process has already mapped; only Linux counts threads as processes. The program's name must not be
+# a file's: a traceback would read that file, and the program could put a device there.
 _BOOTSTRAP = """
 import glob, os, resource, sys
 import _posixsubprocess
@@ -62,7 +63,7 @@ while len(program) < size:
 token, result, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
 os.dup2(null, 0)
 os.dup2(null, 1)
-program = compile(program.decode("utf-8", "surrogatepass"), "program.py", "exec")
+program = compile(program.decode("utf-8", "surrogatepass"), "<program>", "exec")
 refused = ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.send", "subprocess.",
            "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "pty.spawn")
 def hook(event, _):

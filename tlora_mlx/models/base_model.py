@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
-import yaml
 
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.compatibility import older_settings
 from tlora_mlx.models.model_directory import (
     DESCRIPTION,
     find_model,
+    front_matter,
     is_quantized,
     read_model_config,
     weight_files,
@@ -114,14 +114,9 @@ def _reason(error: Exception) -> str:
 
 def _original(name: str, path: Path, config: dict[str, Any]) -> str | None:
     """The full-precision model's name: from the model card if quantized, else the model's own."""
-    from huggingface_hub import metadata_load
-
     if not is_quantized(config):
         return name
-    try:
-        base = (metadata_load(path / "README.md") or {}).get("base_model")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return None
+    base = front_matter(path / "README.md").get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and base else None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlora_mlx.errors import UserError
+import yaml
+
+from tlora_mlx.errors import UserError, shown
 from tlora_mlx.storage.files import read_json, user_path
 from tlora_mlx.storage.hub_names import can_be_repository, why_not_provided
 
@@ -19,6 +22,8 @@ DOWNLOADED = [*MODEL_FILES, "model*.safetensors", "README.md"]
 # The files that give a model's family and origin, without its weights.
 DESCRIPTION = ["config.json", "README.md"]
 INDEX = "model.safetensors.index.json"
+# More layers, or experts in one, would only fill the memory while the model is built.
+MOST_LAYERS = 10_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -79,7 +84,24 @@ def read_model_config(path: Path, name: str) -> dict[str, Any]:
         raise UserError(
             f"{path / 'config.json'} has no 'model_type', so it is not a model's configuration"
         )
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key, value in part.items():
+            if re.search("layer|expert", key) and type(value) is int and value > MOST_LAYERS:
+                raise UserError(
+                    f"{path / 'config.json'} has {key} {shown(value)}, which is no model's"
+                )
     return config
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """The metadata of a model card; empty if there is none, or if it is damaged."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return (card.is_file() and metadata_load(card)) or {}
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:

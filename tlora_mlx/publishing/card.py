@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.data.sources import names_of
 from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.models.model_directory import front_matter
 from tlora_mlx.publishing.instructions import EXPORTS, Export
 from tlora_mlx.reporting import pictures
 from tlora_mlx.reporting.plan_grid import experts_summed, plan_cell, plan_grid
@@ -119,13 +118,10 @@ def _is_text(value: Any) -> bool:
 
 def _front_matter(model: str) -> dict[str, Any]:
     """The metadata of a model's card; empty if the card is damaged or not on this machine."""
-    from huggingface_hub import metadata_load, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     card = try_to_load_from_cache(model, CARD) if is_repository(model) else str(Path(model) / CARD)
-    try:
-        return (isinstance(card, str) and metadata_load(card)) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    return front_matter(Path(card)) if isinstance(card, str) else {}
 
 
 def _table(heading: list[str], rows: list[list[Any]]) -> str:

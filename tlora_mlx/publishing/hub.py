@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,8 +15,11 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chai
 
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line
 from tlora_mlx.invocation import suggested
+from tlora_mlx.observer import SILENT, Observer
+from tlora_mlx.publishing.contents import export_files
 from tlora_mlx.runs.run_directory import PLAN
 from tlora_mlx.storage.files import read_json
+from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.hub_names import is_repository
 from tlora_mlx.version import __version__
 
@@ -97,13 +100,16 @@ def check_base(base: str) -> None:
         )
 
 
-def push(directory: Path, repository: str, private: bool = False) -> str:
+def push(
+    directory: Path, repository: str, private: bool = False, observer: Observer = SILENT
+) -> str:
     """Upload an exported directory as one commit; the repository is created if it is missing.
 
     Args:
-        directory: the export; all of its files are uploaded.
+        directory: the export; only what belongs to one is uploaded (``contents.export_files``).
         repository: ``USER/NAME`` or ``ORGANISATION/NAME``.
         private: create a private repository; an existing one must already be private.
+        observer: notified of the files that are left out.
 
     Returns:
         The URL of the commit.
@@ -118,6 +124,9 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
     """
     token = check_push(repository)
     _check_export(directory)
+    files, others = export_files(directory)
+    if others:
+        observer.note(f"not part of the export, so not pushed: {', '.join(others)}")
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
@@ -127,7 +136,7 @@ def push(directory: Path, repository: str, private: bool = False) -> str:
         with _silent_client():
             info = _retried(lambda: _find_or_create(api, repository, private))
             _check_repository(info, directory)
-            return _retried(lambda: _commit(api, repository, directory))
+            return _retried(lambda: _commit(api, repository, directory, files))
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {again}", 130) from None
     except Exception as error:  # the client's errors have no common base below Exception
@@ -138,11 +147,13 @@ def _check_export(directory: Path) -> None:
     """Refuse a directory that is not an export, or whose base model is not on the Hub."""
     if (directory / PLAN).exists() or not any(_is_reader_file(p.name) for p in directory.glob("*")):
         raise UserError(f"{directory} is not an export; make one with tlora export")
-    path = directory / "adapter_config.json"
+    path = file_in(directory, "adapter_config.json")
     config = read_json(path, "the adapter's configuration") if path.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not an adapter's configuration")
     for key in ("base_model_name_or_path", "model"):  # PEFT's, mlx-lm's
         if base := config.get(key):
-            check_base(base)
+            check_base(str(base))
 
 
 def _is_reader_file(name: str) -> bool:
@@ -200,11 +211,10 @@ def _check_repository(info: ModelInfo, directory: Path) -> None:
         )
 
 
-def _commit(api: HfApi, repository: str, directory: Path) -> str:
+def _commit(api: HfApi, repository: str, directory: Path, files: Sequence[Path]) -> str:
     """Upload the large files, then commit; what the Hub already has is not sent again."""
     from huggingface_hub import CommitOperationAdd
 
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
     additions = [CommitOperationAdd(f.relative_to(directory).as_posix(), f) for f in files]
     for addition in additions:
         # One at a time: then the client uploads in this thread, where Ctrl-C ends it at once.

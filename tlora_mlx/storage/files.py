@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tlora_mlx.errors import RunError, UserError, first_line
+from tlora_mlx.errors import RunError, UserError, first_line, shown
 from tlora_mlx.storage.foreign import open_file, read_file
 
 
@@ -27,15 +27,14 @@ def user_path(text: str | Path) -> Path:
     """
     if not is_unicode(str(text)):
         raise UserError(f"path {str(text)!r} is not UTF-8 text; rename it")
-    path = Path(os.path.expanduser(text))
     try:
+        path = Path(os.path.expanduser(text))
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        shown = str(text) if len(str(text)) <= 80 else f"{str(text)[:80]} …"
-        raise UserError(f"{shown!r} cannot be used as a path: {reason}") from None
+        raise UserError(f"{shown(str(text))} cannot be used as a path: {reason}") from None
     return path
 
 
@@ -213,12 +212,11 @@ def read_yaml(path: Path, what: str) -> Any:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {what} {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except Exception as error:  # whatever the constructors of numbers, truth values and dates raise
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{what} {path} is not valid YAML{line}: {getattr(error, 'problem', None) or error}"
-        ) from None
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{what} {path} is not valid YAML{line}: {reason}") from None
 
 
 def file_digest(path: Path, what: str) -> str:

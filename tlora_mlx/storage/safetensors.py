@@ -211,12 +211,9 @@ def read_tensors(path: Path, what: str) -> dict[str, mx.array]:
     """Read a safetensors file.
 
     Raises:
-        UserError: it is missing, damaged or cut short; the message begins with ``what``.
+        UserError: as ``TensorFile``, or a tensor has a dtype that MLX does not support.
     """
-    import mlx.core as mx
-
-    check_safetensors(path, what)
-    return dict(mx.load(str(path), format="safetensors"))
+    return dict(TensorFile(path, what))
 
 
 def check_safetensors(path: Path, what: str) -> None:
