@@ -108,6 +108,9 @@ def test_the_lowest_loss_is_the_kept_adapters(model_path, data_path, tmp_path):
     losses = [(0, 3.0), (2, 1.5), (4, 2.5)]
     write_jsonl(run / "metrics.jsonl", [{"iteration": i, "val_loss": v} for i, v in losses])
     with (run / "metrics.jsonl").open("a") as file:
+        for odd in (10**400, "1", None, [], True):  # another tool's, or damaged
+            report = {"iteration": 5, "val_loss": odd, "trained_tokens": odd}
+            file.write(f"{json.dumps(report)}\n{json.dumps({**report, 'iteration': odd})}\n")
         file.write('[]\n{"iteration": 6, "val_lo')  # cut short by a crash
     card = card_of(exported(read_run(run), tmp_path / "out"))
     assert [cells[1:] for cells in rows(card, "loss (nats per token)")] == [

@@ -11,6 +11,7 @@ from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.models.model_directory import front_matter
 from tlora_mlx.publishing.instructions import EXPORTS, Export
 from tlora_mlx.reporting import pictures
+from tlora_mlx.reporting.charts import is_finite
 from tlora_mlx.reporting.plan_grid import experts_summed, plan_cell, plan_grid
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import METRICS
@@ -178,7 +179,8 @@ def _training(adapter: Adapter) -> list[str]:
     """Data, losses, settings and versions, as far as known."""
     parts, data, reports = [], names_of(adapter.config.get("data")), _reports(adapter.directory)
     if data:
-        tokens = max((r.get("trained_tokens") or 0 for r in reports), default=0)
+        counts = [r["trained_tokens"] for r in reports if is_finite(r.get("trained_tokens"))]
+        tokens = max(counts, default=0)
         counted = f"; {tokens:,} tokens counted in the loss" if tokens else ""
         parts.append(f"Data: {', '.join(map(_data_link, data))}{counted}.\n")
     if losses := _losses(reports):
@@ -215,12 +217,12 @@ def _reports(directory: Path | None) -> list[dict[str, Any]]:
     Damaged lines are skipped: a complete export should not fail because of its card.
     """
     reports = read_lines(file_in(directory, METRICS), skip_damaged=True) if directory else []
-    return [report for report in reports if "iteration" in report]
+    return [report for report in reports if is_finite(report.get("iteration"))]
 
 
 def _losses(reports: list[dict[str, Any]]) -> list[list[Any]]:
     def known(key: str) -> list[dict[str, Any]]:
-        return [r for r in reports if isinstance(r.get(key), (int, float))]
+        return [r for r in reports if is_finite(r.get(key))]
 
     train, validation, test = known("train_loss"), known("val_loss"), known("test_loss")
     chosen = [("training, at the end", r, "train_loss") for r in train[-1:]]
