@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from tlora_mlx.cli import run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import ChatCommand
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, visible
 
 DESCRIPTION = (
     "Chat with a run. /base asks its base model the same, /new starts over, Ctrl-D ends the chat."
@@ -29,10 +29,10 @@ def command(argv: Sequence[str] | None) -> None:
             continue
         try:
             for part in session.base_answer() if line == "/base" else session.answer(line):
-                print(part, end="", flush=True)
+                print(visible(part, "\n\t"), end="", flush=True)
             print()
         except UserError as error:
-            print(error)
+            print(visible(str(error)))
 
 
 def _lines() -> Iterator[str]:

@@ -25,7 +25,8 @@ from tlora_mlx.config.usage_options import (
 
 OPTIONS = (ROOT / "docs/OPTIONS.md").read_text()
 HOME = "https://github.com/tlora-mlx/tlora_mlx/blob/main/"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
 
 def flag_rows(config_class, without=()):
@@ -125,7 +126,7 @@ def test_the_flags_that_the_documents_name():
     known |= {"--dataset", "--help", "--lora", "--real"}  # llama.cpp, scripts/demo.sh
     for document in DOCUMENTS:
         # Whose flags are the scripts' and mlx-lm's.
-        if document.name not in ("BENCHMARKS.md", "RESULTS.md", "FROM_MLX_LM.md"):
+        if document.name not in ("BENCHMARKS.md", "RELIABILITY.md", "RESULTS.md", "FROM_MLX_LM.md"):
             flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", document.read_text()))
             assert flags <= known, document
 
