@@ -20,7 +20,9 @@ from helpers.models import ROWS, write_jsonl  # noqa: E402
 from measuring import table_row  # noqa: E402
 from models.test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
 
+from tlora_mlx.adapters.readers import READERS  # noqa: E402
 from tlora_mlx.models.families import FAMILIES as NAMES  # noqa: E402
+from tlora_mlx.models.families import REFUSED  # noqa: E402
 
 TEXT = """# Model families
 
@@ -36,8 +38,8 @@ mlx-lm and each export on the other side; "with experts" is the largest of all o
 run, with `--target-experts`. The tests ask for less than 1e-4. Training itself moved logits by
 {least_trained:.2f} or more. Where released checkpoints have a setting that keeps
 mlx-lm and transformers apart, it is a remark, with its difference in brackets, and the numbers are
-those without it. A family that is not here is refused when training starts;
-`--allow-unexportable` trains it all the same.
+those without it. The other families of mlx-lm are refused when training starts, with the reason
+[below](#what-does-not-work); `--allow-unexportable` trains them all the same.
 
 {table}
 
@@ -47,10 +49,19 @@ those without it. A family that is not here is refused when training starts;
   matrix that they are, on both sides.
 - **gpt2's Conv1D** keeps its weights as (in, out). Its adapters have `fan_in_fan_out: true`, by
   which PEFT transposes the product when it merges; A and B are stored as everywhere. llama.cpp's
-  converter transposes gpt2's tensors by their names, which is not meant for adapters: there, merge.
-- **Multimodal checkpoints** (gemma3, qwen3_5, llama4): the language model is adapted, by its names
-  in what `AutoModelForCausalLM` loads. In gemma3 the portable layout's names would match the vision
-  tower's layers too, so `exclude_modules` leaves them out for PEFT.
+  converter transposes gpt2's tensors by their names, which is not meant for adapters, vLLM has no
+  LoRA for it, and SGLang and TGI bind none of its names: there, merge.
+- **Multimodal checkpoints**: the language model is adapted. vLLM, SGLang and
+  `AutoModelForImageTextToText` load the whole model, in which it has other names than alone, and an
+  adapter in the wrong ones binds nothing, silently. Exports have the names of the whole model;
+  `--names text` gives them those of the language model alone, for what loads it as such, and for
+  TGI. SGLang binds both, by a layer's number and the last part of its name. Read from PEFT, both
+  are understood, and vLLM's own (`language_model.model.layers`). Where the portable layout's names
+  would match layers of the towers too, `exclude_modules` leaves them out for PEFT. The table is of
+  the names before a block's number, and of transformers {transformers} and vLLM 0.32.0.
+
+{names}
+
 - **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
   adapted; routers never. `--target-experts` adapts the experts too, each with a rank of its own (0
   where no calibration token goes to it), in the families with a figure under "with experts"; in the
@@ -60,9 +71,12 @@ those without it. A family that is not here is refused when training starts;
   one adapter for all experts of a block (`target_parameters`), gate and up fused, whose rank is
   the largest sum of an expert's two. mlx-lm stacks the experts of a layer, all of the adapter's one
   rank. A merged model has each expert's delta in its tensor, or in its part of the tensor of all
-  experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss). gpt_oss is
+  experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss, gemma4,
+  qwen3_5_moe, qwen3_vl_moe). gpt_oss is
   released in MXFP4, which is not merged into: merge into a checkpoint in bfloat16, or into the MLX
-  model that the run was trained on (`--dequantize`, `--quantize`).
+  model that the run was trained on (`--dequantize`, `--quantize`). As adapters, experts are read by
+  PEFT and transformers, and by vLLM in gpt_oss, qwen3_5_moe and qwen3_vl_moe (in others with
+  `--enable-mixed-moe-lora-format`); for llama.cpp, SGLang and TGI, merge.
 - **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
   `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
   dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
@@ -75,6 +89,23 @@ those without it. A family that is not here is refused when training starts;
 
 {fails}
 """
+
+
+def names_table() -> str:
+    """For each multimodal family, the names of its classes, and which of them vLLM binds."""
+    vllm = next(reader for reader in READERS if reader.name == "vLLM from 0.32")
+    rows = []
+    for name, family in sorted(NAMES.items()):
+        if not family.is_multimodal:
+            continue
+        binds = "no LoRA"
+        if name not in vllm.without:
+            binds = "multimodal" if name in vllm.binds_in else "both"
+        auto = "text" if family.text_is_auto else "multimodal"
+        text = f"`{family.text_blocks}`" if family.text_blocks else "no such class"
+        rows.append([f"`{name}`", f"`{family.hf_blocks}`", text, auto, binds])
+    head = ["family", "multimodal", "text", "AutoModelForCausalLM loads", "vLLM from 0.32 binds"]
+    return "\n".join(map(table_row, [head, ["---"] * len(head), *rows]))
 
 
 def main() -> None:
@@ -105,10 +136,12 @@ def main() -> None:
                 how = failure(family, Path(folder) / f"{family}-released", **tiny.released)
                 note += f" ({how})"
             rows.append([f"`{family}`", " ".join(modules), *figures, note])
-        fails = [
-            f"- `{family}`: {tiny.note} ({failure(family, Path(folder) / family)})."
-            for family, tiny in sorted(FAILS.items())
-        ]
+        found = {family: failure(family, Path(folder) / family) for family in FAILS}
+    reasons: dict[str, list[str]] = {}
+    for family, reason in sorted(REFUSED.items(), key=lambda item: item[0].lower()):
+        reason += f" ({found[family]})" if family in found else ""
+        reasons.setdefault(reason, []).append(f"`{family}`")
+    fails = [f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     head = ["family", "adapted layers", "base", *EXPORTS, "with experts", "remarks"]
     table = "\n".join(map(table_row, [head, ["---"] * len(head), *rows]))
     text = TEXT.format(
@@ -118,6 +151,7 @@ def main() -> None:
         least_trained=min(trained),
         table=table,
         fails="\n".join(fails),
+        names=names_table(),
     )
     args.output.write_text(text)
 

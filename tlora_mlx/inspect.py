@@ -16,8 +16,15 @@ def command(argv: Sequence[str] | None) -> None:
     """Print format, base model, ranks, size, and the scale that each reader applies."""
     config = parse(InspectCommand, "tlora inspect", DESCRIPTION, argv)
 
+    from tlora_mlx.adapters.readers import readings
     from tlora_mlx.adapters.registry import read_adapter
-    from tlora_mlx.reporting.inspection import advice, described, readers_table, size
+    from tlora_mlx.reporting.inspection import (
+        advice,
+        base_family,
+        described,
+        readers_table,
+        size,
+    )
     from tlora_mlx.terminal import console, print_plan, say
 
     adapter = read_adapter(config.path)
@@ -25,9 +32,10 @@ def command(argv: Sequence[str] | None) -> None:
         say(line)
     print_plan(adapter.plan)
     say(size(adapter))
-    if table := readers_table(adapter):
+    found = readings(adapter, base_family(adapter))
+    if table := readers_table(found):
         console.print(table)
-    for line in advice(adapter):
+    for line in advice(adapter, found):
         say(line)
 
 

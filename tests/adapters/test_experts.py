@@ -8,9 +8,15 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from helpers.adapters import make_run, zero_one_cap
+from helpers.adapters import make_run, peft_adapter, zero_one_cap
 from helpers.corruption import finds_every_wrong_write
-from helpers.exports import export_dequantized, export_merged, export_mlx_lm, export_requantized
+from helpers.exports import (
+    export_dequantized,
+    export_merged,
+    export_mlx_lm,
+    export_peft,
+    export_requantized,
+)
 from helpers.logits import TOKENS, mlx_logits
 from helpers.models import path_for_mlx, save_model
 from mlx_lm.tuner.lora import LoRASwitchLinear
@@ -19,10 +25,12 @@ from safetensors.torch import load_file
 
 from tlora_mlx import RunError, UserError, read_run
 from tlora_mlx.adapters import mlx_lm as our_mlx_lm
-from tlora_mlx.adapters.registry import resolve_adapter
+from tlora_mlx.adapters.binding import drop_zero_ranks
+from tlora_mlx.adapters.registry import read_adapter, resolve_adapter
 from tlora_mlx.merging import requantize
 from tlora_mlx.method.layers import dense_weight, target_linears
 from tlora_mlx.models.base_model import load_base_model
+from tlora_mlx.models.names import mlx_parts
 from tlora_mlx.storage.safetensors import TensorFile, write_tensors
 
 # One tensor an expert; stacks with gate and up in halves of the rows; in columns that alternate.
@@ -90,6 +98,37 @@ def test_each_expert_gets_its_delta_and_nothing_else_changes(made, tmp_path, cap
             np.testing.assert_array_equal(merged[name], weight)
     touched = [n for n in before if not np.array_equal(before[n], after[n])]
     assert not any("router" in name or "gate.weight" in name or "bias" in name for name in touched)
+
+
+@pytest.mark.parametrize("layout", ["portable", "compact"])
+def test_experts_are_read_back_from_peft(made, tmp_path, layout):
+    """As many adapters as experts, of the same products; gate and up are separate again."""
+    run = read_run(made[2])
+    adapter = read_adapter(export_peft(run, tmp_path / "peft", layout))
+    bound = drop_zero_ranks(resolve_adapter(adapter, run.config["model"]))
+    ranks = {name: module.rank for name, module in run.plan.adapted().items()}
+    assert {name: module.rank for name, module in bound.plan.adapted().items()} == ranks
+    for name, module in run.plan.adapted().items():
+        product = module.scale * run.tensors[f"{name}.lora_a"] @ run.tensors[f"{name}.lora_b"]
+        again = bound.plan.modules[name]
+        found = again.scale * bound.tensors[f"{name}.lora_a"] @ bound.tensors[f"{name}.lora_b"]
+        assert mx.abs(found - product).max().item() < 1e-5, name
+
+
+def test_experts_of_peft_itself(tmp_path):
+    """One parameter, both in any order, and the modules of transformers 4."""
+    model_path = save_model(tmp_path / "model", "mixtral")
+    for number, parameters in enumerate((["down_proj"], ["gate_up_proj", "down_proj"])):
+        path = tmp_path / str(number)
+        options = {"target_parameters": [f"mlp.experts.{p}" for p in parameters]}
+        expected = peft_adapter(model_path, path, target_modules=["q_proj"], **options)
+        assert np.abs(mlx_logits(path) - expected).max() < 1e-4
+    for projection, file in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        head = f"model.layers.1.block_sparse_moe.experts.2.{file}"
+        assert mlx_parts("mixtral", head) == [
+            (f"model.layers.1.block_sparse_moe.switch_mlp.{projection}.2", None)
+        ]
+    assert mlx_parts("mixtral", "model.layers.1.block_sparse_moe.experts.2.w4") == []
 
 
 def test_a_merged_stack_that_was_written_wrongly(made, tmp_path, monkeypatch):

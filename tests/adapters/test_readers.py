@@ -7,16 +7,19 @@ import pytest
 from helpers.adapters import edit, make_run, mlx_lm_adapter, peft_adapter, zero_one_cap
 from helpers.commands import assert_one_sentence, tlora
 from helpers.exports import export_peft
+from helpers.models import path_for_mlx, save_model
 
 from tlora_mlx import read_adapter, read_run
 from tlora_mlx.adapters.readers import readings
 
-READERS = ["PEFT", "vLLM", "SGLang", "llama.cpp", "TensorRT-LLM", "TGI"]
+PEFT, VLLM, OLDER_VLLM = "PEFT, transformers", "vLLM from 0.32", "vLLM before 0.32"
+READERS = [PEFT, VLLM, OLDER_VLLM, "SGLang", "llama.cpp", "TensorRT-LLM", "TGI"]
 
 
-def faults(path):
-    found = readings(read_adapter(path))
+def faults(path, family=None):
+    found = readings(read_adapter(path), family)
     assert [reading.reader for reading in found] == READERS
+    assert all(bool(reading.fault) == bool(reading.remedy) for reading in found)
     return {reading.reader: reading.fault for reading in found}
 
 
@@ -53,29 +56,33 @@ def test_the_portable_layout_is_right_everywhere(run, tlora_here, tmp_path):
     out = tlora_here("inspect", tmp_path / "peft").stdout
     assert f"PEFT LoRA adapter in {tmp_path / 'peft'}" in out
     assert len(re.findall(r"\b1 +as intended", out)) == len(READERS)
+    assert re.search(r"vLLM from 0\.32 +0\.32\.0, run +1 ", out)
     assert "warning" not in out
+    assert "is not checked" not in out
     assert "vLLM needs --max-lora-rank 32" in out
 
 
-def test_the_compact_layout_is_right_only_in_peft(run, tlora_here, tmp_path):
+def test_the_compact_layout_is_right_where_patterns_are_honoured(run, tlora_here, tmp_path):
     export_peft(read_run(run), tmp_path / "peft", "compact")
     assert faults(tmp_path / "peft") == {
-        "PEFT": None,
-        "vLLM": "WRONG for 9 of 10 modules",  # one scale is 1 by chance: lora_alpha / r
+        PEFT: None,
+        VLLM: None,
+        OLDER_VLLM: "WRONG for 9 of 10 modules",  # one scale is 1 by chance: lora_alpha / r
         "SGLang": "does not load it: its ranks differ",
         "llama.cpp": "WRONG for 10 of 10 modules",
         "TensorRT-LLM": "WRONG for 10 of 10 modules",
         "TGI": "does not load it: its ranks differ",
     }
     name = "0.self_attn.v_proj"  # rank 24; the configuration's r and lora_alpha are 4
-    assert scales(tmp_path / "peft", "PEFT", name) == 0.75
-    assert scales(tmp_path / "peft", "vLLM", name) == 1
+    assert scales(tmp_path / "peft", PEFT, name) == 0.75
+    assert scales(tmp_path / "peft", VLLM, name) == 0.75
+    assert scales(tmp_path / "peft", OLDER_VLLM, name) == 1
     assert scales(tmp_path / "peft", "llama.cpp", name) == scales(
         tmp_path / "peft", "TensorRT-LLM", name
     )
     assert scales(tmp_path / "peft", "llama.cpp", name) == 4 / 24
     out = tlora_here("inspect", tmp_path / "peft").stdout
-    wrong = ", ".join(READERS[1:])
+    wrong = ", ".join(READERS[2:])
     assert f"warning: {wrong} would not read this adapter as intended" in out
     assert f"python -m tlora_mlx export {tmp_path / 'peft'} --format peft" in out
     # The largest rank, 24, is above the configuration's.
@@ -92,14 +99,73 @@ def test_rank_stabilised_and_missing_kinds(model_path, tmp_path):
     pattern = r".*\.(0\.self_attn\.[qo]_proj|1\.self_attn\.q_proj)"
     peft_adapter(model_path, tmp_path / "gap", target_modules=pattern)
     found = faults(tmp_path / "gap")
-    assert found["TGI"] == "WRONG for 1 of 3 modules"
+    assert found["TGI"] == "drops 1 of 3 modules"
     assert scales(tmp_path / "gap", "TGI", "0.self_attn.o_proj") == 0
     assert scales(tmp_path / "gap", "TGI", "1.self_attn.q_proj") == 1.5
     assert found["SGLang"] == "does not load it: target_modules is a regex"
-    assert not found["vLLM"]
+    assert not found[VLLM]
     # The last block alone: no kind is in every block.
     peft_adapter(model_path, tmp_path / "last", layers_to_transform=[1], target_modules=["q_proj"])
-    assert faults(tmp_path / "last")["TGI"] == "WRONG for 1 of 1 modules"
+    assert faults(tmp_path / "last")["TGI"] == "binds none of its modules"
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "wrong"),
+    [
+        (
+            "gpt2",
+            False,
+            {
+                VLLM: "loads no adapters for gpt2",
+                OLDER_VLLM: "loads no adapters for gpt2",
+                "SGLang": "binds none of its modules",  # no layers.N
+                "llama.cpp": "loads no adapters for gpt2",
+                "TensorRT-LLM": "does not load it: it knows no c_attn, c_fc, c_proj",
+                "TGI": "binds none of its modules",
+            },
+        ),
+        (
+            "mixtral",
+            True,
+            {
+                VLLM: "refuses experts, unless it is served with --enable-mixed-moe-lora-format",
+                OLDER_VLLM: "refuses experts, unless it is served with "
+                "--enable-mixed-moe-lora-format",
+                "SGLang": "drops 16 of 24 modules",
+                "llama.cpp": "refuses experts",
+                "TensorRT-LLM": "does not load it: it knows no down_proj, gate_up_proj",
+                "TGI": "drops 16 of 24 modules",
+            },
+        ),
+        ("gpt_oss", True, {"llama.cpp": "refuses experts"}),
+        # Kinds that some blocks lack, whatever the layout.
+        (
+            "lfm2",
+            False,
+            {
+                "TGI": "binds none of its modules",
+                "TensorRT-LLM": "does not load it: it knows no in_proj, out_proj, w1, w2, w3",
+            },
+        ),
+    ],
+)
+def test_what_a_family_cannot_be_given_as(family, experts, wrong, tlora_here, tmp_path):
+    """The portable export's faults are the same with another export, so the advice is to merge."""
+    model_path = save_model(tmp_path / "model", family)
+    run = make_run(
+        tmp_path / "run", path_for_mlx(model_path, family), lambda *_: 2, experts=experts,
+        base_model=str(model_path),
+    )  # fmt: skip
+    export_peft(read_run(run), tmp_path / "peft")
+    found = faults(tmp_path / "peft", family)
+    assert {reader: found[reader] for reader in wrong} == wrong
+    assert found[PEFT] is None
+    everyone = ", ".join(reader for reader in READERS if found[reader])
+    merged = f"for what they read: python -m tlora_mlx export {tmp_path / 'peft'} --format merged"
+    out = tlora_here("inspect", tmp_path / "peft").stdout
+    assert f"warning: {everyone} would not read this adapter as intended; {merged}" in out
+    out = tlora_here("inspect", run).stdout
+    assert f"but for {everyone}: python -m tlora_mlx export {run} --format merged" in out
 
 
 def test_mlx_lm(model_path, tlora_here, tmp_path):
@@ -115,6 +181,7 @@ def test_no_base_model_is_needed_and_bad_paths_are_refused(model_path, tlora_her
     edit(tmp_path / "peft", base_model_name_or_path=None)
     out = tlora_here("inspect", tmp_path / "peft").stdout
     assert "base model: not named" in out
+    assert "what depends on its family is not checked" in out
     assert "vLLM does not serve rank 600" in out
     shutil.rmtree(tmp_path / "peft")
     assert_one_sentence(tlora_here("inspect", tmp_path / "peft"), 2, "does not exist")

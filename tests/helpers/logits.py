@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -9,9 +10,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tlora_mlx import load_adapter
+from tlora_mlx.models.families import FAMILIES
+
+# Which Llama4ForConditionalGeneration of transformers 5.24 asks for, and fails without.
+MoeCausalLMOutputWithPast.image_outputs = None
 
 TOKENS = [[5, 6, 7, 8, 9, 10, 250, 3], [11, 200, 4, 4, 30, 299, 1, 2]]
 
@@ -20,11 +26,13 @@ def mlx_logits(run):
     return np.array(load_adapter(run).model(mx.array(TOKENS)))
 
 
-def base_model(path):
+def base_model(path, text=False):
+    """A checkpoint as transformers loads it, multimodal ones whole or (text) without the towers."""
+    family = FAMILIES.get(json.loads((Path(path) / "config.json").read_text())["model_type"])
+    whole = family and family.is_multimodal and not text
+    auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     # eager: the sdpa of transformers 5.1 ignores gemma2's soft cap on attention scores.
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    return auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
 def logits_of(model):
@@ -32,10 +40,12 @@ def logits_of(model):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
-def peft_logits(model_path, adapter, **options):
+def peft_logits(model_path, adapter, text=False, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of missing or unexpected keys
-        return logits_of(PeftModel.from_pretrained(base_model(model_path), adapter, **options))
+        return logits_of(
+            PeftModel.from_pretrained(base_model(model_path, text), adapter, **options)
+        )
 
 
 def merged_logits(model_path, adapter, rule):

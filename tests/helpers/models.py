@@ -1,10 +1,12 @@
 """Tiny models and data, made on the spot."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
-from helpers.families import COMMON, FAILS, FAMILIES, MULTIMODAL
+from helpers.families import COMMON, FAILS, FAMILIES
+from tlora_mlx.models import families as names
 
 ROWS = [
     {"prompt": f"Add {i} and {j}.\n", "completion": f"def add():\n    return {i} + {j}\n"}
@@ -38,7 +40,9 @@ def save_model(path, family="llama", dtype="float32", chat_template=None, **sett
     torch.manual_seed(0)
     tiny = (FAMILIES | FAILS)[family]
     config = AutoConfig.for_model(family, **{**COMMON, **tiny.settings, **settings})
-    model_class = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
+    known = names.FAMILIES.get(family)
+    whole = known and known.is_multimodal
+    model_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     model = model_class.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         # Biases and norms of their own, not all 0 and 1; the Llama of most tests stays plain.
@@ -54,28 +58,64 @@ def save_model(path, family="llama", dtype="float32", chat_template=None, **sett
 
 def as_on_the_hub(path, family):
     """Convert between the Hub's checkpoints and those of transformers 5."""
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | (FAMILIES | FAILS)[family].hub))
-    if family == "gpt2":
-        from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file
 
-        weights = load_file(path / "model.safetensors")
-        weights = {name.removeprefix("transformer."): weights[name] for name in weights}
-        save_file(weights, path / "model.safetensors", {"format": "pt"})
+    tiny = (FAMILIES | FAILS)[family]
+    config = json.loads((path / "config.json").read_text())
+    for key, value in tiny.hub.items():
+        inside = key == "text_config"
+        config[key] = config[key] | value if inside else value
+    (path / "config.json").write_text(json.dumps(config))
+    if not (tiny.renames or tiny.experts_on_hub):
+        return
+    weights = load_file(path / "model.safetensors")
+    for pattern, name in tiny.renames.items():
+        weights = {re.sub(pattern, name, key): weights[key] for key in weights}
+    if tiny.experts_on_hub == "stacked":
+        weights = stacked_experts(weights)
+    elif tiny.experts_on_hub:
+        for key in (key for key in weights if ".experts." in key):
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def stacked_experts(weights):
+    """Each block's experts as two tensors, (experts, 2·F, in) for gate and up."""
+    import torch
+
+    stacks, others = {}, {}
+    for key, weight in weights.items():
+        if found := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", key):
+            stacks.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = weight
+        else:
+            others[key] = weight
+    for name, parts in stacks.items():
+        gate, up, down = (
+            torch.stack([parts[part][e] for e in sorted(parts[part])])
+            for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        others |= {f"{name}.gate_up_proj": torch.cat([gate, up], 1), f"{name}.down_proj": down}
+    return others
 
 
 def path_for_mlx(path, family):
-    """Where mlx-lm finds the model: ``path``, but for gpt_oss a conversion beside it.
+    """Where mlx-lm finds the model: ``path``, or a conversion beside it.
 
     The Hub's gpt_oss has experts in MXFP4, which transformers writes no more; mlx-lm reads those or
-    its own names.
+    its own names. Other conversions leave tensors out.
     """
-    if family != "gpt_oss":
+    drops = (FAMILIES | FAILS)[family].mlx_drops
+    if family != "gpt_oss" and not drops:
         return path
     from safetensors.torch import load_file, save_file
 
     beside = path.with_name(f"{path.name}-mlx")
     shutil.copytree(path, beside)
+    if drops:
+        weights = load_file(path / "model.safetensors")
+        weights = {name: weights[name] for name in weights if not re.match(drops, name)}
+        save_file(weights, beside / "model.safetensors", {"format": "pt"})
+        return beside
     weights = {}
     for name, weight in load_file(path / "model.safetensors").items():
         head, _, last = name.rpartition(".")

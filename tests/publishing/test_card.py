@@ -133,9 +133,13 @@ def test_rank_and_readers_by_layout(model_path, tmp_path):
     assert "hf download ann/x --local-dir adapter" in portable
     assert "python convert_lora_to_gguf.py adapter --outfile" in portable
     assert portable.startswith("\n# x\n")
+    assert "| vLLM from 0.32 | 0.32.0, run | as intended |" in portable
+    assert "tlora export" not in portable
     compact = card_of(exported(run, tmp_path / "b's", "compact", base_model="maker/base")).text
-    assert "--layout portable" in compact
-    assert "vllm serve" not in compact
+    assert "vLLM from 0.32:" in compact
+    assert "vllm serve maker/base --enable-lora --max-lora-rank 32 --lora-modules" in compact
+    assert "convert_lora_to_gguf" not in compact
+    assert "llama.cpp, TensorRT-LLM, TGI: `tlora export --format peft` of the same run" in compact
     assert 'PeftModel.from_pretrained(model, "b\'s")' in compact
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.layers import adapter_faults, linear_shape, linear_shapes, target_linears
 from tlora_mlx.models.base_model import Description
+from tlora_mlx.models.names import MLXPart
 
 
 def check_fit(adapter: Adapter, base: Description) -> None:
@@ -33,29 +34,36 @@ def check_fit(adapter: Adapter, base: Description) -> None:
         )
 
 
-def take_over(adapter: Adapter, base: Description, names: Mapping[str, str | None]) -> Adapter:
+def take_over(
+    adapter: Adapter, base: Description, parts: Mapping[str, Sequence[MLXPart]]
+) -> Adapter:
     """Rename the modules of another tool's adapter to MLX's names, and bind it to a model.
 
     Args:
         adapter: as read, with its own tool's names.
         base: the model, with or without its weights.
-        names: the MLX name of each of its modules; None if unknown.
+        parts: what each of its modules is in MLX; empty if unknown.
 
     Raises:
         UserError: a name is unknown, or the adapter does not fit the model; all faults in one
             message.
     """
-    if unknown := [theirs for theirs, known in names.items() if known is None]:
+    if unknown := [theirs for theirs, known in parts.items() if not known]:
         raise UserError(
             f"the adapter {adapter.label} cannot be used: the MLX names of these modules of "
             f"family '{base.model_type}' are not known: {', '.join(unknown)}"
         )
-    modules = {names[name]: module for name, module in adapter.plan.modules.items()}
-    tensors = {
-        f"{names[theirs]}.{key}": adapter.tensors[f"{theirs}.{key}"]
-        for theirs in names
-        for key in ("lora_a", "lora_b")
-    }
+    modules, tensors = {}, {}
+    for theirs, module in adapter.plan.modules.items():
+        a, b = adapter.tensors[f"{theirs}.lora_a"], adapter.tensors[f"{theirs}.lora_b"]
+        for name, rows in parts[theirs]:
+            modules[name], pair = module, (a, b)
+            if rows:
+                pair = _pair_of_rows(a, b, rows.slice(module.out_features))
+                rank, out_features = pair[1].shape
+                modules[name] = replace(module, rank=rank, out_features=out_features)
+            if modules[name].rank:
+                tensors |= zip((f"{name}.lora_a", f"{name}.lora_b"), pair, strict=True)
     bound = replace(
         adapter,
         plan=replace(adapter.plan, modules=modules),
@@ -67,6 +75,13 @@ def take_over(adapter: Adapter, base: Description, names: Mapping[str, str | Non
     )
     check_fit(bound, base)
     return replace(bound, plan=add_rank_zero_modules(bound.plan, base.model))
+
+
+def _pair_of_rows(a: mx.array, b: mx.array, rows: slice) -> tuple[mx.array, mx.array]:
+    """A and B of some of a module's rows, without the ranks that other rows have for themselves."""
+    ours, any_row = (b[:, rows] != 0).any(axis=1), (b != 0).any(axis=1)
+    kept = [i for i, own in enumerate((ours | ~any_row).tolist()) if own]
+    return a[:, mx.array(kept, mx.int32)], b[mx.array(kept, mx.int32)][:, rows]
 
 
 def drop_zero_ranks(adapter: Adapter) -> Adapter:

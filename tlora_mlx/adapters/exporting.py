@@ -18,6 +18,7 @@ def export_peft(
     output: str | Path,
     *,
     layout: str = "portable",
+    names: str = "multimodal",
     dtype: str = "float32",
     base_model: str | None = None,
 ) -> Proof:
@@ -28,6 +29,8 @@ def export_peft(
         output: directory to create; must be new or empty.
         layout: ``portable``: one rank and scale for all modules, right in every reader;
             ``compact``: exact ranks, through ``rank_pattern`` and ``alpha_pattern``.
+        names: for multimodal checkpoints: the module names of the whole model (``multimodal``), or
+            of its language model alone (``text``).
         dtype: ``float32``, ``float16`` or ``bfloat16``, for A and B alike.
         base_model: the ``base_model_name_or_path`` for readers; None: the adapter's own.
 
@@ -39,7 +42,7 @@ def export_peft(
         RunError: writing failed, or what was read back differs; nothing is left behind.
     """
     resolved = resolve_adapter(adapter, base_model)
-    return PEFT.write(resolved, Path(output), dtype, base_model, layout)
+    return PEFT.write(resolved, Path(output), dtype, base_model, layout, names)
 
 
 def export_mlx_lm(

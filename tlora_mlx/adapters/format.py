@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.proof import Proof
+from tlora_mlx.models.names import MLXPart
 from tlora_mlx.storage.files import Finish
 
 CONFIG = "adapter_config.json"
@@ -62,6 +63,6 @@ class AdapterFormat(ABC):
             RunError: writing failed, or what was read back differs; nothing is left behind.
         """
 
-    def mlx_names(self, adapter: Adapter, model_type: str) -> dict[str, str | None]:
-        """The MLX name of each of the adapter's modules; None if unknown."""
-        return {name: name for name in adapter.plan.modules}
+    def mlx_parts(self, adapter: Adapter, model_type: str) -> dict[str, list[MLXPart]]:
+        """What each of the adapter's modules is in MLX; an empty list if unknown."""
+        return {name: [MLXPart(name, None)] for name in adapter.plan.modules}

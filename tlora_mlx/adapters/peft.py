@@ -14,7 +14,7 @@ import numpy as np
 from tlora_mlx.adapters.adapter import Adapter, is_number, is_rank, plan_of
 from tlora_mlx.adapters.delta import Delta, float32
 from tlora_mlx.adapters.format import CONFIG, AdapterFormat
-from tlora_mlx.adapters.peft_experts import expert_part, stack_module
+from tlora_mlx.adapters.peft_experts import PARAMETERS, expert_part, split_stacks, stack_module
 from tlora_mlx.adapters.peft_layouts import (
     compact,
     portable,
@@ -24,15 +24,16 @@ from tlora_mlx.adapters.peft_layouts import (
 from tlora_mlx.adapters.peft_patterns import patterns_of
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
+from tlora_mlx.method.experts import stack_and_number
 from tlora_mlx.models.families import FAMILIES
-from tlora_mlx.models.names import hf_weight, mlx_name
+from tlora_mlx.models.names import HFWeight, MLXPart, hf_weight, mlx_parts
 from tlora_mlx.storage.files import Finish, new_directory, read_json, write_json
 from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.safetensors import TensorFile, read_tensors, write_tensors
 
 ADAPTERS = "adapter_model.safetensors"
 LAYOUTS = {"portable": portable, "compact": compact}
-
+NAMES = ("multimodal", "text")
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -59,9 +60,10 @@ class PeftFormat(AdapterFormat):
         return "peft_type" in config
 
     def read(self, directory: Path, config: Mapping[str, Any]) -> Adapter:
-        """Read plain LoRA on linear layers, with tensors that match its ranks and patterns.
+        """Read plain LoRA on linear layers and experts, with tensors that match its ranks.
 
-        ``fan_in_fan_out`` is ignored: it says how the base stores W, and A and B are as usual.
+        ``fan_in_fan_out`` is ignored: it says how the base stores W, and A and B are as usual. An
+        expert's module is named ``MODULE.PARAMETER.NUMBER``.
         """
         _refuse_more_than_lora(directory, config)
         path = file_in(directory, ADAPTERS)
@@ -87,11 +89,13 @@ class PeftFormat(AdapterFormat):
             )
 
         parameters = config.get("target_parameters") or []
+        tensors = split_stacks(tensors, parameters, lambda name: ranks.of(name, rank))
 
         def target(module: str) -> str:
-            """The name that PEFT matches patterns with: the weight's, if that is the target."""
+            """The name that PEFT matches patterns with: the parameter's, if that is the target."""
             weight = f"{module}.weight"
-            return weight if any(f".{weight}".endswith(f".{p}") for p in parameters) else module
+            is_parameter = any(f".{weight}".endswith(f".{p}") for p in parameters)
+            return weight if is_parameter else stack_and_number(module)[0]
 
         def scale_of(module: str, of_tensor: int) -> float:
             over = math.sqrt(of_tensor) if config.get("use_rslora") else of_tensor
@@ -116,6 +120,7 @@ class PeftFormat(AdapterFormat):
         dtype: str = "float32",
         base_model: str | None = None,
         layout: str = "portable",
+        names: str = "multimodal",
         *,
         finish: Finish | None = None,
     ) -> Proof:
@@ -125,18 +130,24 @@ class PeftFormat(AdapterFormat):
         its scale is folded into B in float32, so that each reader's formula (``lora_alpha / r``, or
         ``lora_alpha`` over the tensor's rank) gives 1. Modules of rank 0 are zeros, so that no
         reader misses one. ``compact``: exact ranks with ``rank_pattern`` and ``alpha_pattern``,
-        which only PEFT reads; modules of rank 0 are left out.
+        which PEFT, transformers and vLLM from 0.32 read; modules of rank 0 are left out.
+
+        For multimodal checkpoints, ``names`` says which class's names the adapter gets:
+        ``multimodal``, of the whole model, which vLLM, SGLang and ``AutoModelForImageTextToText``
+        load; or ``text``, of its language model alone.
 
         Raises:
             UserError: in addition, the family or a module has no known Hugging Face name, the
-                original of a quantized base is unknown, or a rank exceeds 512 (portable).
+                original of a quantized base is unknown, a rank exceeds 512 (portable), or the
+                family has no such ``names``.
         """
         base_model = adapter.base_on_hugging_face(
             base_model, "name the full-precision Hub repository with --base-model"
         )
         if layout not in LAYOUTS:
             raise UserError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
-        tensors, ranks = LAYOUTS[layout](adapter)
+        places = _places(adapter, names)
+        tensors, ranks = LAYOUTS[layout](adapter, places)
         tensors = cast_finite(tensors, dtype)
         config = {
             "base_model_name_or_path": base_model,
@@ -156,11 +167,11 @@ class PeftFormat(AdapterFormat):
         with new_directory(output, finish) as staging:
             write_tensors(staging / ADAPTERS, tensors, {"format": "pt"})
             write_json(staging / CONFIG, config)
-            return _prove(adapter, staging, dtype, output)
+            return _prove(adapter, places, staging, dtype, output)
 
-    def mlx_names(self, adapter: Adapter, model_type: str) -> dict[str, str | None]:
+    def mlx_parts(self, adapter: Adapter, model_type: str) -> dict[str, list[MLXPart]]:
         """Convert from the names of transformers."""
-        return {name: mlx_name(model_type, name) for name in adapter.plan.modules}
+        return {name: mlx_parts(model_type, name) for name in adapter.plan.modules}
 
 
 PEFT = PeftFormat()
@@ -172,10 +183,12 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
     used = [key for key in MORE_THAN_LORA if config.get(key)]
     if (bias := config.get("bias", "none")) != "none":
         used.append(f"bias {bias}")
-    # Targeting a linear layer's weight as a parameter is fine; stacks of experts are not.
     parameters = config.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(str(p).endswith(".weight") for p in parameters):
-        used.append("target_parameters other than linear layers' weights")
+    can_be_read = {"weight", *PARAMETERS}
+    if not isinstance(parameters, list) or not all(
+        str(p).rpartition(".")[2] in can_be_read for p in parameters
+    ):
+        used.append("target_parameters other than linear layers' weights and experts")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         used.append(
@@ -189,7 +202,22 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
+def _places(adapter: Adapter, names: str) -> dict[str, HFWeight]:
+    """Where each module is in the class whose names the adapter gets."""
+    if names not in NAMES:
+        raise UserError(f"names {names!r} are none of {', '.join(NAMES)}")
+    text = names == "text"
+    if text and not FAMILIES[adapter.model_type].text_blocks:
+        raise UserError(
+            f"--names text does nothing for family '{adapter.model_type}', of which transformers "
+            "has no language model as part of a multimodal one; leave it out"
+        )
+    return {name: hf_weight(adapter.model_type, name, text) for name in adapter.plan.modules}
+
+
+def _prove(
+    adapter: Adapter, places: Mapping[str, HFWeight], path: Path, dtype: str, output: Path
+) -> Proof:
     """Read the adapter back as PEFT does: lora_alpha over r, unless a pattern matches."""
     config = read_json(path / CONFIG, "the adapter's configuration")
     ranks, alphas = patterns_of(path, config)
@@ -200,7 +228,7 @@ def _prove(adapter: Adapter, path: Path, dtype: str, output: Path) -> Proof:
         return float32(tensors[key])
 
     def delta(name: str) -> Delta | None:
-        weight = hf_weight(adapter.model_type, name)
+        weight = places[name]
         target, module = weight.module, weight.module
         if weight.parameter:
             target, module = f"{module}.{weight.parameter}", stack_module(weight, tensors.keys())

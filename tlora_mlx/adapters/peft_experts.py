@@ -8,17 +8,21 @@ separate rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from tlora_mlx.adapters.adapter import Adapter
-from tlora_mlx.models.names import HFWeight, Rows, hf_weight
+from tlora_mlx.models.names import HFWeight, Rows
 
 # PEFT's name for the module that it wraps.
 INNER = ".base_layer"
+
+# The parameters that hold all experts of a block, in the order in which PEFT wraps their module:
+# the order of transformers' classes, in which down_proj comes last and so is outermost.
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -60,11 +64,16 @@ class Stack:
         return a.reshape(-1, in_features), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
 
-def expert_stacks(adapter: Adapter) -> dict[str, Stack]:
-    """The adapter's experts by the full name of their parameter; empty if none is a target."""
+def expert_stacks(adapter: Adapter, places: Mapping[str, HFWeight]) -> dict[str, Stack]:
+    """The adapter's experts by the full name of their parameter; empty if none is a target.
+
+    Args:
+        adapter: the adapter, with MLX's module names.
+        places: where each of its modules is in Hugging Face's model.
+    """
     stacks: dict[str, Stack] = {}
     for name, module in adapter.plan.modules.items():
-        weight = hf_weight(adapter.model_type, name)
+        weight = places[name]
         if not weight.parameter:
             continue
         shape = (module.out_features, module.in_features)
@@ -97,6 +106,47 @@ def stacked_tensors(stacks: Mapping[str, Stack], rank: int | None) -> dict[str, 
         tensors[f"{key}.lora_A.weight"] = a
         tensors[f"{key}.lora_B.weight"] = b
     return tensors
+
+
+def split_stacks(
+    tensors: Mapping[str, mx.array], parameters: Collection[str], rank_of: Callable[[str], int]
+) -> dict[str, mx.array]:
+    """Split adapters of experts' parameters into one adapter per expert.
+
+    Args:
+        tensors: ``NAME.lora_a`` (in, experts · rank) and ``NAME.lora_b`` (rank · experts, out) of
+            experts, by PEFT's names, and those of linear layers.
+        parameters: the configuration's ``target_parameters``: names, or their ends.
+        rank_of: the rank of an expert's adapter, by the full name of the parameter.
+
+    Returns:
+        The tensors, of experts as ``MODULE.PARAMETER.NUMBER``: A (in, rank) and B (rank, out). A
+        stack that does not fit its rank is left as it is.
+    """
+    split = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        module = name
+        while module.endswith(INNER):
+            module = module.removesuffix(INNER)
+        depth = (len(name) - len(module)) // len(INNER)
+        wrapped = [
+            parameter
+            for parameter in PARAMETERS
+            if any(f".{module}.{parameter}".endswith(f".{target}") for target in parameters)
+        ]
+        stacked = tensor.shape[-1] if kind == "lora_a" else tensor.shape[0]
+        parameter = f"{module}.{wrapped[-1 - depth]}" if depth < len(wrapped) else None
+        rank = rank_of(parameter) if parameter else 0
+        if not rank or tensor.ndim != 2 or stacked % rank:
+            split[key] = tensor
+            continue
+        for e in range(stacked // rank):
+            part = tensor[e :: stacked // rank]
+            if kind == "lora_a":
+                part = tensor[:, e * rank : (e + 1) * rank]
+            split[f"{parameter}.{e}.{kind}"] = part
+    return split
 
 
 def stack_module(weight: HFWeight, keys: Collection[str]) -> str:

@@ -1,9 +1,9 @@
-"""The two layouts of a PEFT adapter: one that all readers get right, and one for PEFT alone."""
+"""The two layouts of a PEFT adapter: one of one rank and scale, and one of exact ranks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -12,17 +12,15 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.peft_experts import expert_stacks, stacked_tensors
 from tlora_mlx.errors import UserError
 from tlora_mlx.models.families import FAMILIES
-from tlora_mlx.models.names import hf_weight
+from tlora_mlx.models.names import HFWeight
 
 # Ranks that vLLM has kernels for (vllm/config/lora.py, MaxLoRARanks).
 PORTABLE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def _hf_names(adapter: Adapter) -> dict[str, str]:
+def _hf_names(places: Mapping[str, HFWeight]) -> dict[str, str]:
     """MLX module name -> Hugging Face module name, for all target modules except experts."""
-    model_type = adapter.model_type
-    weights = {name: hf_weight(model_type, name) for name in adapter.plan.modules}
-    return {name: weight.module for name, weight in weights.items() if not weight.parameter}
+    return {name: weight.module for name, weight in places.items() if not weight.parameter}
 
 
 def targets_and_parameters(
@@ -45,9 +43,16 @@ def tensor_keys(hf_name: str) -> tuple[str, str]:
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
-def portable(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Tensors and configuration of the portable layout."""
-    names, stacks = _hf_names(adapter), expert_stacks(adapter)
+def portable(
+    adapter: Adapter, places: Mapping[str, HFWeight]
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the portable layout.
+
+    Args:
+        adapter: the adapter, with MLX's module names.
+        places: where each of its modules is in Hugging Face's model.
+    """
+    names, stacks = _hf_names(places), expert_stacks(adapter, places)
     largest = max(
         *(adapter.plan.modules[name].rank for name in names),
         *(stack.least_rank() for stack in stacks.values()),
@@ -82,12 +87,10 @@ def portable(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
         "target_parameters": parameters or None,
     }
     family = FAMILIES[adapter.model_type]
-    if family.others:
+    found = [re.match(r"(.+?)\.(\d+)\.", name) for name in [*names.values(), *stacks]]
+    prefix, blocks = found[0][1], {int(match[2]) for match in found}
+    if family.others and prefix == family.hf_blocks:
         config["exclude_modules"] = family.others
-    prefix = family.hf_blocks
-    blocks = {
-        int(name.removeprefix(f"{prefix}.").split(".")[0]) for name in [*names.values(), *stacks]
-    }
     if min(blocks) > 0:
         # Only the last blocks (--num-layers): otherwise PEFT would adapt the others too.
         pattern = prefix.rsplit(".", 1)[-1]
@@ -95,9 +98,11 @@ def portable(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
     return tensors, config
 
 
-def compact(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Tensors and configuration of the compact layout."""
-    names = {name: hf for name, hf in _hf_names(adapter).items() if adapter.plan.modules[name].rank}
+def compact(
+    adapter: Adapter, places: Mapping[str, HFWeight]
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Tensors and configuration of the compact layout; the arguments are ``portable``'s."""
+    names = {name: hf for name, hf in _hf_names(places).items() if adapter.plan.modules[name].rank}
     tensors, ranks, alphas = {}, {}, {}
     for name in names:
         module = adapter.plan.modules[name]
@@ -109,7 +114,8 @@ def compact(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
         pattern = f"^{re.escape(target)}$"
         ranks[pattern] = module.rank
         alphas[pattern] = module.scale * module.rank
-    stacks = {name: stack for name, stack in expert_stacks(adapter).items() if stack.least_rank()}
+    stacks = expert_stacks(adapter, places)
+    stacks = {name: stack for name, stack in stacks.items() if stack.least_rank()}
     for name, stack in stacks.items():
         pattern = f"^{re.escape(name)}$"
         ranks[pattern] = alphas[pattern] = stack.least_rank()

@@ -1,11 +1,8 @@
-"""The scale that each reader would apply to an adapter, and which of them get it wrong.
+"""What each reader of PEFT's format would make of an adapter: its scales, and what it drops.
 
-Readers silently disagree on ranks and scales that differ per module, and on rsLoRA. The rules are
-from their sources: huggingface/peft ``tuners/lora/layer.py``; vllm-project/vllm
-``vllm/lora/peft_helper.py``; sgl-project/sglang ``python/sglang/srt/lora/lora.py``; ggml-org's
-llama.cpp ``src/llama-adapter.h``; NVIDIA/TensorRT-LLM ``tensorrt_llm/lora_manager.py``;
-huggingface/text-generation-inference ``server/text_generation_server/adapters/lora.py``;
-ml-explore/mlx-lm ``mlx_lm/tuner/utils.py``.
+Readers silently disagree on ranks and scales that differ per module, on rsLoRA, on the names that
+they bind and on experts. What each of them does is data (``READERS``), with the version that it was
+tried with and the source that says so.
 """
 
 from __future__ import annotations
@@ -13,12 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.peft_layouts import PORTABLE_RANKS
+from tlora_mlx.method.allocation import RankPlan
+from tlora_mlx.method.experts import stack_and_number
+from tlora_mlx.models.names import hf_weight, respelled
+
+# The options of ``tlora export`` that make what a reader gets right.
+PORTABLE, TEXT_NAMES, MERGED = "--format peft", "--format peft --names text", "--format merged"
 
 
 @dataclass(frozen=True)
@@ -26,82 +28,265 @@ class Reading:
     """How one reader interprets an adapter.
 
     Attributes:
+        reader: its name, with the versions that the rule is for.
+        tried: the version that was tried, and how.
         scales: the effective scale per adapted module, 0 if the reader drops the module; empty if
             it does not load the adapter.
         fault: what is wrong, in a few words; None if the reader is right.
+        remedy: the options of ``tlora export`` that help; None if the reader is right.
     """
 
     reader: str
+    tried: str
     scales: dict[str, float]
-    fault: str | None
+    fault: str | None = None
+    remedy: str | None = None
 
 
-class _Rule(NamedTuple):
-    """A reader of PEFT's format that ignores its patterns.
+@dataclass(frozen=True)
+class Reader:
+    """A reader of PEFT's format.
 
     Attributes:
+        name: its name, with the versions that the rule is for.
+        tried: the version that was tried, and how: run, or read.
+        source: repository and file of the rule.
+        patterns: ``rank_pattern`` and ``alpha_pattern`` are honoured.
         over_tensor: ``lora_alpha`` is divided by the tensor's own rank, not the configuration's.
-        rslora: the reader supports ``use_rslora``.
+        rslora: ``use_rslora`` is honoured.
         one_rank: all tensors must have the configuration's rank.
         names_only: ``target_modules`` must be a list of names.
         whole_kinds: a kind of module that is missing from one block is dropped in all.
+        binds: regular expression of the module names that it binds (``re.search``).
+        refuses_others: with any other name it refuses the adapter; otherwise it drops the module.
+        binds_in: the same as ``binds``, for the families that it loads as a class whose modules
+            have other names.
+        without: the families for which it loads no adapter.
+        experts: how it refuses adapters of experts; None if it does not.
+        experts_in: the families in which it loads them all the same.
     """
 
-    over_tensor: bool
-    rslora: bool
+    name: str
+    tried: str
+    source: str
+    patterns: bool = False
+    over_tensor: bool = False
+    rslora: bool = True
     one_rank: bool = False
     names_only: bool = False
     whole_kinds: bool = False
+    binds: str = ""
+    refuses_others: bool = False
+    binds_in: Mapping[str, str] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
+    experts: str | None = None
+    experts_in: frozenset[str] = frozenset()
 
 
-RULES = {
-    "vLLM": _Rule(over_tensor=False, rslora=True),
-    "SGLang": _Rule(over_tensor=False, rslora=False, one_rank=True, names_only=True),
-    "llama.cpp": _Rule(over_tensor=True, rslora=False),
-    "TensorRT-LLM": _Rule(over_tensor=True, rslora=True),
-    "TGI": _Rule(over_tensor=False, rslora=True, one_rank=True, whole_kinds=True),
-}
+# vllm/model_executor/models: each wrapper class's hf_to_vllm_mapper, by which adapters are renamed
+# before their names are looked up; those of gemma4, mistral3 and qwen2_vl take both spellings.
+_WRAPPED = r"^(model\.language_model|language_model\.model)\."
+_VLLM = Reader(
+    "vLLM from 0.32",
+    "0.32.0, run",
+    "vllm-project/vllm vllm/lora/peft_helper.py, model_manager.py, model_executor/models",
+    patterns=True,
+    binds_in={
+        **dict.fromkeys(("gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"), _WRAPPED),
+        "llama4": r"^language_model\.model\.",
+    },
+    # Whose classes do not inherit SupportsLoRA.
+    without=frozenset(
+        {"falcon_mamba", "gemma3n", "gpt2", "gptj", "kimi_k25", "kimi_vl", "mamba"}
+        | {"mamba2", "mimo_v2_flash", "stablelm", "step3p5"}
+    ),
+    experts="refuses experts, unless it is served with --enable-mixed-moe-lora-format",
+    experts_in=frozenset({"gpt_oss", "qwen3_5_moe", "qwen3_vl_moe"}),  # is_3d_moe_weight
+)
+
+READERS = (
+    Reader("PEFT, transformers", "0.21.2, 5.24.0, run", "huggingface/peft", patterns=True),
+    _VLLM,
+    Reader(
+        "vLLM before 0.32",
+        "0.31.0, read",
+        _VLLM.source,
+        binds_in=_VLLM.binds_in,
+        without=_VLLM.without | {"gpt_neox"},
+        experts=_VLLM.experts,
+        experts_in=_VLLM.experts_in,
+    ),
+    Reader(
+        "SGLang",
+        "0.5.23, its classes",
+        "sgl-project/sglang python/sglang/srt/lora/lora.py, mem_pool.py",
+        rslora=False,
+        one_rank=True,
+        names_only=True,
+        binds=r"\blayers\.\d+\..*\D$",  # an expert's name ends in its number
+    ),
+    Reader(
+        "llama.cpp",
+        "0.4.0, run",
+        "ggml-org/llama.cpp convert_lora_to_gguf.py, src/llama-adapter.h",
+        over_tensor=True,
+        rslora=False,
+        without=frozenset({"gpt2"}),
+        experts="refuses experts",
+    ),
+    Reader(
+        "TensorRT-LLM",
+        "007e181, read",
+        "NVIDIA/TensorRT-LLM tensorrt_llm/lora_manager.py",
+        over_tensor=True,
+        binds=r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|gate_up_proj)$",
+        refuses_others=True,
+    ),
+    Reader(
+        "TGI",
+        "3.3.7, its classes",
+        "huggingface/text-generation-inference server/text_generation_server/utils/adapter.py, "
+        "adapters/lora.py",
+        one_rank=True,
+        whole_kinds=True,
+        binds=r"^model\.layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj"
+        r"|mlp\.(gate_proj|up_proj|down_proj|c_fc|c_proj))$",
+    ),
+)
 
 
 # By format: the readers that read it exactly as meant, and the formats with patterns to ignore.
-OWN_READERS = {"peft": ("PEFT",), "mlx-lm": ("mlx-lm",)}
+OWN_READERS = {"mlx-lm": ("mlx-lm",)}
 PATTERN_SOURCES = {"peft"}
 
 
-def readings(adapter: Adapter) -> list[Reading]:
-    """How each reader of the adapter's format interprets it; only this package reads runs."""
+def readings(adapter: Adapter, family: str | None = None) -> list[Reading]:
+    """How each reader of the adapter's format interprets it; only this package reads runs.
+
+    Args:
+        adapter: as read, with its own tool's module names.
+        family: the base model's ``model_type``; None if unknown, and then what depends on it is
+            left out.
+    """
     meant = {name: module.scale for name, module in adapter.plan.adapted().items()}
-    own = [Reading(reader, meant, None) for reader in OWN_READERS.get(adapter.source, ())]
-    others = RULES if adapter.source in PATTERN_SOURCES else {}
-    return own + [_reading(adapter, reader, rule, meant) for reader, rule in others.items()]
+    own = [Reading(name, "", meant) for name in OWN_READERS.get(adapter.source, ())]
+    others = READERS if adapter.source in PATTERN_SOURCES else ()
+    return own + [_reading(adapter, reader, meant, family) for reader in others]
 
 
-def _reading(adapter: Adapter, reader: str, rule: _Rule, meant: dict[str, float]) -> Reading:
-    nominal, alpha = adapter.plan.rank, adapter.plan.alpha
-    ranks = {name: module.rank for name, module in adapter.plan.adapted().items()}
-    if rule.one_rank and set(ranks.values()) != {nominal}:
-        return Reading(reader, {}, "does not load it: its ranks differ")
-    if rule.names_only and isinstance(adapter.config.get("target_modules"), str):
-        return Reading(reader, {}, "does not load it: target_modules is a regex")
-    root = rule.rslora and adapter.config.get("use_rslora")
-    over = {name: rank if rule.over_tensor else nominal for name, rank in ranks.items()}
-    scales = {name: alpha / (math.sqrt(r) if root else r) for name, r in over.items()}
-    if rule.whole_kinds:
-        scales |= dict.fromkeys(_in_broken_kinds(ranks), 0.0)
-    wrong = [name for name in meant if not math.isclose(scales[name], meant[name], rel_tol=1e-6)]
-    fault = f"WRONG for {len(wrong)} of {len(meant)} modules" if wrong else None
-    return Reading(reader, scales, fault)
+def readings_of_export(adapter: Adapter) -> list[Reading]:
+    """How each reader would interpret the portable export of an adapter that is bound to a model.
+
+    Raises:
+        ValueError: the family or a module cannot be exported.
+    """
+    rank, modules = vllm_rank(largest_rank(adapter)) or PORTABLE_RANKS[-1], {}
+    for name, module in adapter.plan.modules.items():
+        weight = hf_weight(adapter.model_type, name)
+        if weight is None:
+            raise ValueError(f"{name} has no name in Hugging Face's model")
+        hf = weight.module
+        if weight.parameter:
+            hf = f"{weight.module}.{weight.parameter}.{weight.number}"
+        modules[hf] = replace(module, rank=rank, scale=1.0)
+    export = replace(adapter, plan=RankPlan(rank, rank, modules), source="peft", config={})
+    return readings(export, adapter.model_type)
 
 
-def _in_broken_kinds(names: Iterable[str]) -> list[str]:
-    """The modules whose kind is missing from any block up to the last adapted one."""
+def _reading(
+    adapter: Adapter, reader: Reader, meant: dict[str, float], family: str | None
+) -> Reading:
+    binds = reader.binds_in.get(family, reader.binds)
+    unbound = {name for name in meant if not re.search(binds, name)}
+    if refusal := _refusal(adapter, reader, unbound, family):
+        return Reading(reader.name, reader.tried, {}, *refusal)
+    scales = _scales(adapter, reader)
+    wrong = {name for name in meant if not math.isclose(scales[name], meant[name], rel_tol=1e-6)}
+    remedies = {PORTABLE} if wrong else set()
+    if unbound:
+        remedies.add(_names_that_bind(binds, unbound, family))
+    dropped = set(unbound)
+    if reader.whole_kinds:
+        broken, can_be_filled = _in_broken_kinds(meant.keys() - unbound)
+        if broken:
+            remedies.add(PORTABLE if can_be_filled and not _is_portable(adapter) else MERGED)
+        dropped |= broken
+    scales |= dict.fromkeys(dropped, 0.0)
+    faults = [f"drops {len(dropped)} of {len(meant)} modules"] if dropped else []
+    if wrong := wrong - dropped:
+        faults.append(f"WRONG for {len(wrong)} of {len(meant)} modules")
+    if dropped == meant.keys():
+        faults = ["binds none of its modules"]
+    remedy = next((r for r in (MERGED, TEXT_NAMES, PORTABLE) if r in remedies), None)
+    return Reading(reader.name, reader.tried, scales, " and ".join(faults) or None, remedy)
+
+
+def _refusal(
+    adapter: Adapter, reader: Reader, unbound: set[str], family: str | None
+) -> tuple[str, str] | None:
+    """Why a reader does not load the adapter, and what helps; None if it does."""
+    ranks = {module.rank for module in adapter.plan.adapted().values()}
+    has_experts = any(stack_and_number(name)[1] is not None for name in adapter.plan.adapted())
+    if family in reader.without:
+        return f"loads no adapters for {family}", MERGED
+    if has_experts and reader.experts and family not in reader.experts_in:
+        return reader.experts, MERGED
+    if unbound and reader.refuses_others:
+        kinds = sorted({stack_and_number(name)[0].rpartition(".")[2] for name in unbound})
+        return f"does not load it: it knows no {', '.join(kinds)}", MERGED
+    if reader.one_rank and ranks != {adapter.plan.rank}:
+        return "does not load it: its ranks differ", PORTABLE
+    if reader.names_only and isinstance(adapter.config.get("target_modules"), str):
+        return "does not load it: target_modules is a regex", PORTABLE
+    return None
+
+
+def _scales(adapter: Adapter, reader: Reader) -> dict[str, float]:
+    """The scale that a reader computes for each adapted module."""
+    plan = adapter.plan
+    if reader.patterns:
+        return {name: module.scale for name, module in plan.adapted().items()}
+    root = reader.rslora and adapter.config.get("use_rslora")
+    scales = {}
+    for name, module in plan.adapted().items():
+        rank = module.rank if reader.over_tensor else plan.rank
+        scales[name] = plan.alpha / (math.sqrt(rank) if root else rank)
+    return scales
+
+
+def _names_that_bind(binds: str, unbound: set[str], family: str | None) -> str:
+    """The remedy for names that a reader does not bind: the family's other names, if it has any."""
+    for remedy, text in ((PORTABLE, False), (TEXT_NAMES, True)):
+        if all(re.search(binds, respelled(family, name, text)) for name in unbound):
+            return remedy
+    return MERGED
+
+
+def _in_broken_kinds(names: Iterable[str]) -> tuple[set[str], bool]:
+    """The modules whose kind is missing from any block up to the last adapted one.
+
+    Also returns whether each of those blocks has other adapted modules, so that an export can add
+    the missing ones.
+    """
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         if found := re.search(r"\.(\d+)\.(.+)", name):
             kinds[found[2]][int(found[1])] = name
-    last = max((block for blocks in kinds.values() for block in blocks), default=-1)
-    broken = [blocks for blocks in kinds.values() if len(blocks) <= last]
-    return [name for blocks in broken for name in blocks.values()]
+    adapted = {block for blocks in kinds.values() for block in blocks}
+    needed = set(range(max(adapted, default=-1) + 1))
+    broken = [blocks for blocks in kinds.values() if needed - blocks.keys()]
+    return {name for blocks in broken for name in blocks.values()}, needed == adapted
+
+
+def _is_portable(adapter: Adapter) -> bool:
+    """Whether it is in the portable layout, which has every module of every kind that it can."""
+    plan = adapter.plan
+    return all((m.rank, m.scale) == (plan.rank, 1.0) for m in plan.adapted().values())
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """The largest rank of an adapter's modules."""
+    return max((module.rank for module in adapter.plan.modules.values()), default=0)
 
 
 def vllm_rank(rank: int) -> int | None:

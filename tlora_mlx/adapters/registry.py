@@ -64,8 +64,8 @@ def bind_to_model(adapter: Adapter, base: Description) -> Adapter:
             model; all faults in one message.
     """
     if adapter.model_type is None:
-        names = FORMATS[adapter.source].mlx_names(adapter, base.model_type)
-        return take_over(adapter, base, names)
+        parts = FORMATS[adapter.source].mlx_parts(adapter, base.model_type)
+        return take_over(adapter, base, parts)
     check_fit(adapter, base)
     return adapter
 

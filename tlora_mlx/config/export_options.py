@@ -18,6 +18,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 FORMATS = ("peft", "mlx-lm", "merged", "gguf", "run")
 FORMATS_OF_OPTION = {
     "layout": ("peft",),
+    "names": ("peft",),
     "dtype": ("peft", "mlx-lm", "gguf", "run"),
     "merged": ("gguf",),
     "outtype": ("gguf",),
@@ -99,8 +100,15 @@ class ExportCommand(AdapterOptions):
     layout: str = option(
         "portable",
         "portable: one rank and scale for all modules, right in every reader; compact: exact ranks "
-        "through rank_pattern and alpha_pattern, for PEFT only",
+        "through rank_pattern and alpha_pattern, for PEFT, transformers and vLLM from 0.32",
         choices=("portable", "compact"),
+    )
+    names: str = option(
+        "multimodal",
+        "whose module names an adapter for a multimodal checkpoint gets: multimodal: the whole "
+        "model's, which vLLM, SGLang and AutoModelForImageTextToText load; text: its language "
+        "model's alone",
+        choices=("multimodal", "text"),
     )
     dtype: str = option(
         "float32", "dtype of an adapter's tensors", choices=("float32", "float16", "bfloat16")

@@ -18,9 +18,10 @@ from tlora_mlx.method.experts import Expert, TLoRASwitchLinear, experts_of, is_s
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 # A module that can be adapted: a linear layer, or one expert of a stacked one.
 Linear = nn.Module | Expert
-# Name components of the layers that choose or weigh experts, in all of mlx-lm's models (0.32). An
-# adapter there would change which experts a token goes to, so they are never targets.
-ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
+# Name components of the layers that choose or weigh experts, or choose the tokens to attend to, in
+# all of mlx-lm's models (0.32). An adapter there would change what a token goes to, so they are
+# never targets.
+ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate", "indexer"}
 
 
 def linear_shape(linear: Linear) -> tuple[int, int]:

@@ -21,16 +21,23 @@ OLDER_NAMES = {
     "num_layers": "num_hidden_layers",
     "layer_norm_epsilon": "rms_norm_eps",
 }
+# Which are different settings there: olmo_hybrid's is that of a norm for which transformers, too,
+# has a fixed value.
+OTHER_SETTINGS = {"olmo_hybrid": {"layer_norm_epsilon"}}
 
 
 def older_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that transformers 5 moved or dropped, under the names that mlx-lm reads.
 
+    Whether the output layer is tied is a setting of the whole multimodal model there, but mlx-lm
+    looks for it in the language model's.
+
     Many of mlx-lm's models silently fall back to a default if they do not find RoPE's base
     (ml-explore/mlx-lm issue 1563), the share of each head that is rotated, or which layers attend
     to a window; others have no default and cannot be loaded.
     """
-    settings = {older: config.get(name) for older, name in OLDER_NAMES.items()}
+    others = OTHER_SETTINGS.get(config.get("model_type"), set())
+    settings = {o: config.get(name) for o, name in OLDER_NAMES.items() if o not in others}
     period = _period(config.get("layer_types"))
     settings |= dict.fromkeys(("sliding_window_pattern", "full_attention_interval"), period)
     rope = config.get("rope_parameters")
@@ -49,7 +56,9 @@ def older_settings(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict) and config.get("rope_scaling") is None:
         settings["rope_scaling"] = scaling
     if isinstance(text, dict):
-        settings["text_config"] = text | older_settings(text)
+        tied = config.get("tie_word_embeddings")
+        inherited = {} if tied is None else {"tie_word_embeddings": tied}
+        settings["text_config"] = inherited | text | older_settings(text)
     return settings
 
 

@@ -6,7 +6,8 @@ Longer than 300 lines, since it is one table that grows with every family.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ class Family:
     Attributes:
         linears: from the path inside a block in MLX to the path in transformers.
         blocks: what comes before a block's number in MLX.
-        hf_blocks: the same in transformers' model.
+        hf_blocks: the same in the transformers model that the checkpoint is for. Multimodal
+            checkpoints are for the whole model, with the towers beside the language model, and
+            vLLM and SGLang load it as such.
+        text_blocks: the same in transformers' class of the language model alone, if the checkpoint
+            is multimodal and there is such a class.
+        text_is_auto: ``AutoModelForCausalLM`` loads the language model alone from it.
         file_blocks: the same in the checkpoint, if it differs from ``hf_blocks``.
         files: from transformers' path inside a block to the checkpoint's, where they differ.
         transposed: the weights are Conv1D's, (in, out).
@@ -64,6 +70,8 @@ class Family:
     linears: Mapping[str, str]
     blocks: str = "model.layers"
     hf_blocks: str = "model.layers"
+    text_blocks: str | None = None
+    text_is_auto: bool = False
     file_blocks: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
@@ -76,6 +84,16 @@ class Family:
         files = {self.files.get(name, name) for name in self.linears.values()}
         if not len(self.linears) == len(set(self.linears.values())) == len(files):
             raise ValueError(f"two modules of {self} have the same name")
+
+    @property
+    def in_file(self) -> str:
+        """What comes before a block's number in the checkpoint."""
+        return self.file_blocks or self.hf_blocks
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether transformers' model has the language model as a part."""
+        return "language_model" in self.hf_blocks.split(".")
 
 
 def _same(*paths: str) -> dict[str, str]:
@@ -104,6 +122,22 @@ _GRANITE_EXPERTS = Experts(
 _MIXTRAL_EXPERTS = Experts(
     "block_sparse_moe.switch_mlp", file="block_sparse_moe.experts", files=("w1", "w3", "w2")
 )
+
+_STACKED_EXPERTS = Experts(stacks={"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"})
+_GEMMA4_EXPERTS = replace(
+    _STACKED_EXPERTS, switch="experts.switch_glu", module="experts", file="experts"
+)
+_GEMMA4 = _LLAMA | {name: name for name in ("per_layer_input_gate", "per_layer_projection")}
+_DELTA = _same("linear_attn: in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj")
+
+# Where the language model is in most multimodal models.
+_MULTIMODAL: dict[str, Any] = {
+    "blocks": "language_model.model.layers",
+    "hf_blocks": "model.language_model.layers",
+    "text_blocks": "model.layers",
+}
+_NO_TEXT_CLASS: dict[str, Any] = {"text_blocks": None}
+_TOWERS = r"model\.(vision|audio)_\w+\..*"
 
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba.
 _NO_OUT_PROJ = "PEFT refuses the out_proj of this family's Mamba layers, whose kernels bypass it"
@@ -149,6 +183,7 @@ FAMILIES: dict[str, Family] = {
             "hunyuan_v1_dense",
             "seed_oss",
             "internlm3",
+            "iquestcoder",
         ),
         Family(_LLAMA),
     ),
@@ -190,12 +225,40 @@ FAMILIES: dict[str, Family] = {
         files=_EXAONE_FILES,
     ),
     # The language model inside a multimodal one.
-    "gemma3": Family(
-        _LLAMA,
-        blocks="language_model.model.layers",
-        hf_blocks="model.language_model.layers",
+    **dict.fromkeys(
+        ("gemma3", "llava"),
+        Family(_LLAMA, **_MULTIMODAL, file_blocks="language_model.model.layers", others=_TOWERS),
+    ),
+    "mistral3": Family(  # of mistral, ministral3 and mistral4
+        _LLAMA | _LATENT | _Q | _SHARED_EXPERTS,
+        **_MULTIMODAL,
         file_blocks="language_model.model.layers",
-        others=r"model\.vision_tower\..*",
+        others=_TOWERS,
+        experts=_STACKED_EXPERTS,
+    ),
+    "gemma4": Family(_GEMMA4, **_MULTIMODAL, experts=_GEMMA4_EXPERTS, others=_TOWERS),
+    "gemma4_text": Family(_GEMMA4, experts=_GEMMA4_EXPERTS),
+    "gemma4_unified": Family(_LLAMA, **_MULTIMODAL),
+    "qwen3_vl": Family(_LLAMA, **(_MULTIMODAL | _NO_TEXT_CLASS)),
+    "qwen3_vl_moe": Family(
+        _LLAMA,
+        **(_MULTIMODAL | _NO_TEXT_CLASS),
+        experts=replace(_STACKED_EXPERTS, transposed=True),
+        as_parameters=_LEGACY_EXPERT_NAMES,
+    ),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"),
+        Family(
+            _LLAMA,
+            **(_MULTIMODAL | _NO_TEXT_CLASS),
+            file_blocks="model.layers",
+            others=r"model\.visual\..*",
+        ),
+    ),
+    "muse_glimmer": Family(
+        _LLAMA | _same("self_attn: gate_proj"),
+        **(_MULTIMODAL | _NO_TEXT_CLASS | {"blocks": "model.layers"}),
+        others=_TOWERS,
     ),
     # Mixed kinds of layers: state spaces, convolutions or linear attention among the others.
     "falcon_h1": Family(
@@ -209,11 +272,34 @@ FAMILIES: dict[str, Family] = {
             "feed_forward: w1 w2 w3",
         )
     ),
-    # On the Hub inside a multimodal model, of which transformers loads only the language model.
-    "qwen3_5": Family(
-        _LLAMA | _same("linear_attn: in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj"),
-        blocks="language_model.model.layers",
-        file_blocks="model.language_model.layers",
+    "qwen3_5": Family(_LLAMA | _DELTA, **_MULTIMODAL, text_is_auto=True),
+    "qwen3_5_moe": Family(
+        _ATTENTION | _DELTA | _SHARED_EXPERT,
+        **_MULTIMODAL,
+        text_is_auto=True,
+        experts=_STACKED_EXPERTS,
+    ),
+    "olmo_hybrid": Family(
+        _LLAMA | _same("linear_attn: q_proj k_proj v_proj a_proj b_proj g_proj o_proj")
+    ),
+    **dict.fromkeys(
+        ("mamba", "falcon_mamba"),
+        Family(
+            _same("mixer: in_proj"),
+            blocks="backbone.layers",
+            hf_blocks="backbone.layers",
+            refused={
+                "mixer.out_proj": _NO_OUT_PROJ,
+                "mixer.dt_proj": "transformers takes the weight of dt_proj, past any adapter",
+                "mixer.x_proj": "mlx-lm calls x_proj with a token at a time",
+            },
+        ),
+    ),
+    "mamba2": Family(
+        _same("mixer: in_proj"),
+        blocks="backbone.layers",
+        hf_blocks="backbone.layers",
+        refused={"mixer.out_proj": _NO_OUT_PROJ},
     ),
     # Mixtures of experts: attention and whatever all tokens use; experts where they are given.
     "granitemoe": Family(_ATTENTION, experts=_GRANITE_EXPERTS),
@@ -268,6 +354,62 @@ FAMILIES: dict[str, Family] = {
             as_parameters=_LEGACY_EXPERT_NAMES,
         ),
     ),
+    "solar_open": Family(
+        _ATTENTION | _SHARED_EXPERTS, experts=Experts(), as_parameters=_LEGACY_EXPERT_NAMES
+    ),
+    "mimo_v2_flash": Family(_LLAMA, experts=Experts(), as_parameters=_LEGACY_EXPERT_NAMES),
+    "minimax_m2": Family(_ATTENTION, experts=replace(_MIXTRAL_EXPERTS, module="mlp.experts")),
+    "minimax_m3_vl": Family(
+        _ATTENTION,
+        **(_MULTIMODAL | _NO_TEXT_CLASS),
+        file_blocks="language_model.model.layers",
+        refused=dict.fromkeys(
+            ("gate_proj", "up_proj", "down_proj"),
+            "transformers has the gate_proj and up_proj of MLPs as one matrix",
+        ),
+        others=_TOWERS,
+    ),
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"),
+        Family(
+            _LATENT | _MLP | _SHARED_EXPERTS,
+            experts=Experts(),
+            as_parameters=_LEGACY_EXPERT_NAMES,
+        ),
+    ),
+    "kimi_k25": Family(
+        _LATENT | _MLP | _SHARED_EXPERTS,
+        **_MULTIMODAL,
+        file_blocks="language_model.model.layers",
+        experts=Experts(),
+        as_parameters=_LEGACY_EXPERT_NAMES,
+        others=_TOWERS,
+    ),
+    "kimi_linear": Family(
+        _same("self_attn: q_proj k_proj v_proj b_proj g_a_proj g_b_proj o_proj")
+        | _same("self_attn: kv_a_proj_with_mqa")
+        | _MLP
+        | _SHARED_EXPERTS
+        | {f"self_attn.f_{x}_proj": f"self_attn.forget_gate.f_{x}_proj" for x in "ab"},
+        files={f"self_attn.forget_gate.f_{x}_proj": f"self_attn.f_{x}_proj" for x in "ab"}
+        | {name: name.replace("mlp", "block_sparse_moe") for name in _SHARED_EXPERTS},
+        experts=Experts(file="block_sparse_moe.experts", files=("w1", "w3", "w2")),
+    ),
+    "longcat_flash": Family(
+        _same(
+            "self_attn.0: q_a_proj q_b_proj kv_a_proj_with_mqa o_proj",
+            "self_attn.1: q_a_proj q_b_proj kv_a_proj_with_mqa o_proj",
+            "mlps.0: gate_proj up_proj down_proj",
+            "mlps.1: gate_proj up_proj down_proj",
+        ),
+        refused=dict.fromkeys(
+            _same("mlp.switch_mlp: gate_proj up_proj down_proj"),
+            "transformers counts the experts without weights among those of gate_up_proj, but not "
+            "among those of down_proj",
+        ),
+        as_parameters=_LEGACY_EXPERT_NAMES,
+    ),
+    "llama4_text": Family(_ATTENTION | _same("feed_forward: gate_proj up_proj down_proj")),
     "llama4": Family(
         _ATTENTION
         | _same(
@@ -278,8 +420,9 @@ FAMILIES: dict[str, Family] = {
             _same("feed_forward.experts: gate_proj up_proj down_proj"),
             "PEFT 0.21 reads this family's experts, which are (in, out), as (out, in)",
         ),
-        blocks="language_model.model.layers",
-        file_blocks="language_model.model.layers",
+        **(_MULTIMODAL | {"hf_blocks": "language_model.model.layers"}),
+        text_is_auto=True,
+        others=r"vision_model\..*",
     ),
     "lfm2_moe": Family(
         _same("self_attn: q_proj k_proj v_proj out_proj", "conv: in_proj out_proj")
@@ -317,8 +460,71 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Families that mlx-lm loads as a different model than transformers does: no export could be right.
-REFUSED = {
+# Every other model_type of mlx-lm 0.32.2, and why no export of it could be right, or be proven.
+_NO_CLASS = "transformers 5.24 has no class for it, so no export can be compared with its model"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "Klear",
+            "afm7",
+            "baichuan_m1",
+            "bailing_moe",
+            "bailing_moe_linear",
+            "bailing_moe_v3",
+            "deepseek",
+            "deepseek_v41",
+            "deepseek_v41_text",
+            "gear",
+            "hunyuan",
+            "internlm2",
+            "iquestloopcoder",
+            "joyai_llm_flash",
+            "kimi_k2",
+            "kimi_k3",
+            "kimi_vl",
+            "lille-130m",
+            "longcat_flash_ngram",
+            "mimo",
+            "minicpm",
+            "nanbeige",
+            "nemotron-nas",
+            "openelm",
+            "phi-msft",
+            "phi3small",
+            "phixtral",
+            "plamo",
+            "plamo2",
+            "plamo3",
+            "prism_hadamard_qwen35",
+            "qwen",
+            "rwkv7",
+            "spark2_5",
+            "talkie",
+            "telechat3",
+            "xverse",
+            "youtu_llm",
+        ),
+        _NO_CLASS,
+    ),
+    "bailing_hybrid": "mlx-lm has two models of this name, and transformers a third, whose "
+    "config.json neither of the two reads",
+    "bitnet": "mlx-lm reads packed ternary weights alone, in layers of their own kind",
+    "dbrx": "mlx-lm evaluates its routers in the middle of the model, which then has no gradient",
+    "gemma3n": "without a cache, as in training, mlx-lm's last layers compute keys and values of "
+    "their own instead of those that they share, so an adapter would be trained on a different "
+    "model than it is used with",
     "glm": "mlx-lm rotates whole heads, transformers only the part given by partial_rotary_factor, "
     "so an adapter would be trained on a different model than it is used with",
+    "jamba": "mlx-lm makes the weights of a token's experts add up to 1, transformers does not",
+    "lfm2-vl": "transformers knows this model as lfm2_vl, which mlx-lm does not, so neither loads "
+    "what the other does",
+    "minimax": "mlx-lm loads it as minimax_m2, transformers as the older model with lightning "
+    "attention",
+    "mistral4": "transformers loads it only as mistral3's language model",
+    "muse_spark": "mlx-lm runs it with Metal kernels that have no gradient",
+    "nanochat": "mlx-lm reads nanochat's own tensor names, not those of transformers",
+    "olmo": "mlx-lm reads the older format of the package ai2-olmo alone",
+    "pixtral": "transformers has a class for its vision tower alone; newer checkpoints are llava's",
+    "recurrent_gemma": "mlx-lm's class is not set up as MLX modules are, so it cannot be frozen",
+    "step3p5": "transformers 5.24 has its configuration, but no class for it",
 }

@@ -104,6 +104,25 @@ def front_matter(card: Path) -> dict[str, Any]:
         return {}
 
 
+def family_here(name: str) -> str | None:
+    """The ``model_type`` of a model that is on this machine; None if it is not, or is damaged.
+
+    Args:
+        name: a directory, or a Hub repository, which is looked up in the Hub client's cache alone.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    file = user_path(name) / "config.json"
+    if can_be_repository(name) and not file.exists():
+        file = try_to_load_from_cache(name, "config.json")
+    if not isinstance(file, (str, Path)):  # not in the cache
+        return None
+    try:
+        return read_model_config(Path(file).parent, name)["model_type"]
+    except UserError:
+        return None
+
+
 def is_quantized(config: Mapping[str, Any]) -> bool:
     """Whether a model's ``config.json`` says that its weights are quantized."""
     return bool({"quantization", "quantization_config"} & config.keys())

@@ -46,51 +46,123 @@ class HFWeight(NamedTuple):
     stacked: bool = False
 
 
-def hf_weight(model_type: str, name: str) -> HFWeight | None:
-    """Where an MLX module's weight is in Hugging Face's model; None if unknown."""
+def hf_weight(model_type: str, name: str, text: bool = False) -> HFWeight | None:
+    """Where an MLX module's weight is in Hugging Face's model; None if unknown.
+
+    Args:
+        model_type: the family.
+        name: the module's name in MLX.
+        text: for multimodal checkpoints: name the module as in the language model alone.
+    """
     family = FAMILIES.get(model_type)
     match = family and re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", name)
-    if match and family.experts and match[2].startswith(f"{family.experts.switch}."):
-        return _expert_weight(family, match[1], match[2])
-    if not match or match[2] not in family.linears:
+    if not match:
+        return None
+    block = f"{(text and family.text_blocks) or family.hf_blocks}.{match[1]}"
+    if family.experts and match[2].startswith(f"{family.experts.switch}."):
+        return _expert_weight(family, block, match[1], match[2])
+    if match[2] not in family.linears:
         return None
     hf = family.linears[match[2]]
     return HFWeight(
-        f"{family.hf_blocks}.{match[1]}.{hf}",
-        f"{family.file_blocks or family.hf_blocks}.{match[1]}.{family.files.get(hf, hf)}.weight",
+        f"{block}.{hf}",
+        f"{family.in_file}.{match[1]}.{family.files.get(hf, hf)}.weight",
         family.transposed,
     )
 
 
-def _expert_weight(family: Family, block: str, path: str) -> HFWeight | None:
+def _expert_weight(family: Family, block: str, number: str, path: str) -> HFWeight | None:
     """``hf_weight`` for the expert ``SWITCH.PROJECTION.NUMBER`` inside a block."""
     experts = family.experts
-    projection, _, number = path.removeprefix(f"{experts.switch}.").partition(".")
-    if projection not in experts.projections or not number.isdigit():
+    projection, _, expert = path.removeprefix(f"{experts.switch}.").partition(".")
+    if projection not in experts.projections or not expert.isdigit():
         return None
     parameter, part = experts.projections[projection]
     if experts.stacks:
         tensor = experts.stacks[parameter]
     else:
         file = experts.files[list(experts.projections).index(projection)]
-        tensor = f"{number}.{file}.weight"
+        tensor = f"{expert}.{file}.weight"
     return HFWeight(
-        f"{family.hf_blocks}.{block}.{experts.module}",
-        f"{family.file_blocks or family.hf_blocks}.{block}.{experts.file}.{tensor}",
+        f"{block}.{experts.module}",
+        f"{family.in_file}.{number}.{experts.file}.{tensor}",
         experts.transposed,
         parameter=parameter,
         rows=None if part is None else Rows(part, experts.interleaved),
-        number=int(number),
+        number=int(expert),
         stacked=bool(experts.stacks),
     )
 
 
 def mlx_name(model_type: str, hf_module: str) -> str | None:
-    """The MLX name of a transformers module, the inverse of ``hf_weight``; None if unknown."""
+    """The MLX name of a transformers module, the inverse of ``hf_weight``; None if unknown.
+
+    A module of a multimodal model may be named as in any of its classes.
+    """
     family = FAMILIES.get(model_type)
-    match = family and re.fullmatch(rf"{re.escape(family.hf_blocks)}\.(\d+)\.(.+)", hf_module)
+    match = family and _match_block(family, hf_module)
     name = match and _mlx_paths(model_type).get(match[2])
     return f"{family.blocks}.{match[1]}.{name}" if name else None
+
+
+class MLXPart(NamedTuple):
+    """A module of MLX that is part of a module of Hugging Face's model.
+
+    Attributes:
+        name: its name.
+        rows: its part of the rows (of out); None: all of them.
+    """
+
+    name: str
+    rows: Rows | None
+
+
+def mlx_parts(model_type: str, hf_module: str) -> list[MLXPart]:
+    """What a transformers module, or one expert's matrix, is in MLX; empty if unknown.
+
+    Args:
+        model_type: the family.
+        hf_module: a module's name; or an expert's, which is its parameter's name and its number
+            (``….experts.gate_up_proj.3``) or, as in transformers 4, its module's name
+            (``….experts.3.w1``).
+    """
+    if name := mlx_name(model_type, hf_module):
+        return [MLXPart(name, None)]
+    family = FAMILIES.get(model_type)
+    match = family and family.experts and _match_block(family, hf_module)
+    if not match:
+        return []
+    experts, switch = family.experts, f"{family.blocks}.{match[1]}.{family.experts.switch}"
+    parts = []
+    for file, (projection, (parameter, part)) in zip(
+        experts.files, experts.projections.items(), strict=True
+    ):
+        rows = None if part is None else Rows(part, experts.interleaved)
+        if found := re.fullmatch(rf"{re.escape(experts.module)}\.{parameter}\.(\d+)", match[2]):
+            parts.append(MLXPart(f"{switch}.{projection}.{found[1]}", rows))
+        elif found := re.fullmatch(rf"{re.escape(experts.file)}\.(\d+)\.{file}", match[2]):
+            parts.append(MLXPart(f"{switch}.{projection}.{found[1]}", None))
+    return parts
+
+
+def respelled(model_type: str | None, hf_module: str, text: bool) -> str:
+    """A module's name in the multimodal model, or (``text``) in its language model alone.
+
+    The same name if the family is unknown or not multimodal.
+    """
+    family = FAMILIES.get(model_type)
+    match = family and family.is_multimodal and _match_block(family, hf_module)
+    blocks = match and (family.text_blocks if text else family.hf_blocks)
+    return f"{blocks}.{match[1]}.{match[2]}" if blocks else hf_module
+
+
+def _match_block(family: Family, hf_module: str) -> re.Match[str] | None:
+    """The block's number and the path inside it, whichever class's name this is."""
+    spellings = {family.hf_blocks, family.in_file}
+    if family.is_multimodal:
+        # Of the language model alone; of vLLM and, before 4.52, transformers; and of later ones.
+        spellings |= {"model.layers", "language_model.model.layers", "model.language_model.layers"}
+    return re.fullmatch(rf"(?:{'|'.join(map(re.escape, spellings))})\.(\d+)\.(.+)", hf_module)
 
 
 @cache
@@ -110,7 +182,7 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
         )
     unknown = [name for name in names if hf_weight(model_type, name) is None]
     refused = FAMILIES[model_type].refused
-    paths = [re.sub(r"\.\d+$", "", name) for name in unknown]  # an expert's is its stacked layer
+    paths = [re.sub(r"\.\d+\b", "", name) for name in unknown]  # an expert's is its stacked layer
     reasons = {refused[end] for path in paths for end in refused if path.endswith(f".{end}")}
     if reasons:
         return (

@@ -61,7 +61,9 @@ def write_card(
     base = base_model or adapter.base
     trained_on = base_model or adapter.model
     name = name or directory.resolve().name
-    export = EXPORTS[format](directory, name, _display_name(base), _display_name(trained_on))
+    export = EXPORTS[format](
+        directory, name, _display_name(base), _display_name(trained_on), adapter.model_type
+    )
     data = [_repository(name) for name in names_of(adapter.config.get("data"))]
     metadata = ModelCardData(
         base_model=base if is_repository(base) else None,

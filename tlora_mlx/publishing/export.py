@@ -86,9 +86,8 @@ def _check_push(config: ExportCommand, adapter: Adapter) -> None:
 def _write_peft(
     adapter: Adapter, output: Path, config: ExportCommand, _: Observer, finish: Finish
 ) -> Proof:
-    return PEFT.write(
-        adapter, output, config.dtype, config.base_model, config.layout, finish=finish
-    )
+    options = config.dtype, config.base_model, config.layout, config.names
+    return PEFT.write(adapter, output, *options, finish=finish)
 
 
 def _how_to_load_peft(output: Path, config: ExportCommand) -> str:

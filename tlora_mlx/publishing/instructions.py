@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar
 
+from tlora_mlx.adapters.readers import Reading, largest_rank, readings, vllm_rank
+from tlora_mlx.adapters.registry import read_adapter
 from tlora_mlx.errors import visible
+from tlora_mlx.models.families import FAMILIES
+from tlora_mlx.models.names import respelled
 from tlora_mlx.storage.files import read_json
-
-TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Export(ABC):
         name: the Hub repository, or the directory's name if there is none.
         base: the base model that it is for.
         trained_on: the model that it was trained on: the base, or a converted form of it.
+        family: the base model's ``model_type``.
         relation: its ``base_model_relation``.
         tags: its ``tags``, in addition to those of every export.
         names_base: whether its configuration names a base model, which readers then load.
@@ -40,6 +44,7 @@ class Export(ABC):
     name: str
     base: str
     trained_on: str
+    family: str
 
     relation: ClassVar[str] = "adapter"
     tags: ClassVar[tuple[str, ...]] = ("lora",)
@@ -111,19 +116,53 @@ class PeftExport(Export):
         return "peft"
 
     def loading(self) -> list[str]:
-        """PEFT, mlx-lm after merging and, if all modules share one rank, vLLM and llama.cpp.
+        """PEFT, mlx-lm after merging, vLLM and llama.cpp where they are right, and all readers.
 
         Sources: ggml-org/llama.cpp ``convert_lora_to_gguf.py`` takes the base model from the
         adapter's configuration; vLLM refuses an adapter whose rank is above ``--max-lora-rank``.
         """
+        adapter = read_adapter(self.directory)
+        found = readings(adapter, self.family)
+        right = {reading.reader for reading in found if not reading.fault}
+        rank = vllm_rank(max(largest_rank(adapter), self._config["r"]))
+        blocks = [*self._peft(adapter.plan.modules), *self._download_blocks()]
+        if serving := [name for name in ("vLLM from 0.32", "vLLM before 0.32") if name in right]:
+            command = (
+                f"vllm serve {quote(self.base)} --enable-lora --max-lora-rank {rank} "
+                f"--lora-modules tuned={self._local}"
+            )
+            blocks += [f"{'vLLM' if len(serving) == 2 else serving[0]}:\n", _code("bash", command)]
+        if "llama.cpp" in right:
+            blocks += [
+                "llama.cpp, with the base model as GGUF:\n",
+                _code(
+                    "bash",
+                    f"python convert_lora_to_gguf.py {self._local} --outfile adapter.gguf",
+                    "llama-cli -m base.gguf --lora adapter.gguf",
+                ),
+            ]
+        return [*blocks, *_readers(found)]
+
+    def _peft(self, modules: Iterable[str]) -> list[str]:
+        """PEFT, and mlx-lm after it; only in words if the language model cannot be loaded alone."""
+        family = FAMILIES[self.family]
+        is_text = family.text_blocks and all(
+            respelled(self.family, name, text=True) == name for name in modules
+        )
+        if is_text and not family.text_is_auto:
+            return [
+                "Its names are those of the language model alone (`model.layers.…`), which "
+                "transformers does not load from the multimodal checkpoint.\n"
+            ]
+        loader = "AutoModelForCausalLM" if is_text else _auto_class(self.family)
         return [
             "PEFT:\n",
             _code(
                 "python",
                 "from peft import PeftModel",
-                TRANSFORMERS,
+                f"from transformers import {loader}, AutoTokenizer",
                 "",
-                f"model = AutoModelForCausalLM.from_pretrained({self.base!r})",
+                f"model = {loader}.from_pretrained({self.base!r})",
                 f"model = PeftModel.from_pretrained(model, {self.name!r})",
                 f"tokenizer = AutoTokenizer.from_pretrained({self.base!r})",
             ),
@@ -134,29 +173,6 @@ class PeftExport(Export):
                 'tokenizer.save_pretrained("merged")',
             ),
             _code("bash", 'mlx_lm.generate --model merged --prompt "…"'),
-            *self._single_rank_readers(),
-        ]
-
-    def _single_rank_readers(self) -> list[str]:
-        if self._config["rank_pattern"]:
-            return [
-                "vLLM and llama.cpp silently ignore `rank_pattern` and `alpha_pattern`: for them, "
-                "export the same run with `--layout portable`.\n"
-            ]
-        return [
-            *self._download_blocks(),
-            "vLLM:\n",
-            _code(
-                "bash",
-                f"vllm serve {quote(self.base)} --enable-lora --max-lora-rank {self._config['r']} "
-                f"--lora-modules tuned={self._local}",
-            ),
-            "llama.cpp, with the base model as GGUF:\n",
-            _code(
-                "bash",
-                f"python convert_lora_to_gguf.py {self._local} --outfile adapter.gguf",
-                "llama-cli -m base.gguf --lora adapter.gguf",
-            ),
         ]
 
 
@@ -207,13 +223,14 @@ class MergedExport(Export):
         mlx_lm = ["mlx-lm:\n", _code("bash", command)]
         if "quantization" in self._config:
             return mlx_lm
+        loader = _auto_class(self.family)
         return [
             "transformers:\n",
             _code(
                 "python",
-                TRANSFORMERS,
+                f"from transformers import {loader}, AutoTokenizer",
                 "",
-                f"model = AutoModelForCausalLM.from_pretrained({self.name!r})",
+                f"model = {loader}.from_pretrained({self.name!r})",
                 f"tokenizer = AutoTokenizer.from_pretrained({self.name!r})",
             ),
             "vLLM:\n",
@@ -279,6 +296,23 @@ EXPORTS: dict[str, type[Export]] = {
     "gguf": GGUFExport,
     "gguf-merged": GGUFModelExport,
 }
+
+
+def _auto_class(family: str) -> str:
+    """The class of transformers that loads a family's checkpoints, whole."""
+    is_multimodal = family in FAMILIES and FAMILIES[family].is_multimodal
+    return "AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM"
+
+
+def _readers(found: Sequence[Reading]) -> list[str]:
+    """A table of the readers, and what to export for those that get this one wrong."""
+    lines = ["| reader | tried with | reads it |", "|---|---|---|"]
+    lines += [f"| {r.reader} | {r.tried} | {r.fault or 'as intended'} |" for r in found]
+    blocks = ["\n".join(lines) + "\n"]
+    for remedy in dict.fromkeys(reading.remedy for reading in found if reading.remedy):
+        readers = ", ".join(reading.reader for reading in found if reading.remedy == remedy)
+        blocks.append(f"For {readers}: `tlora export {remedy}` of the same run.\n")
+    return blocks
 
 
 def _code(language: str, *lines: str) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
 from tlora_mlx.adapters.adapter import Adapter
-from tlora_mlx.adapters.readers import PATTERN_SOURCES, Reading, readings, vllm_rank
+from tlora_mlx.adapters.readers import (
+    PATTERN_SOURCES,
+    PORTABLE,
+    Reading,
+    largest_rank,
+    readings_of_export,
+    vllm_rank,
+)
 from tlora_mlx.adapters.registry import FORMATS
 from tlora_mlx.invocation import suggested
+from tlora_mlx.models.model_directory import family_here
+from tlora_mlx.models.names import unexportable
 
 
 def described(adapter: Adapter) -> list[str]:
@@ -31,16 +42,21 @@ def size(adapter: Adapter) -> str:
     )
 
 
-def readers_table(adapter: Adapter) -> Table | None:
-    """The scale that each reader applies; None if only this package reads the format."""
-    found = readings(adapter)
+def base_family(adapter: Adapter) -> str | None:
+    """The family of an adapter's base model, if it is known on this machine."""
+    return adapter.model_type or (family_here(adapter.base) if adapter.base else None)
+
+
+def readers_table(found: Sequence[Reading]) -> Table | None:
+    """The scale that each reader applies; None if there are no readers."""
     if not found:
         return None
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("reader", "effective scale", ""):
+    for heading in ("reader", "tried with", "effective scale", ""):
         table.add_column(heading, no_wrap=True)
     for reading in found:
-        table.add_row(reading.reader, _scales(reading), reading.fault or "as intended")
+        verdict = reading.fault or "as intended"
+        table.add_row(reading.reader, reading.tried, _scales(reading), verdict)
     return table
 
 
@@ -51,23 +67,43 @@ def _scales(reading: Reading) -> str:
     return f"{least:.4g}" if least == most else f"{least:.4g} … {most:.4g}"
 
 
-def advice(adapter: Adapter) -> list[str]:
-    """What to do about readers that would get it wrong, and what vLLM needs."""
+def advice(adapter: Adapter, found: Sequence[Reading]) -> list[str]:
+    """What to do about readers that would get it wrong, and what vLLM needs.
+
+    Args:
+        adapter: as read, with its own tool's module names.
+        found: how each reader of its format interprets it.
+    """
     is_peft = adapter.source in PATTERN_SOURCES
-    largest = max((m.rank for m in adapter.plan.modules.values()), default=0)
-    largest = max(largest, adapter.plan.rank) if is_peft else largest
-    needed = vllm_rank(largest)
+    largest = largest_rank(adapter)
+    needed = vllm_rank(max(largest, adapter.plan.rank) if is_peft else largest)
     vllm = f"vLLM needs --max-lora-rank {needed}"
     if needed is None:
         vllm = f"vLLM does not serve rank {largest}"
-    export = suggested("export", adapter.directory, "--format", "peft")
-    wrong = [reading.reader for reading in readings(adapter) if reading.fault]
-    lines = []
-    if wrong:
-        lines.append(
-            f"warning: {', '.join(wrong)} would not read this adapter as intended; for a "
-            f"directory that all readers interpret alike: {export}"
-        )
+    export = suggested("export", adapter.directory)
+    lines = [
+        f"warning: {', '.join(readers)} would not read this adapter as intended; "
+        f"for what they read: {export} {remedy}"
+        for remedy, readers in _by_remedy(found).items()
+    ]
     if is_peft:
+        if base_family(adapter) is None:
+            lines.append(
+                "the base model's config.json is not on this machine, so what depends on its "
+                "family is not checked"
+            )
         return [*lines, vllm]
-    return [*lines, f"for other readers: {export}; the scale is then 1, and {vllm}"]
+    lines.append(f"for other readers: {export} {PORTABLE}; the scale is then 1, and {vllm}")
+    if adapter.model_type and not unexportable(adapter.model_type, adapter.plan.modules):
+        for remedy, readers in _by_remedy(readings_of_export(adapter)).items():
+            lines.append(f"but for {', '.join(readers)}: {export} {remedy}")
+    return lines
+
+
+def _by_remedy(found: Sequence[Reading]) -> dict[str, list[str]]:
+    """The readers that get it wrong, by the options that help."""
+    remedies: dict[str, list[str]] = {}
+    for reading in found:
+        if reading.remedy:
+            remedies.setdefault(reading.remedy, []).append(reading.reader)
+    return remedies
