@@ -19,6 +19,9 @@ from helpers.families import FAILS, FAMILIES  # noqa: E402
 from helpers.models import ROWS, write_jsonl  # noqa: E402
 from measuring import table_row  # noqa: E402
 from models.test_families import EXPERT_FAMILIES, EXPORTS, failure, round_trip  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from tlora_mlx.adapters.readers import READERS  # noqa: E402
 from tlora_mlx.models.families import FAMILIES as NAMES  # noqa: E402
@@ -71,12 +74,12 @@ those without it. The other families of mlx-lm are refused when training starts,
   one adapter for all experts of a block (`target_parameters`), gate and up fused, whose rank is
   the largest sum of an expert's two. mlx-lm stacks the experts of a layer, all of the adapter's one
   rank. A merged model has each expert's delta in its tensor, or in its part of the tensor of all
-  experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss, gemma4,
-  qwen3_5_moe, qwen3_vl_moe). gpt_oss is
-  released in MXFP4, which is not merged into: merge into a checkpoint in bfloat16, or into the MLX
-  model that the run was trained on (`--dequantize`, `--quantize`). As adapters, experts are read by
-  PEFT and transformers, and by vLLM in gpt_oss, qwen3_5_moe and qwen3_vl_moe (in others with
-  `--enable-mixed-moe-lora-format`); for llama.cpp, SGLang and TGI, merge.
+  experts where the checkpoint stacks them (granitemoe, granitemoehybrid, gpt_oss, gemma4, mistral3,
+  qwen3_5_moe, qwen3_vl_moe). gpt_oss is released in MXFP4, which is not merged into: merge into a
+  checkpoint in bfloat16, or into the MLX model that the run was trained on (`--dequantize`,
+  `--quantize`). As adapters, experts are read by PEFT and transformers, and by vLLM in gpt_oss,
+  qwen3_5_moe and qwen3_vl_moe (in others with `--enable-mixed-moe-lora-format`); for llama.cpp,
+  SGLang and TGI, merge.
 - **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
   `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
   dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then
@@ -101,7 +104,8 @@ def names_table() -> str:
         binds = "no LoRA"
         if name not in vllm.without:
             binds = "multimodal" if name in vllm.binds_in else "both"
-        auto = "text" if family.text_is_auto else "multimodal"
+        auto = "multimodal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "nothing"
+        auto = "text" if family.text_is_auto else auto
         text = f"`{family.text_blocks}`" if family.text_blocks else "no such class"
         rows.append([f"`{name}`", f"`{family.hf_blocks}`", text, auto, binds])
     head = ["family", "multimodal", "text", "AutoModelForCausalLM loads", "vLLM from 0.32 binds"]

@@ -268,7 +268,7 @@ def test_every_model_of_mlx_lm_is_proven_or_refused_with_a_reason():
 MULTIMODAL = [name for name, family in names.FAMILIES.items() if family.is_multimodal]
 # Where vLLM 0.32.0 binds none of the language model's own names, and where it has no LoRA.
 UNBOUND_IN_VLLM = {"gemma3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"}
-NOT_IN_VLLM = {"kimi_k25"}
+NOT_IN_VLLM = {"kimi_k25", "minimax_m3_vl"}
 
 
 def modules_of(class_of, config):

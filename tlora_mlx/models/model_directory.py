@@ -112,13 +112,12 @@ def family_here(name: str) -> str | None:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    file = user_path(name) / "config.json"
-    if can_be_repository(name) and not file.exists():
-        file = try_to_load_from_cache(name, "config.json")
-    if not isinstance(file, (str, Path)):  # not in the cache
-        return None
     try:
-        return read_model_config(Path(file).parent, name)["model_type"]
+        path = _directory(name)
+        if path is None and can_be_repository(name):
+            file = try_to_load_from_cache(name, "config.json")
+            path = Path(file).parent if isinstance(file, str) else None
+        return read_model_config(path, name)["model_type"] if path else None
     except UserError:
         return None
 
