@@ -324,8 +324,8 @@ FAMILIES = {
             "layer_types": ["linear_attention", "full_attention"],
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         renames={
@@ -502,7 +502,7 @@ FAMILIES = {
             "num_hidden_layers": 3,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
             "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "linear_head_dim": 16,
+            "linear_head_dim": 32,
             "linear_num_heads": 2,
         },
         hub={
@@ -510,7 +510,7 @@ FAMILIES = {
                 "kda_layers": [1, 3],
                 "full_attn_layers": [2],
                 "num_heads": 2,
-                "head_dim": 16,
+                "head_dim": 32,
                 "short_conv_kernel_size": 4,
             },
             "num_experts": 4,

@@ -79,7 +79,7 @@ def mixtral_path(tmp_path_factory):
 
 
 # For which mlx-lm launches Metal kernels when it computes the logits.
-KERNEL_FAMILIES = {"qwen3_5", "qwen3_next"}
+KERNEL_FAMILIES = {"kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next"}
 EXPERT_FAMILIES = [family for family in FAMILIES if names.FAMILIES[family].experts]
 
 
