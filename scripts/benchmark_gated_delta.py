@@ -1,7 +1,8 @@
-"""The gated delta rule forwards and backwards: in chunks, mlx-lm's loop, MLX's own function.
+"""Recurrences forwards and backwards: in chunks, as mlx-lm computes them, with MLX's own function.
 
-One layer's heads, random inputs, float32, one sample. Each way and length runs in a process of its
-own; the exponent is the slope of log time against log length.
+The gated delta rule (Qwen3-Next, Kimi Linear) and Mamba-2, for one layer's heads: random inputs,
+float32, one sample. Each way and length runs in a process of its own; the exponent is the slope of
+log time against log length.
 
     python scripts/benchmark_gated_delta.py --tokens 128 256 512 1024 2048 4096
 """
@@ -17,46 +18,71 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from measuring import in_own_process, machine, mlx_blas, table_head, table_row
-from mlx_lm.models import gated_delta as mlx_lm
+from mlx_lm.models import gated_delta, ssm
 
 from tlora_mlx.models.gated_delta import gated_delta_update
+from tlora_mlx.models.state_space import ssm_update
 
 HEADS, WIDTH = 4, 128
+STATE_HEADS, STATE_WIDTH, STATES = 8, 64, 128
 
 
 def with_mlx(
     q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *gates: mx.array
-) -> mx.array:
+) -> list[mx.array]:
     """MLX's own function, which has no gates for each dimension."""
     a_log, dt_bias = gates
     gamma = mx.exp(-mx.exp(a_log) * nn.softplus(a + dt_bias))
     state = mx.zeros((1, HEADS, WIDTH, WIDTH))
-    return mx.fast.gated_delta_update(q, k, v, gamma, mx.sigmoid(b), state)[0]
+    return mx.fast.gated_delta_update(q, k, v, gamma, mx.sigmoid(b), state)
 
 
-WAYS: dict[str, Callable[..., mx.array]] = {
-    "mlx-lm's loop": lambda *x: mlx_lm.gated_delta_update(*x, use_kernel=False)[0],
-    "mx.fast": with_mlx,
-    "chunks": lambda *x: gated_delta_update(*x)[0],
+def delta_inputs(tokens: int, gates: tuple[int, ...]) -> list[mx.array]:
+    """q, k, v, a, b, A_log and dt_bias."""
+    q, k, v = mx.random.normal((3, 1, tokens, HEADS, WIDTH))
+    q, k = gated_delta.normalize_qk(q, k, inv_scale=WIDTH**-0.5, eps=1e-6)
+    a, b = mx.random.normal((1, tokens, *gates)), mx.random.normal((1, tokens, HEADS))
+    return [q, k, v, a, b, mx.random.normal((HEADS, 1)[: len(gates)]), mx.random.normal(gates)]
+
+
+def state_inputs(tokens: int) -> list[mx.array]:
+    """Mamba-2's x, A_log, B, C, D, dt and dt_bias."""
+    x = mx.random.normal((1, tokens, STATE_HEADS, STATE_WIDTH))
+    b, c = mx.random.normal((2, 1, tokens, 1, STATES))
+    a_log, d, dt_bias = mx.random.normal((3, STATE_HEADS))
+    return [x, a_log, b, c, d, mx.random.normal((1, tokens, STATE_HEADS)), dt_bias]
+
+
+def loop(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's loop over tokens."""
+    return gated_delta.gated_delta_update(*arrays, use_kernel=False)
+
+
+Way = Callable[..., "list[mx.array] | tuple[mx.array, mx.array]"]
+RULES: dict[str, tuple[Callable[[int], list[mx.array]], dict[str, Way]]] = {
+    "delta, a gate for each head": (
+        lambda tokens: delta_inputs(tokens, (HEADS,)),
+        {"mlx-lm": loop, "mx.fast": with_mlx, "chunks": gated_delta_update},
+    ),
+    "delta, a gate for each dimension": (
+        lambda tokens: delta_inputs(tokens, (HEADS, WIDTH)),
+        {"mlx-lm": loop, "chunks": gated_delta_update},
+    ),
+    "Mamba-2": (state_inputs, {"mlx-lm": ssm.ssm_update, "chunks": ssm_update}),
 }
 
 
-def measure(way: str, tokens: int, vector: bool) -> dict[str, float]:
+def measure(rule: str, way: str, tokens: int) -> dict[str, float]:
     """Seconds, processor seconds and peak MB of a forward and backward pass: the best of three."""
     mx.random.seed(0)
-    gates = (HEADS, WIDTH) if vector else (HEADS,)
-    q, k, v = mx.random.normal((3, 1, tokens, HEADS, WIDTH))
-    q, k = mlx_lm.normalize_qk(q, k, inv_scale=WIDTH**-0.5, eps=1e-6)
-    a, b = mx.random.normal((1, tokens, *gates)), mx.random.normal((1, tokens, HEADS))
-    a_log, dt_bias = mx.random.normal((HEADS, 1) if vector else (HEADS,)), mx.random.normal(gates)
-    arrays = [q, k, v, a, b, a_log, dt_bias]
-    weights = mx.random.normal(v.shape)
-    mx.eval(arrays, weights)
+    make, ways = RULES[rule]
+    arrays = make(tokens)
+    mx.eval(arrays)
 
     def loss(*arrays: mx.array) -> mx.array:
-        return (weights * WAYS[way](*arrays)).sum()
+        return mx.square(ways[way](*arrays)[0]).sum()
 
-    gradient = mx.value_and_grad(loss, argnums=range(5))
+    gradient = mx.value_and_grad(loss, argnums=range(len(arrays)))
     runs = []
     for _ in range(3):
         mx.clear_cache()
@@ -73,28 +99,27 @@ def main() -> None:
     """Print the table and the exponents."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--rivals-up-to", type=int, default=2048, help="their memory: 2 MB a token")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        way, tokens, vector = args.one
-        print(json.dumps(measure(way, int(tokens), vector == "True")))
+        rule, way, tokens = args.one
+        print(json.dumps(measure(rule, way, int(tokens))))
         return
-    print(f"{machine()}; {mlx_blas()}; {HEADS} heads of {WIDTH}\n")
-    print(table_head(["gates", "way", "tokens", "s", "processor s", "peak MB"]))
+    print(f"{machine()}; {mlx_blas()}\n")
+    print(table_head(["rule", "way", "tokens", "s", "processor s", "peak MB"]))
     exponents = []
-    for vector in (False, True):
-        gates = "of each dimension" if vector else "of each head"
-        for way in WAYS:
-            if vector and WAYS[way] is with_mlx:
-                continue
+    for rule, (_, ways) in RULES.items():
+        for way in ways:
+            lengths = [n for n in args.tokens if way == "chunks" or n <= args.rivals_up_to]
             times = []
-            for tokens in args.tokens:
-                found = in_own_process(__file__, "--one", way, tokens, vector)
+            for tokens in lengths:
+                found = in_own_process(__file__, "--one", rule, way, tokens)
                 times.append(found["processor"])
                 cells = (f"{found['seconds']:.2f}", f"{found['processor']:.2f}")
-                print(table_row([gates, way, tokens, *cells, f"{found['memory']:.0f}"]))
-            slope = np.polyfit(np.log(args.tokens), np.log(times), 1)[0]
-            exponents.append(f"{way}, gates {gates}: {slope:.2f}")
+                print(table_row([rule, way, tokens, *cells, f"{found['memory']:.0f}"]), flush=True)
+            slope = np.polyfit(np.log(lengths), np.log(times), 1)[0]
+            exponents.append(f"{rule}, {way} {slope:.2f}")
     print(f"\nExponent of processor time: {'; '.join(exponents)}.")
 
 

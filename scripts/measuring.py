@@ -15,7 +15,8 @@ from typing import Any
 
 def machine() -> str:
     """The machine's name, as far as the system tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    cpus = Path("/proc/cpuinfo")  # Linux only
+    for line in cpus.read_text().splitlines() if cpus.exists() else ():
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}"
     return f"{platform.machine()}, {os.cpu_count()} cores"

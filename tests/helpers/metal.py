@@ -1,9 +1,11 @@
 """A Mac's GPU, as far as mlx-lm's models can tell: its kernels are chosen, and have no gradient.
 
-Each kernel is replaced by plain operations that compute the same, in a function which, like MLX's
+On a Mac it is the real one, with real kernels, whose launches are counted. Elsewhere each kernel is
+replaced by plain operations that compute the same, in a function which, like MLX's
 ``CustomKernel``, has no gradient. Any other kernel is None on a CPU, or fails when it is launched.
 """
 
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -42,7 +44,32 @@ KERNELS = {
 }
 
 
-class Kernel:
+def on_a_mac():
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+@contextmanager
+def on_the_cpu():
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        yield
+    finally:
+        mx.set_default_device(device)
+
+
+class Real:
+    """A kernel, and its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __call__(self, **launch):
+        self.launches += 1
+        return self.kernel(**launch)
+
+
+class StandIn:
     """Computes what ``function`` computes, without a gradient; counts its launches."""
 
     def __init__(self, function):
@@ -69,7 +96,7 @@ class Kernel:
 
 
 class Metal:
-    """Stands in for a Mac until ``monkeypatch`` undoes it."""
+    """A Mac, or what stands in for one until ``monkeypatch`` undoes it."""
 
     def __init__(self, monkeypatch):
         self.kernels = []
@@ -77,10 +104,12 @@ class Metal:
             if find_spec(path):  # an older mlx-lm has not all of them
                 module = import_module(path)
                 for name, function in kernels.items():
-                    self.kernels.append(Kernel(function))
-                    monkeypatch.setattr(module, name, self.kernels[-1], raising=False)
-        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+                    kernel = Real(vars(module).get(name)) if on_a_mac() else StandIn(function)
+                    self.kernels.append(kernel)
+                    monkeypatch.setattr(module, name, kernel, raising=False)
+        if not on_a_mac():
+            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+            monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
 
     def launches(self):
         return sum(kernel.launches for kernel in self.kernels)

@@ -76,8 +76,9 @@ def is_separable(model: nn.Module, tokens: mx.array) -> bool:
         separate = apply_output_layer(model, body(tokens)[:, ::2])
         if separate.shape != logits.shape:
             return False
-        # Rounding depends on the number of rows; a different function would differ by far more.
-        tolerance = max(1e-3, 4 * mx.finfo(logits.dtype).eps) * mx.abs(logits).max()
+        # Rounding depends on the number of rows, on an M5 (TF32) even for float32; a different
+        # function would differ by far more.
+        tolerance = max(1e-2, 4 * mx.finfo(logits.dtype).eps) * mx.abs(logits).max()
         return bool((mx.abs(separate - logits).max() <= tolerance).item())
     except Exception:  # the model's code, called in an unusual way, may raise anything: then no
         return False
