@@ -100,6 +100,20 @@ def test_a_piece_in_double_precision(dtype):
     np.testing.assert_allclose(gradient.astype(mx.float32), expected, rtol=8e-3, atol=1e-6)
 
 
+def test_the_gradient_of_a_multiple_of_the_loss():
+    mx.random.seed(0)
+    states, weight = mx.random.normal((6, 4)), mx.random.normal((4, 10))
+    labels, counts = mx.arange(6), mx.ones(6, mx.bool_)
+
+    def loss(states, factor):
+        layer = output_layer._summed_cross_entropy
+        return factor * layer(lambda x: x @ weight, states, labels, counts, True)
+
+    once, thrice = (mx.grad(loss)(states, factor) for factor in (1.0, 3.0))
+    assert mx.abs(once).max().item() > 0.1
+    assert mx.allclose(thrice, 3 * once, rtol=1e-5).item()
+
+
 def test_models_that_are_not_separable(tmp_path):
     model = trained(save_model(tmp_path))
     model.eval()
