@@ -58,6 +58,7 @@ def _with_options_of(config_class: type[Config]) -> Callable[[F], F]:
             f"    {item.name}: {item.metadata['help']}" for item in fields(config_class)
         )
         before, returns, after = (inspect.getdoc(function) or "").partition("\n\nReturns:")
+        function.options = config_class  # type: ignore[attr-defined]
         function.__doc__ = f"{before}\n{told}{returns}{after}"
         return function
 

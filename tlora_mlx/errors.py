@@ -44,6 +44,11 @@ def interruption_code(stop: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 row", "2 rows", "1,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -89,6 +89,12 @@ def test_a_release_has_its_section_of_the_changelog():
             section(text, version)
 
 
+def test_the_python_page_is_made_from_the_docstrings():
+    document = runpy.run_path(str(ROOT / "scripts/make_api_document.py"))["document"]
+    same = (ROOT / "docs/API.md").read_text() == document()
+    assert same, "run: python scripts/make_api_document.py"
+
+
 def texts_of_the_code():
     """All texts in the package, with … in place of values."""
     for path in (ROOT / "tlora_mlx").rglob("*.py"):

@@ -40,8 +40,8 @@ def test_what_is_shown_without_any_weights(tokenizer_alone, tmp_path, tlora_here
     table = [line.split() for line in result.stdout.splitlines()]
     assert ["train", "7"] in [line[:2] for line in table]
     assert ["valid", "2"] in [line[:2] for line in table]
-    assert "warning: train: 1 samples are there more than once" in result.stdout
-    assert "warning: valid: 1 samples are in the training data too" in result.stdout
+    assert "warning: train: 1 sample repeated within the training data" in result.stdout
+    assert "warning: valid: 1 sample repeated from the training data" in result.stdout
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(line["split"], line["row"]) for line in lines] == [
         *(("train", n) for n in range(1, 8)),
@@ -65,8 +65,8 @@ def test_figures_and_warnings(tokenizer_alone, tmp_path):
     assert (summary.cut, summary.left_out, summary.repeated) == ([3], [4], 0)
     assert 0 < summary.counted < summary.tokens
     told = "\n".join(result.warnings)
-    assert "1 rows have no token that counts, so they are left out: rows 4" in told
-    assert "1 rows are cut to --max-seq-length 100, and lose how they end: rows 3" in told
+    assert "train: 1 row left out, without a token that counts: row 4" in told
+    assert "train: 1 row cut to --max-seq-length 100, so that the end is lost: row 3" in told
     assert "there is no validation data" in told
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.adapters.run import read_run
 from tlora_mlx.config.usage_options import EvaluateCommand
+from tlora_mlx.errors import counted
 from tlora_mlx.evaluation.rows import read_rows
 from tlora_mlx.evaluation.subject import Subject
 from tlora_mlx.evaluation.tasks import TASKS
@@ -72,7 +73,7 @@ def evaluate(config: EvaluateCommand, observer: Observer = SILENT) -> Evaluation
             base, "base model", format, config.batch_size, config.max_tokens, observer
         )
         items = task.read(rows, subject)
-        observer.note(f"{config.task}: {len(items)} rows of {config.data}")
+        observer.note(f"{config.task}: {counted(len(items), 'row')} of {config.data}")
         start = time.perf_counter()
         with adapters_off(base.model):
             before = task.respond(subject, items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -61,8 +62,8 @@ def page(
     html = render(
         "page.html.j2",
         name=adapter.directory.resolve().name,
-        model=adapter.model,
-        data=", ".join(names_of(adapter.config.get("data"))) or "unknown data",
+        model=_without_place(adapter.model),
+        data=", ".join(map(_without_place, names_of(adapter.config.get("data")))) or "unknown data",
         cards=_cards(adapter, reports),
         energies_known=bool(energies),
         heat_maps=_heat_maps(adapter, energies),
@@ -71,7 +72,7 @@ def page(
         watched=_watched(reports),
         sample_groups=[(title, shown) for title, shown in groups if shown],
         snippets=_snippets(adapter),
-        options=[item for item in adapter.config.items() if item[1] is not None],
+        options=[(k, _without_place(v)) for k, v in adapter.config.items() if v is not None],
     )
     # Half a surrogate pair, from a file name or escaped in JSON, cannot be written as UTF-8.
     return f"{html}\n".encode(errors="replace").decode()
@@ -233,8 +234,17 @@ def _hint(name: str, module: ModulePlan, energy: CapturedEnergy | None) -> str:
     return hint
 
 
+def _without_place(value: Any) -> Any:
+    """A value with the names of files and directories, but not where they are: pages are shared."""
+    if isinstance(value, Mapping):
+        return {key: _without_place(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_place(item) for item in value]
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
 def _snippets(adapter: Adapter) -> list[_Snippet]:
-    path = str(adapter.directory)
+    path = adapter.directory.resolve().name
     exported = f"{path}-peft"
     return [
         _Snippet("Here, on MLX", f"tlora generate {shlex.quote(path)} --prompt '…'"),

@@ -10,7 +10,7 @@ from typing import Any
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.data.faults import first_numbers
 from tlora_mlx.data.samples import Sample, Split
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, counted
 from tlora_mlx.storage.files import user_path, write_text
 from tlora_mlx.training.setup import read_data
 
@@ -131,20 +131,21 @@ def _warnings(
     for summary in summaries:
         if summary.left_out:
             found.append(
-                f"{summary.name}: {len(summary.left_out)} rows have no token that counts, so they "
-                f"are left out: rows {first_numbers(summary.left_out)}"
+                f"{summary.name}: {counted(len(summary.left_out), 'row')} left out, without a "
+                f"token that counts: {_rows(summary.left_out)}"
             )
         if summary.cut:
             found.append(
-                f"{summary.name}: {len(summary.cut)} rows are cut to --max-seq-length "
-                f"{max_seq_length}, and lose how they end: rows {first_numbers(summary.cut)}"
+                f"{summary.name}: {counted(len(summary.cut), 'row')} cut to --max-seq-length "
+                f"{max_seq_length}, so that the end is lost: {_rows(summary.cut)}"
             )
         if summary.repeated and summary.name.startswith("train"):
-            found.append(f"{summary.name}: {summary.repeated} samples are there more than once")
+            repeated = counted(summary.repeated, "sample")
+            found.append(f"{summary.name}: {repeated} repeated within the training data")
         elif summary.repeated:
             found.append(
-                f"{summary.name}: {summary.repeated} samples are in the training data too, so its "
-                "loss looks better than it is"
+                f"{summary.name}: {counted(summary.repeated, 'sample')} repeated from the training "
+                "data, so its loss looks better than it is"
             )
     if not data["valid"].samples:
         found.append(
@@ -152,6 +153,10 @@ def _warnings(
             "valid.jsonl, or --val-split"
         )
     return found
+
+
+def _rows(numbers: list[int]) -> str:
+    return f"row{'' if len(numbers) == 1 else 's'} {first_numbers(numbers)}"
 
 
 def _lines(data: Mapping[str, Split], tokenizer: Any) -> Iterator[str]:

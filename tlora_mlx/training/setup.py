@@ -16,7 +16,7 @@ from tlora_mlx.config.training_options import PlanConfig
 from tlora_mlx.data.reading import read_rows, tokenize_rows
 from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import from_each, from_first, processes
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, counted
 from tlora_mlx.method.layers import Linear, target_linears
 from tlora_mlx.models.base_model import BaseModel, load_base_model
 from tlora_mlx.models.compatibility import mlx_lm_warning
@@ -150,12 +150,13 @@ def _described(name: str, split: Split, max_seq_length: int) -> str:
     """A split's contents in one line; empty for a split without rows."""
     if not (split.samples or split.left_out):
         return ""
-    text = f"{name}: {len(split)} samples"
+    text = f"{name}: {counted(len(split), 'sample')}"
     if split.truncated:
         text += f", {len(split.truncated)} of them cut to {max_seq_length} tokens"
     if split.left_out:
         text += (
-            f"; {len(split.left_out)} rows left out, since none of their tokens counts in the loss"
+            f"; {counted(len(split.left_out), 'row')} left out, since none of their tokens counts "
+            "in the loss"
         )
     return text
 
