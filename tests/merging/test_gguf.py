@@ -115,7 +115,7 @@ def test_the_example_in_llama_cpp(tmp_path):
 
 
 @rarely
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_llama_cpp_converts_our_exports_to_the_same(family, tmp_path):
     """Its converters read merged and portable; tensors and settings equal those of our GGUF."""
     model_path = tiny(family, tmp_path / "model")
@@ -126,10 +126,9 @@ def test_llama_cpp_converts_our_exports_to_the_same(family, tmp_path):
     convert("base", tmp_path / "merged", tmp_path / "theirs.gguf")
     convert("base", model_path, tmp_path / "base.gguf")
     convert("lora", tmp_path / "peft", model_path, tmp_path / "lora.gguf")
-    tolerance = 5e-3 if family in GELU else 1e-4
-    assert difference(LlamaCpp(tmp_path / "theirs.gguf"), expected) < tolerance
+    assert difference(LlamaCpp(tmp_path / "theirs.gguf"), expected) < 1e-4
     adapted = LlamaCpp(tmp_path / "base.gguf", tmp_path / "lora.gguf")
-    assert difference(adapted, expected) < tolerance
+    assert difference(adapted, expected) < 1e-4
     export_gguf(run, tmp_path / "gguf", outtype="f32")
     theirs, ours = (
         gguf.GGUFReader(path) for path in (tmp_path / "theirs.gguf", tmp_path / "gguf/model.gguf")

@@ -119,7 +119,7 @@ def export_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         extra = add_settings(writer, model)
         size = tensors["token_embd.weight"].shape[0]
-        add_vocabulary(writer, load_tokenizer(base.name).tokenizer, size)
+        add_vocabulary(writer, load_tokenizer(base.name).tokenizer, model.config, size)
         tensors |= {name: _Tensor(v.shape, "F32", [], v) for name, v in extra.items()}
         shapes = {name: (tensor.shape, tensor.type) for name, tensor in tensors.items()}
         places = write_gguf_header(writer, shapes)

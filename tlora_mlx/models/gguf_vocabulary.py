@@ -9,6 +9,7 @@ libllama 0.4.0).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.errors import UserError
@@ -39,12 +40,15 @@ _SPLITS = {
 }
 
 
-def add_vocabulary(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
+def add_vocabulary(
+    writer: GGUFWriter, tokenizer: TokenizerWrapper, config: Mapping[str, Any], size: int
+) -> None:
     """Add a tokenizer to a GGUF file.
 
     Args:
         writer: the file.
         tokenizer: mlx-lm's wrapper, with the model's end tokens.
+        config: the model's configuration, for special tokens that the tokenizer does not name.
         size: the number of embeddings; tokens without a text fill the rest.
 
     Raises:
@@ -73,7 +77,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -
         writer.add_token_merges([" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges])
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    _add_special_tokens(writer, tokenizer)
+    _add_special_tokens(writer, tokenizer, config)
     template = inner.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -149,11 +153,14 @@ def _split_rule(stored: dict[str, Any]) -> str:
     )
 
 
-def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None:
+def _add_special_tokens(
+    writer: GGUFWriter, tokenizer: TokenizerWrapper, config: Mapping[str, Any]
+) -> None:
     inner = tokenizer._tokenizer
     for name in ("bos", "eos", "unk", "pad"):
         id = getattr(inner, f"{name}_token_id", None)
-        if id is not None:
+        id = config.get(f"{name}_token_id") if id is None else id
+        if isinstance(id, int):
             getattr(writer, f"add_{name}_token_id")(id)
     others = sorted(set(tokenizer.eos_token_ids) - {inner.eos_token_id})
     if others:
