@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,9 @@ def mlx_lm_warning(name: str, config: dict[str, Any]) -> str | None:
 def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """A ``config.json`` that mlx-lm and transformers read alike.
 
+    It is found in a process of its own unless both are loaded already: they take memory and seconds
+    that a merge does not need.
+
     Args:
         config: the contents of ``config.json``.
         path: the model's directory.
@@ -130,6 +135,22 @@ def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
         The configuration with mlx-lm's settings, too; None if it needs none, or if transformers
         would then read it differently.
     """
+    if not older_settings(config):
+        return None
+    if {"mlx_lm", "transformers"} <= sys.modules.keys():
+        return _shared_config(config, path)
+    code = (
+        "import json, sys; from pathlib import Path; "
+        "from tlora_mlx.models.compatibility import _shared_config as shared; "
+        "print(json.dumps(shared(json.load(sys.stdin), Path(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def _shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """``shared_config`` in this process."""
     from transformers import AutoConfig
 
     missed = missed_settings(config)
