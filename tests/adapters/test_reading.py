@@ -65,6 +65,13 @@ def test_a_peft_adapter_gives_pefts_logits(model_path, tmp_path, options):
     assert np.abs(mlx_logits(tmp_path / "peft") - expected).max() < 1e-4
 
 
+def is_the_same(name, tensor, other):
+    """A to the bit; B to the two roundings of the scale, which a run folds in and takes out."""
+    if name.endswith(".lora_a"):
+        return mx.array_equal(tensor, other)
+    return mx.allclose(tensor, other, rtol=2**-22, atol=0.0)
+
+
 @pytest.mark.parametrize("layout", ["portable", "compact"])
 def test_the_round_trip_through_peft(model_path, data_path, tlora_here, tmp_path, layout):
     """Trained in MLX, exported, trained further in torch, read back: equal logits."""
@@ -103,7 +110,7 @@ def test_the_round_trip_through_peft(model_path, data_path, tlora_here, tmp_path
     on = quick_train(model_path, data_path, tmp_path / "on", from_adapter=source, rank=8, **options)
     start = mx.load(str(on / "checkpoints" / "0000000" / "adapters.safetensors"))
     for name, tensor in again.tensors.items():
-        assert mx.array_equal(start[name], tensor)
+        assert is_the_same(name, start[name], tensor)
     for name, tensor in read_run(on).tensors.items():
         assert mx.array_equal(start[name], tensor) == name.endswith(".lora_a"), name
 
@@ -329,7 +336,7 @@ def test_the_adapter_is_kept_if_training_makes_it_worse(model_path, data_path, p
     options = {"from_adapter": str(plain), "rank": 8, "iters": 1, "steps_per_eval": 1}
     run = quick_train(model_path, data_path, tmp_path / "run", learning_rate=3.0, **options)
     for name, tensor in resolve_adapter(plain).tensors.items():
-        assert mx.array_equal(read_run(run).tensors[name], tensor)
+        assert is_the_same(name, read_run(run).tensors[name], tensor)
     losses = val_losses(run)
     assert losses[0] < losses[1]
 

@@ -147,8 +147,12 @@ def reports(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_the_same(ours, one, tolerance=1e-5):
-    """Adapters within ``tolerance`` everywhere, and so are the losses, relatively."""
+def assert_the_same(ours, one, tolerance=2e-5):
+    """Adapters within ``tolerance`` everywhere, and so are the losses, relatively.
+
+    Covariances are summed batch by batch, so A differs by a rounding, and Adam's steps of 1e-2 for
+    entries of B whose gradient is nearly 0 by more.
+    """
     a, b = read_run(ours), read_run(one)
     assert a.tensors.keys() == b.tensors.keys()
     for name, value in b.tensors.items():
