@@ -16,6 +16,7 @@ from mlx_lm import generate
 
 import tlora_mlx
 from tlora_mlx import load_adapter, read_run
+from tlora_mlx.errors import visible
 from tlora_mlx.method.layers import adapters_off
 
 TEMPLATE = (
@@ -34,7 +35,11 @@ def run(tmp_path_factory):
 
 
 def test_a_chat(run, tlora_here, monkeypatch):
-    """Both questions, the second with the first one's answer before it; and the base model's."""
+    """Both questions, the second with the first one's answer before it; and the base model's.
+
+    The random model answers with control characters too: the next question has them as they are,
+    the terminal as escapes.
+    """
     loaded = load_adapter(run)
 
     def text(*turns):
@@ -54,7 +59,8 @@ def test_a_chat(run, tlora_here, monkeypatch):
     done = tlora_here("chat", run, "--max-tokens", 6)
     assert (done.returncode, done.stderr) == (0, "")
     asked = "ask something first; /base then shows the base model's answer"
-    assert done.stdout == HINT + "\n".join([asked, first, second, base, alone]) + "\n"
+    answers = [visible(answer, "\n\t") for answer in (first, second, base, alone)]
+    assert done.stdout == HINT + "\n".join([asked, *answers]) + "\n"
 
 
 def test_a_model_without_a_template(run_path, tlora_here):
