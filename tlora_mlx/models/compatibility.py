@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tlora_mlx.errors import RunError
+
 # mlx-lm's name of each setting and the name that transformers 5 writes, the first table's inside
 # rope_parameters.
 OLDER_ROPE_NAMES = {
@@ -134,19 +136,28 @@ def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
     Returns:
         The configuration with mlx-lm's settings, too; None if it needs none, or if transformers
         would then read it differently.
+
+    Raises:
+        RunError: that process failed.
     """
     if not older_settings(config):
         return None
     if {"mlx_lm", "transformers"} <= sys.modules.keys():
         return _shared_config(config, path)
+    # Its first path would be the working directory, where somebody else's json.py could be. Without
+    # torch, configurations are read alike, and sooner.
     code = (
-        "import json, sys; from pathlib import Path; "
+        "import sys; sys.path[:] = sys.argv[2:]; sys.modules['torch'] = None; "
+        "import json; from pathlib import Path; "
         "from tlora_mlx.models.compatibility import _shared_config as shared; "
         "print(json.dumps(shared(json.load(sys.stdin), Path(sys.argv[1]))))"
     )
-    command = [sys.executable, "-c", code, str(path)]
+    command = [sys.executable, "-c", code, str(path), *sys.path]
     done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
-    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    if done.returncode:
+        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(f"cannot tell how mlx-lm reads {path / 'config.json'}: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
