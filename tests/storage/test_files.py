@@ -162,7 +162,7 @@ def test_only_files_and_pipes_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="the plan is not valid JSON"):  # empty: nobody writes
         read_json(tmp_path / "pipe", "the plan")
-    for device in ("/dev/full", "/dev/zero"):
+    for device in ("/dev/null", "/dev/urandom"):
         with pytest.raises(UserError, match=f"the plan cannot be read: {device}: it is not a file"):
             read_json(Path(device), "the plan")
     with pytest.raises(UserError, match=r"the plan cannot be read: .*: Is a directory"):
@@ -172,6 +172,21 @@ def test_only_files_and_pipes_are_read(tmp_path):
     os.close(writer)
     assert read_json(Path(f"/dev/fd/{reader}"), "the plan") == [1]  # as in <(command)
     os.close(reader)
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    """Root could put a report where /dev/full was, or /dev/stdout, which is a link."""
+    (tmp_path / "dev").symlink_to("/dev")
+    os.mkfifo(tmp_path / "pipe")
+    new = Path("/dev/not-there-tlora")
+    for path in (tmp_path / "pipe", new, tmp_path / "dev" / new.name):
+        try:
+            with pytest.raises(RunError, match=f"cannot write {path}: it is not a file"):
+                write_text(path, "report")
+            assert not new.exists()
+        finally:
+            new.unlink(missing_ok=True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_new_directory_is_complete_or_missing(tmp_path):

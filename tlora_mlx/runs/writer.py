@@ -44,6 +44,7 @@ from tlora_mlx.runs.run_directory import (
     RATES,
 )
 from tlora_mlx.storage.files import read_json, replace_file, write_json
+from tlora_mlx.storage.foreign import read_file
 from tlora_mlx.storage.safetensors import TensorFile, write_tensors
 from tlora_mlx.version import __version__
 
@@ -142,7 +143,7 @@ class RunWriter(Recorder):
         self._fingerprints = {**fingerprints, **own_fingerprints(self.path, self.config)}
         check_fingerprints(self.path, self._fingerprints, checkpoint)
         metrics = self.path / METRICS
-        reports = metrics.read_bytes() if metrics.exists() else b""
+        reports = read_file(metrics) if metrics.exists() else b""
         if len(reports) < checkpoint.metrics_bytes:
             self._observer.note(
                 f"{metrics} is shorter than when checkpoint {checkpoint.state.progress.iteration} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,10 +55,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     If ``path`` is a link, the link is replaced; no link is followed.
 
     Raises:
-        RunError: it could not be written (disk full, no permission); ``path`` is unchanged.
+        RunError: it could not be written (disk full, no permission, a device or a pipe is there);
+            ``path`` is unchanged.
     """
     staging = None
     try:
+        if not _is_replaceable(path):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
         staging, descriptor = _staged(path, _create_file)
         with open(descriptor, "wb") as file:
             write(file)
@@ -71,6 +76,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if staging is not None:  # Ctrl-C too
             staging.unlink(missing_ok=True)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether a file may take the path's place; a directory refuses by itself.
+
+    Root can rename over devices, and over the links of ``/dev``: then no program of the machine
+    finds them until it is started anew.
+    """
+    if Path(os.path.realpath(path.parent)) == Path("/dev"):
+        return False
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)
 
 
 # What is to be done with a directory before it appears under its final name.
@@ -241,5 +261,5 @@ def file_digest(path: Path, what: str) -> str:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically, into a directory that is created if it does not exist."""
     target.parent.mkdir(exist_ok=True)
-    with source.open("rb") as content:
+    with open_file(source) as content:
         replace_file(target, lambda file: shutil.copyfileobj(content, file, 1 << 20))

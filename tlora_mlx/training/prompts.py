@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.files import user_path
+from tlora_mlx.storage.foreign import read_file
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -25,7 +26,7 @@ def read_prompts(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = user_path(file).read_text(encoding="utf-8").splitlines()
+        lines = read_file(user_path(file)).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample-prompts {file} cannot be read: {first_line(error)}") from None
     if prompts := [line for line in lines if line.strip()]:
