@@ -213,7 +213,7 @@ def test_bad_data_and_targets(model_path, data_path, tmp_path, tlora_here):
         assert not (tmp_path / "run").exists()
     (bad / "valid.jsonl").unlink()
     result = tlora_here(*arguments(model_path, bad, tmp_path / "run", "--test"))
-    assert_one_sentence(result, 2, "--test needs samples")
+    assert_one_sentence(result, 2, "--test needs test data: test.jsonl, or a split 'test'")
 
 
 def test_a_directory_with_another_run_is_left_alone(model_path, data_path, run_path, tlora_here):

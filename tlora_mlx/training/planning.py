@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,19 @@ def plan_from_first(mine: RankPlan | None) -> RankPlan | None:
     return data and RankPlan.from_dict(data)
 
 
+def check_plan(path: str) -> None:
+    """Refuse, before the model is loaded, a file that holds no plan at all.
+
+    A plan's modules are checked with the model, so that all faults are in one message.
+
+    Raises:
+        UserError: it is not JSON, or has no modules.
+    """
+    data = read_json(user_path(path), "the rank plan")
+    if not isinstance(data, dict) or not isinstance(data.get("modules"), dict):
+        raise _invalid(path, RankPlan.faults(data))
+
+
 def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPlan:
     """Read a plan and, where targets are given, check it against them.
 
@@ -125,8 +138,12 @@ def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPla
     if not faults and not RankPlan.from_dict(data).adapted():
         faults = ["no module has a rank above 0"]
     if faults:
-        raise UserError(f"the rank plan {path} is invalid: {'; '.join(faults)}")
+        raise _invalid(path, faults)
     return RankPlan.from_dict(data)
+
+
+def _invalid(path: str, faults: Sequence[str]) -> UserError:
+    return UserError(f"the rank plan {path} is invalid: {'; '.join(faults)}")
 
 
 def _misfits(modules: Mapping[str, Any], targets: Mapping[str, nn.Module]) -> Iterator[str]:

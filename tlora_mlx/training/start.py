@@ -8,7 +8,7 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.method.initialise import Initialisation
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
-from tlora_mlx.training.planning import plan_and_initialise, read_plan
+from tlora_mlx.training.planning import check_plan, plan_and_initialise
 from tlora_mlx.training.setup import Setup
 
 
@@ -16,12 +16,12 @@ def check_start(config: TrainConfig) -> None:
     """Check the files that a new run starts from before the model is loaded or downloaded.
 
     Raises:
-        UserError: the plan or the adapter cannot be read.
+        UserError: the adapter cannot be read, or the plan's file holds no plan.
     """
     if config.resume:
         return
     if config.plan:
-        read_plan(config.plan)
+        check_plan(config.plan)
     if config.from_adapter:
         read_adapter(config.from_adapter)
 
