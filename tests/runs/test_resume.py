@@ -184,7 +184,9 @@ def test_interrupted_in_the_last_test(
             lambda *args: args[3] == "testing" and calls.append(1) is None and len(calls) == 2,
         )  # fmt: skip
         result = tlora_here(*arguments(model_path, data_path, run, "--test"))
-    assert_one_sentence(result, code, f"tlora_mlx.train --adapter-path {run} --resume")
+    again = f"python -m tlora_mlx train --adapter-path {run} --resume"
+    said = f"interrupted; continue from the last checkpoint: {again}\n"
+    assert (result.returncode, result.stderr) == (code, said)
     assert not (run / "adapters.safetensors").exists()
     result = tlora_here("train", "--adapter-path", run, "--resume")
     assert result.returncode == 0, result.stderr
