@@ -11,7 +11,8 @@ from tlora_mlx import TrainConfig
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.method.layers import ADAPTED_TYPES
 from tlora_mlx.training.fit import _with_less, measure_fit
-from tlora_mlx.training.rehearsal import _expected, _line, _peak
+from tlora_mlx.training.peak import Peak, _expected, peak_of
+from tlora_mlx.training.rehearsal import Rehearsal, _line
 from tlora_mlx.training.setup import prepare
 
 MB = 2**20
@@ -82,6 +83,32 @@ def test_less_and_less_until_it_fits(fit, settings):
     assert less.summary()[-1].startswith("time: about ")
 
 
+def test_the_start_of_an_earlier_attempt_is_counted(settings, monkeypatch):
+    """If only the update does not fit, the next attempt has the same start, and needs its time."""
+    measured = Rehearsal.update
+
+    def update(self, start):
+        peak = measured(self, start)
+        return peak if self._config.grad_checkpoint else Peak(2**60, False)
+
+    monkeypatch.setattr(Rehearsal, "update", update)
+    fit = measure_fit(*settings)
+    assert [attempt.changes for attempt in fit.attempts] == ["", "--grad-checkpoint"]
+    assert fit.attempts[0].calibration == fit.attempts[1].calibration
+    assert fit.duration.initialisation > 0
+
+
+def test_samples_cut_so_short_that_nothing_is_left_to_learn(model_path, tmp_path):
+    rows = [{"prompt": "Add 1 and 2. " * 70, "completion": "return 3\n"}] * 2
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    config = TrainConfig(model=str(model_path), data=str(tmp_path), rank=4, batch_size=2)
+    setup = prepare(config)
+    fit = measure_fit(config, setup, mx.get_active_memory() + 1000)
+    assert fit.duration is None
+    assert fit.longest == (2, setup.data["train"].longest())
+    assert not any("--max-seq-length" in attempt.changes for attempt in fit.attempts)
+
+
 def test_nothing_fits(settings, fit):
     config, setup = settings
     none = measure_fit(config, setup, fit.weights + 1000)
@@ -118,7 +145,7 @@ def test_what_would_not_fit_is_not_run(available, runs):
 
     before = mx.get_active_memory()
     samples = [Sample([0] * length, 1)] * rows
-    peak = _peak(work, samples, before + available * MB)  # 16 KB a token: 32 MB in all
+    peak = peak_of(work, samples, before + available * MB)  # 16 KB a token: 32 MB in all
     assert sizes[0] == (1, 64)
     assert ((4, 512) in sizes) == runs == peak.measured
     if runs:

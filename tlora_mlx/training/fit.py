@@ -1,7 +1,6 @@
 """Whether a run fits into memory, and how long it takes: measured on its largest batches.
 
-What would not fit is not run, since on Metal that ends the process: a batch is come to by growing
-parts, each of them only if the ones before let expect that it fits.
+What would not fit is not run, since on Metal that ends the process (``training.peak``).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.method.layers import detach
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.training.memory import machine_memory
-from tlora_mlx.training.rehearsal import Duration, Peak, Rehearsal
+from tlora_mlx.training.peak import Peak
+from tlora_mlx.training.rehearsal import Duration, Rehearsal, cut_samples
 from tlora_mlx.training.setup import Setup, enable_grad_checkpoint
 
 # No shorter length than this is proposed.
@@ -54,7 +54,7 @@ class Fit:
     Attributes:
         available: bytes that the machine offers.
         weights: bytes of the model by itself.
-        longest: rows and tokens of the longest batch.
+        longest: rows and tokens of the longest batch of the run as it was given.
         attempts: the run as it was given, then with more and more options changed; the last one
             fits, if any does.
         duration: of the last attempt; None if it does not fit.
@@ -109,23 +109,22 @@ def measure_fit(
     available, weights = available or machine_memory(), mx.get_active_memory()
     calls = {type(block): type(block).__call__ for block in model.layers}
     attempts: list[Attempt] = []
-    start = duration = None
+    longest = beginning = duration = None
     try:
         for changed, changes in _with_less(config, setup.data["train"].longest()):
             if changes == "--grad-checkpoint":
                 enable_grad_checkpoint(model)
+            if not (samples := cut_samples(setup.data["train"], changed.max_seq_length)):
+                break  # so short that every answer is cut away
             observer.note(f"trying {changes}" if changes else "trying the run as it is")
-            rehearsal = Rehearsal(changed, setup, available)
-            calibration = update = None
-            if start is None:
-                calibration, start = rehearsal.calibrate()
-            else:
-                calibration = attempts[-1].calibration
-            if start is not None:
-                update = rehearsal.update(start)
-            attempts.append(Attempt(changes, calibration, update))
-            if start is not None and attempts[-1].peak() <= available:
-                duration = rehearsal.duration()
+            rehearsal = Rehearsal(changed, setup, samples, available)
+            longest = longest or rehearsal.longest
+            if beginning is None or beginning.start is None:
+                beginning = rehearsal.calibrate()
+            update = rehearsal.update(beginning.start) if beginning.start else None
+            attempts.append(Attempt(changes, beginning.peak, update))
+            if update and attempts[-1].peak() <= available:
+                duration = rehearsal.duration(beginning.seconds)
             detach(model)
             if duration:
                 break
@@ -133,7 +132,7 @@ def measure_fit(
         detach(model)
         for block, call in calls.items():
             block.__call__ = call
-    return Fit(available, weights, rehearsal.longest, attempts, duration)
+    return Fit(available, weights, longest, attempts, duration)
 
 
 def _with_less(config: TrainConfig, longest: int) -> Iterator[tuple[TrainConfig, str]]:

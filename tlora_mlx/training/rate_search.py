@@ -85,8 +85,8 @@ def search_rate(
     short = replace(config, iters=updates, epochs=None, skip_nonfinite=0, early_stop=None)
     begin = adapter_tensors(model)
 
-    def loss_of(name: str) -> float:
-        return evaluate(model, valid, config, name, config.val_batches, observer=observer)
+    def validation_loss() -> float:
+        return evaluate(model, valid, config, "validating", config.val_batches, observer=observer)
 
     def trial(rate: float) -> Trial:
         restore_b(model, begin)
@@ -99,7 +99,7 @@ def search_rate(
                 replace(short, learning_rate=rate),
                 observer=_TrialObserver(observer, f"trying learning rate {rate:.2g}"),
             ).fit()
-            loss = loss_of("validating")
+            loss = validation_loss()
         except RunError:  # not finite
             loss = math.nan
         except Interrupted as interruption:
@@ -113,7 +113,7 @@ def search_rate(
         )
         return Trial(rate, loss if known else None)
 
-    before = loss_of("validating")
+    before = validation_loss()
     if not math.isfinite(before):
         raise RunError("the validation loss is not finite before training; look at the data")
     try:

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import mlx.core as mx
-from rich.filesize import decimal
 
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.batches import collate
@@ -24,30 +23,12 @@ from tlora_mlx.method.layers import attach, linear_shape
 from tlora_mlx.method.output_layer import is_separable
 from tlora_mlx.observer import Advance, Observer
 from tlora_mlx.training.loop import batches_per_epoch, total_updates, training_batches
+from tlora_mlx.training.peak import SHORTEST_PART, Peak, peak_of
 from tlora_mlx.training.planning import allowed_memory
 from tlora_mlx.training.setup import Setup
 from tlora_mlx.training.start import find_start
 from tlora_mlx.training.step import Step, make_optimizer
 from tlora_mlx.training.validation import mean_loss
-
-# No shorter part of a row is tried by itself.
-SHORTEST_PART = 64
-
-
-class Peak(NamedTuple):
-    """The most memory in use during a piece of work, in bytes, the model included.
-
-    Attributes:
-        bytes: how much.
-        measured: False if it was extrapolated from smaller parts, since it would not have fitted.
-    """
-
-    bytes: int
-    measured: bool
-
-    def described(self) -> str:
-        """In words."""
-        return f"{'' if self.measured else 'about '}{decimal(self.bytes)}"
 
 
 @dataclass(frozen=True)
@@ -81,21 +62,41 @@ class Duration:
         return f"about {_span(sum(parts.values()))}: {', '.join(shown)}"
 
 
+class Beginning(NamedTuple):
+    """What comes before training.
+
+    Attributes:
+        peak: of calibrating and finding A; None from an adapter.
+        start: what training starts from; None if the calibration does not fit.
+        seconds: of the whole initialisation, extrapolated from the samples that were taken.
+    """
+
+    peak: Peak | None
+    start: Initialisation | None
+    seconds: float
+
+
+def cut_samples(train: Split, length: int) -> list[Sample]:
+    """A split's samples cut to a length; those with nothing to learn are left out."""
+    cut = (sample.cut(length) for sample in train.samples)
+    return [sample for sample in cut if sample.counts().any()]
+
+
 class Rehearsal:
     """A run's parts on its largest batches; ``calibrate`` comes first, ``duration`` last.
 
     Args:
         config: the run's options.
         setup: model, data and target modules.
+        samples: the training samples, cut as the options say.
         available: bytes that may be used; what would take more is not run.
     """
 
-    def __init__(self, config: TrainConfig, setup: Setup, available: int):
+    def __init__(
+        self, config: TrainConfig, setup: Setup, samples: Sequence[Sample], available: int
+    ):
         self._config, self._setup, self._available = config, setup, available
-        cut = (sample.cut(config.max_seq_length) for sample in setup.data["train"].samples)
-        self._samples = [sample for sample in cut if sample.counts().any()]
-        self._longest = _longest(self._samples, config.batch_size)
-        self._initialisation = 0.0
+        self._samples, self._longest = samples, _longest(samples, config.batch_size)
         self._step: Callable[[Sequence[Sample]], None]
 
     @property
@@ -103,16 +104,11 @@ class Rehearsal:
         """Rows and tokens of the longest batch."""
         return len(self._longest), len(self._longest[0].tokens)
 
-    def calibrate(self) -> tuple[Peak | None, Initialisation | None]:
-        """Calibrate on the longest of the calibration samples and find A from them alone.
-
-        Returns:
-            The peak, and what training starts from, or None if that does not fit. From an adapter
-            there is nothing to calibrate, so no peak.
-        """
+    def calibrate(self) -> Beginning:
+        """Calibrate on the longest of the calibration samples and find A from them alone."""
         config, setup = self._config, self._setup
         if config.from_adapter:
-            return None, find_start(config, setup)
+            return Beginning(None, find_start(config, setup), 0.0)
         drawn = draw_samples(self._samples, config.calibration_samples, config.seed)
         longest = _longest(drawn, config.batch_size)
         found, watch = [], _Stopwatch()
@@ -124,10 +120,9 @@ class Rehearsal:
             else:
                 calibrate(setup.base.model, setup.targets, [_batch(samples)])
 
-        peak = _peak(work, longest, self._available, self._covariance_bytes())
-        share = _tokens(drawn) / _tokens(longest)
-        self._initialisation = watch.seconds(share)
-        return peak, found[0] if found else None
+        peak = peak_of(work, longest, self._available, self._covariance_bytes())
+        seconds = watch.seconds(_tokens(drawn) / _tokens(longest))
+        return Beginning(peak, found[0] if found else None, seconds)
 
     def _covariance_bytes(self) -> int:
         """What the covariances take, as ``initialise`` keeps them; with streaming, about."""
@@ -149,10 +144,10 @@ class Rehearsal:
         model.train()
         step = Step(model, make_optimizer(config, model), config, separable)
         self._step = lambda samples: step([list(samples)], 0.0, 0)
-        return _peak(self._step, self._longest, self._available)
+        return peak_of(self._step, self._longest, self._available)
 
-    def duration(self) -> Duration:
-        """The time of the whole run, after an update that fitted.
+    def duration(self, initialisation: float) -> Duration:
+        """The time of the whole run, after an update that fitted, and so many seconds before it.
 
         A batch's time is linear in its tokens, through two measured ones: the longest and the
         median batch.
@@ -173,7 +168,7 @@ class Rehearsal:
         training = epochs * sum(seconds(_tokens(batch)) for batch in batches)
         tokens = epochs * sum(len(sample.tokens) for sample in samples)
         return Duration(
-            self._initialisation, training, self._validation(updates), updates, tokens / training
+            initialisation, training, self._validation(updates), updates, tokens / training
         )
 
     def _validation(self, updates: int) -> float:
@@ -219,49 +214,6 @@ def _span(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _peak(
-    work: Callable[[Sequence[Sample]], None],
-    samples: Sequence[Sample],
-    available: int,
-    reserve: int = 0,
-) -> Peak:
-    """The peak memory of some work on a batch, after growing parts of it.
-
-    Args:
-        work: is given parts of the samples in which every token counts, and ``samples`` at last.
-        samples: the batch, longest first.
-        available: bytes that may be used.
-        reserve: bytes that the whole batch may take in addition.
-    """
-    rows, longest = len(samples), len(samples[0].tokens)
-    lengths = [longest >> n for n in (3, 2, 1) if longest >> n >= SHORTEST_PART]
-    sizes = [(1, length) for length in lengths]
-    sizes += [(1 << n, longest) for n in range(rows.bit_length()) if 1 << n < rows]
-    sizes.append((rows, longest))
-    seen: list[tuple[int, int, int]] = []
-    for size in sizes:
-        whole = size == (rows, longest)
-        expected = _expected(seen, *size) + reserve * whole
-        if expected > available:
-            return Peak(expected, False)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        part = [Sample(s.tokens[: size[1]], 1) for s in samples[: size[0]]]
-        work(samples if whole else part)
-        seen.append((*size, mx.get_peak_memory()))
-    return Peak(seen[-1][2], True)
-
-
-def _expected(seen: list[tuple[int, int, int]], rows: int, length: int) -> int:
-    """The peak of a part, from the two before it: linear in rows, up to squared in the length."""
-    if len(seen) < 2:
-        return 0
-    (rows_0, length_0, peak_0), (rows_1, length_1, peak_1) = seen[-2:]
-    slope = max(peak_1 - peak_0, 0) / (rows_1 * length_1 - rows_0 * length_0)
-    bend = 2 if length > length_1 else 1
-    return int(peak_1 + bend * slope * (rows * length - rows_1 * length_1))
 
 
 def _longest(samples: Sequence[Sample], number: int) -> list[Sample]:
