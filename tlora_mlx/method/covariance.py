@@ -169,3 +169,8 @@ def groups_within(
             groups.append([])
         groups[-1].append(name)
     return groups
+
+
+def is_streamed(covariance: str, groups: Sequence[Sequence[str]]) -> bool:
+    """Whether covariances are never formed: as asked for, or ``auto`` and more than one pass."""
+    return covariance == "streaming" or (covariance == "auto" and len(groups) > 1)

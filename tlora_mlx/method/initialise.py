@@ -14,7 +14,13 @@ from tlora_mlx.distributed.collectives import is_first, tensors_from_first
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
-from tlora_mlx.method.covariance import accumulate, exact_bytes, groups_within, input_leaders
+from tlora_mlx.method.covariance import (
+    accumulate,
+    exact_bytes,
+    groups_within,
+    input_leaders,
+    is_streamed,
+)
 from tlora_mlx.method.energy import CapturedEnergy, captured_energy
 from tlora_mlx.method.experts import Expert
 from tlora_mlx.method.layers import Linear, dense_weight, linear_shape
@@ -144,7 +150,7 @@ def initialise(
     """
     leaders = input_leaders(model, targets)
     groups = groups_within(targets, leaders.values(), memory)
-    streaming = covariance == "streaming" or (covariance == "auto" and len(groups) > 1)
+    streaming = is_streamed(covariance, groups)
     covariances: dict[str, mx.array] = {}
     if plan is None:
         # Experts' covariances need separate passes, in which each expert's rows are known.

@@ -17,7 +17,12 @@ from tlora_mlx.data.samples import Sample, Split, draw_samples
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
-from tlora_mlx.method.covariance import exact_bytes, input_leaders
+from tlora_mlx.method.covariance import (
+    exact_bytes,
+    groups_within,
+    input_leaders,
+    is_streamed,
+)
 from tlora_mlx.method.initialise import Initialisation, streamed_bytes
 from tlora_mlx.method.layers import attach, linear_shape
 from tlora_mlx.method.output_layer import is_separable
@@ -128,10 +133,10 @@ class Rehearsal:
         """What the covariances take, as ``initialise`` keeps them; with streaming, about."""
         config, targets = self._config, self._setup.targets
         shapes = {name: linear_shape(module) for name, module in targets.items()}
-        leaders = set(input_leaders(self._setup.base.model, targets).values())
-        exact, allowed = exact_bytes(targets, leaders), allowed_memory(config)
-        if config.covariance == "exact" or (config.covariance == "auto" and exact <= allowed):
-            return min(exact, allowed)
+        leaders = input_leaders(self._setup.base.model, targets)
+        groups = groups_within(targets, leaders.values(), allowed_memory(config))
+        if not is_streamed(config.covariance, groups):
+            return max(exact_bytes(targets, group) for group in groups)
         plan = plan_ranks(dict.fromkeys(shapes, 1.0), shapes, config.rank, config.alpha)
         return streamed_bytes(plan)
 
