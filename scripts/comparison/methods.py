@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 RANK = 8
 # What the others are compared with, seed by seed.
 REFERENCE = "LoRA (equal parameters)"
+# The rows of the model without an adapter.
+BASE = "base"
 RATES = [3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 
 
@@ -16,9 +18,10 @@ class Method:
     """How A, ranks and scales come about.
 
     Attributes:
-        a: ``task`` (W·C), ``covariance`` (C alone, as EVA), ``weight`` (W alone), ``gradient`` (the
-            mean gradient of W, as LoRA-GA) or ``random`` (orthonormal); ``lora``: LoRA's own,
-            random and not orthonormal.
+        a: ``task`` (W·C), ``directions`` (W·C, where each token counts by its direction alone, so
+            that a few with massive activations do not decide), ``covariance`` (C alone, as EVA),
+            ``weight`` (W alone), ``gradient`` (the mean gradient of W, as LoRA-GA) or ``random``
+            (orthonormal); ``lora``: LoRA's own, random and not orthonormal.
         allocated: ranks by sensitivity; else the same for all.
         scaled: scales by sensitivity; else 1.
         train_a: A is trained too.
@@ -61,6 +64,7 @@ METHODS = _and_at_equal_parameters(
         "task A, uniform": _UNIFORM,
         "task A, uniform, rank 16": replace(_UNIFORM, rank=16),
         "TLoRA without scaling": Method(scaled=False),
+        "directions A, uniform": replace(_UNIFORM, a="directions"),
         "gradient A, uniform": replace(_UNIFORM, a="gradient"),
         "covariance A, uniform": replace(_UNIFORM, a="covariance"),
         "TLoRA without scaling, floor": Method(scaled=False, floor=0.5),

@@ -9,17 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comparison.methods import METHODS, RANK, Method
+import mlx.core as mx
+import mlx.nn as nn
+
+from comparison.methods import BASE, METHODS, RANK, Method
 from comparison.results import append, read
 from comparison.starts import Starts, trained_parameters
 from tlora_mlx.config.training_options import TrainConfig
-from tlora_mlx.data.samples import Split
+from tlora_mlx.data.batches import batches_in_order
+from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.errors import RunError
+from tlora_mlx.evaluation import choices
+from tlora_mlx.evaluation.rows import read_rows
+from tlora_mlx.evaluation.subject import Subject
 from tlora_mlx.method.layers import TLoRALinear, attach, replace_modules
 from tlora_mlx.training.loop import Training
 from tlora_mlx.training.setup import prepare
 from tlora_mlx.training.step import make_optimizer
-from tlora_mlx.training.validation import evaluate
+from tlora_mlx.training.validation import evaluate, mean_loss
 
 
 class Bench:
@@ -27,7 +34,8 @@ class Bench:
 
     Args:
         model: the base model's directory.
-        data: the directory with the splits ``train``, ``valid`` and ``test``.
+        data: the directory with the splits ``train``, ``valid`` and ``test``; and
+            ``choices.jsonl``, rows of ``tlora evaluate --task commonsense``, if accuracy counts.
         iters: updates of each run.
         options: further options of ``TrainConfig``.
     """
@@ -44,43 +52,79 @@ class Bench:
         )
         self._setup = prepare(self._config)
         self._starts = Starts(self._setup, self._config)
+        self._subject = Subject(self._setup.base, "model", None, 8, 0)
+        path = data / "choices.jsonl"
+        self._items = choices.read(read_rows(str(path)), self._subject) if path.exists() else []
+
+    def base(self) -> dict[str, Any]:
+        """Losses and accuracy without training."""
+        return self._quality(self._config)
 
     def train(self, method: Method, rate: float, seed: int) -> dict[str, Any]:
-        """Train once; losses, how many parameters were trained, and how long it took."""
+        """Train once: losses and accuracy, how many parameters were trained, and what it cost.
+
+        ``start_seconds`` are those of calibration, unless a run before has calibrated with this
+        seed, and of A; ``seconds`` those of the updates; ``peak_memory`` is that of the updates,
+        in bytes, with the model.
+        """
         config = replace(self._config, learning_rate=rate, seed=seed)
-        model, plan = self._setup.base.model, self._starts.plan(method, seed)
+        model, began = self._setup.base.model, time.perf_counter()
+        plan = self._starts.plan(method, seed)
         attach(model, plan, self._starts.matrices(method, plan, seed))
+        mx.eval(model.parameters())
         try:
             if method.train_a:
                 for module in model.modules():
                     if isinstance(module, TLoRALinear):
                         module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
             start = time.perf_counter()
-            losses = self._fitted_losses(config)
+            mx.reset_peak_memory()
+            finite = self._fitted(config)
+            end, peak = time.perf_counter(), mx.get_peak_memory()
+            quality = {"valid": math.inf, "test": math.inf}
             return {
-                **losses,
+                **(self._quality(config) if finite else quality),
                 "rank": plan.rank,
                 "trained": trained_parameters(method, plan),
-                "seconds": time.perf_counter() - start,
+                "start_seconds": start - began,
+                "seconds": end - start,
+                "peak_memory": peak,
             }
         finally:
             replace_modules(model, self._setup.targets)
 
-    def _fitted_losses(self, config: TrainConfig) -> dict[str, float]:
-        """Losses on the other splits after training; infinite where training did not stay finite.
-
-        Nothing is validated, recorded or saved on the way.
-        """
+    def _fitted(self, config: TrainConfig) -> bool:
+        """Train; nothing is validated, recorded or saved on the way. Whether it stayed finite."""
         model, data = self._setup.base.model, self._setup.data
         optimizer = make_optimizer(config, model)
         try:
             Training(model, optimizer, data["train"], Split(), config).fit()
-            return {
-                split: evaluate(model, data[split], config, split, -1)
-                for split in ("valid", "test")
-            }
         except RunError:  # not finite
-            return {"valid": math.inf, "test": math.inf}
+            return False
+        return True
+
+    def _quality(self, config: TrainConfig) -> dict[str, Any]:
+        """The losses on the other splits, and on each test row; and which choices are right."""
+        model, data = self._setup.base.model, self._setup.data
+        rows = data["test"].samples
+        losses = [_row_loss(model, sample) for sample in rows]
+        counts = [int(sample.counts().sum()) for sample in rows]
+        found = {
+            "valid": evaluate(model, data["valid"], config, "valid", -1),
+            "test": sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts),
+            "test_rows": [[round(loss, 4), n] for loss, n in zip(losses, counts, strict=True)],
+        }
+        if self._items:
+            outputs = choices.respond(self._subject, self._items)
+            found |= choices.metrics(self._items, outputs)
+            right = zip(self._items, outputs, strict=True)
+            found["right_rows"] = [int(o["given_normalized"] == i["answer"]) for i, o in right]
+        return found
+
+
+def _row_loss(model: nn.Module, sample: Sample) -> float:
+    """The mean loss of a row's tokens that count."""
+    return mean_loss(model, batches_in_order([sample], 1, len(sample.tokens)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,6 +151,8 @@ def run(args: argparse.Namespace) -> None:
             print(row, flush=True)
         return done[name, rate, seed]
 
+    if (BASE, 0.0, 0) not in done:
+        append(args.results, task | {"method": BASE, "rate": 0.0, "seed": 0} | bench.base())
     for name in args.methods or METHODS:
         best = args.rates[0]
         for rate in args.rates:  # upwards, until the loss rises

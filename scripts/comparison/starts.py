@@ -18,9 +18,8 @@ from tlora_mlx.method import linalg
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import Calibration, calibrate
-from tlora_mlx.method.covariance import input_leaders
+from tlora_mlx.method.covariance import accumulate, input_leaders
 from tlora_mlx.method.layers import dense_weight, linear_shape
-from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.method.subspace import task_subspace, top_right_vectors
 from tlora_mlx.training.planning import calibration_batches
 from tlora_mlx.training.setup import Setup
@@ -40,6 +39,7 @@ class Starts:
         self._shapes = {name: linear_shape(module) for name, module in setup.targets.items()}
         self._leaders = input_leaders(setup.base.model, setup.targets)
         self._calibration = cache(self._calibrate)
+        self._directions = cache(self._direction_covariances)
         self._gradients = cache(self._mean_gradients)
 
     def plan(self, method: Method, seed: int) -> RankPlan:
@@ -69,6 +69,8 @@ class Starts:
         tensors = {}
         for number, (name, module) in enumerate(plan.adapted().items()):
             covariance = calibration.covariances[self._leaders[name]]
+            if method.a == "directions":
+                covariance = self._directions(seed)[self._leaders[name]]
             shape = (module.in_features, module.rank)
             if method.a in ("lora", "random"):
                 a = _drawn(method.a, shape, mx.random.key(1000 * seed + number))
@@ -86,7 +88,7 @@ class Starts:
         """A (rank, in) of a module from its weight, inputs or gradient: orthonormal rows."""
         module = self._setup.targets[name]
         match kind:
-            case "task":
+            case "task" | "directions":
                 return task_subspace(dense_weight(module), covariance, rank)
             case "covariance":
                 return task_subspace(mx.eye(covariance.shape[0]), covariance, rank)
@@ -102,6 +104,16 @@ class Starts:
         result = calibrate(model, targets, batches, set(self._leaders.values()))
         tokens = sum(batch.lengths.sum().item() for batch in batches)
         return result, tokens / result.samples
+
+    def _direction_covariances(self, seed: int) -> dict[str, mx.array]:
+        """The leaders' covariances, of the centred inputs scaled to unit length."""
+        linears = {name: self._setup.targets[name] for name in set(self._leaders.values())}
+
+        def gram(_: str, x: mx.array) -> mx.array:
+            x = x * mx.rsqrt((x * x).sum(axis=1, keepdims=True) + 1e-12)
+            return x.T @ x
+
+        return accumulate(self._setup.base.model, linears, self._batches(seed), gram)
 
     def _mean_gradients(self, seed: int) -> dict[str, mx.array]:
         """Of the calibration samples' mean loss, by every target's W; up to a common factor."""
@@ -138,5 +150,7 @@ def _drawn(kind: str, shape: tuple[int, int], key: mx.array) -> mx.array:
 
 
 def _sum_of_mean_losses(model: nn.Module, batch: Batch) -> Any:
-    losses, counts = masked_cross_entropy(model(batch.tokens), *batch[:2])
-    return (losses.sum(axis=1) / counts).sum()
+    targets, counts = batch.tokens[:, 1:], batch.counts[:, 1:]
+    logits = model(batch.tokens[:, :-1])
+    losses = mx.where(counts, nn.losses.cross_entropy(logits, targets), 0.0)
+    return (losses.sum(axis=1) / counts.sum(axis=1)).sum()

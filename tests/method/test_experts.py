@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.loss import masked_cross_entropy
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
@@ -23,7 +24,6 @@ from tlora_mlx.method.layers import (
     target_linears,
     trained_parameters,
 )
-from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.method.sensitivity import mean_products
 
 EXPERTS, WIDTH, HIDDEN = 5, 32, 64

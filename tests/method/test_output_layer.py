@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.loss import masked_cross_entropy
 from helpers.models import save_model
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -14,8 +15,12 @@ from tlora_mlx.method import output_layer
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
 from tlora_mlx.method.layers import target_linears
-from tlora_mlx.method.loss import masked_cross_entropy
-from tlora_mlx.method.output_layer import is_separable, summed_loss, target_rows
+from tlora_mlx.method.output_layer import (
+    is_separable,
+    losses_by_sample,
+    summed_loss,
+    target_rows,
+)
 
 SAMPLES = [
     Sample([(7 * i + 3 * n) % 300 for i in range(length)], first)
@@ -80,9 +85,23 @@ def test_a_nan_outside_the_counted_tokens_changes_nothing():
     labels = mx.arange(8)
     loss, gradient = output_layer._piece(poisoned @ weight, labels, counts)
     expected, clean = output_layer._piece(states[:5] @ weight, labels[:5], mx.ones(5, mx.bool_))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.tolist() == pytest.approx([*expected.tolist(), 0, 0, 0], rel=1e-5)
     assert mx.allclose(gradient[:5], clean, atol=1e-5)
     assert (gradient[5:] == 0).all()
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_losses_by_sample(tmp_path, monkeypatch, separable):
+    """Whatever the pieces, each sample's own; none that counts gives 0."""
+    monkeypatch.setattr(output_layer, "PIECE", 300 * 7)
+    monkeypatch.setattr(output_layer, "PIECE_ROWS", 7)
+    model = trained(save_model(tmp_path, "llama"))
+    model.eval()
+    batch = collate([*SAMPLES, Sample([1, 2, 3], 3)], 2048)
+    losses, _ = masked_cross_entropy(model(batch.tokens[:, :-1]), *batch[:2])
+    found = losses_by_sample(model, batch, separable)
+    assert found == pytest.approx(losses.sum(axis=1).tolist(), rel=1e-5)
+    assert found[-1] == 0
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -94,7 +113,8 @@ def test_a_piece_in_double_precision(dtype):
     loss, gradient = output_layer._piece(raw, mx.array(labels), mx.array(counts))
     exact = np.array(raw.astype(mx.float32), np.float64)
     shares = np.exp(exact) / np.exp(exact).sum(axis=1, keepdims=True)
-    assert loss.item() == pytest.approx(-np.log(shares[range(9), labels])[counts].sum(), rel=1e-5)
+    losses = -np.log(shares[range(9), labels]) * counts
+    np.testing.assert_allclose(loss, losses, rtol=1e-5)
     expected = (shares - np.eye(40)[labels]) * counts[:, None]
     assert gradient.dtype == dtype
     np.testing.assert_allclose(gradient.astype(mx.float32), expected, rtol=8e-3, atol=1e-6)

@@ -1,7 +1,9 @@
 """scripts/compare_methods.py: what it trains, how it picks rates, and that it can be resumed."""
 
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,9 @@ def compare(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def run(model_path, data_path, tmp_path_factory):
+    data_path = shutil.copytree(data_path, tmp_path_factory.mktemp("data"), dirs_exist_ok=True)
+    choices = {"prompt": "Say two.", "choices": ["two", "three"], "answer": 0}
+    (data_path / "choices.jsonl").write_text(f"{json.dumps(choices)}\n" * 3)
     path = tmp_path_factory.mktemp("compare") / "results.jsonl"
     arguments = ["run", "--model", model_path, "--data", data_path, "--results", path]
     arguments += ["--iters", 3, "--seeds", 2, "--rates", *RATES, "--methods", *METHODS]
@@ -56,10 +61,24 @@ def test_the_rate_rises_until_the_loss_does_and_all_seeds_use_the_best(run, meth
 def test_trained_parameters(run, model_path):
     shapes = [linear_shape(m) for m in target_linears(load_base_model(model_path).model).values()]
     outs, both = sum(o for o, _ in shapes), sum(map(sum, shapes))
-    trained = {row["method"]: row["trained"] for row in rows_of(run[0])}
+    trained = {row["method"]: row["trained"] for row in rows_of(run[0]) if row["rate"]}
     assert trained["LoRA"] == 8 * both
     assert {trained[name] for name in UNIFORM} == {8 * outs}
     assert all(abs(trained[name] / (8 * outs) - 1) < 0.15 for name in EQUAL)
+
+
+def test_what_a_run_records(run):
+    base, *rows = rows_of(run[0])
+    assert (base["method"], base["rate"]) == ("base", 0)
+    for row in (base, *(row for row in rows if row["rate"] < 1)):
+        losses, counts = zip(*row["test_rows"], strict=True)
+        assert len(losses) == 2
+        mean = sum(map(math.prod, row["test_rows"])) / sum(counts)
+        assert row["test"] == pytest.approx(mean, abs=1e-4)
+        assert row["right_rows"] in ([0] * 3, [1] * 3)
+        assert row["accuracy_normalized"] == statistics.mean(row["right_rows"])
+    assert min(row["test"] for row in rows) < base["test"]
+    assert all(row["peak_memory"] > 0 < row["start_seconds"] for row in rows)
 
 
 def test_a_finished_comparison_trains_nothing_and_prints_tables(run):
@@ -82,7 +101,7 @@ def test_a_single_rate_and_a_table_without_its_reference(model_path, data_path, 
     path = tmp_path / "results.jsonl"
     arguments = ["--model", model_path, "--data", data_path, "--results", path, "--iters", 1]
     compare("run", *arguments, "--seeds", 1, "--rates", 1e-3, "--methods", "TLoRA")
-    assert [(row["rate"], row["seed"]) for row in rows_of(path)] == [(1e-3, 0)]
+    assert [(row["rate"], row["seed"]) for row in rows_of(path)] == [(0, 0), (1e-3, 0)]
     refused = compare("table", "--results", path, code=1)
     assert refused.strip() == (
         "task, 1 updates: run 'LoRA (equal parameters)', which the others are compared with"

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.commands import quick_train, tlora, val_losses
+from helpers.loss import masked_cross_entropy
 from helpers.models import ROWS, save_model, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -12,7 +13,6 @@ from mlx_lm.utils import load_model
 from tlora_mlx import TrainConfig
 from tlora_mlx.data.batches import batches_in_order, collate
 from tlora_mlx.data.samples import Sample, Split
-from tlora_mlx.method.loss import masked_cross_entropy
 from tlora_mlx.method.output_layer import summed_loss
 from tlora_mlx.training.loop import total_updates
 from tlora_mlx.training.validation import evaluate, mean_loss

@@ -14,7 +14,7 @@ from tlora_mlx.data.formats import FRAME_STOPS, framed, to_prompt
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.errors import RunError, UserError, first_line
 from tlora_mlx.evaluation.rows import QUESTIONS, Row
-from tlora_mlx.method.loss import masked_cross_entropy
+from tlora_mlx.method.output_layer import is_separable, losses_by_sample
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Advance, Observer
 
@@ -148,13 +148,13 @@ def sample_losses(
     """Each sample's summed loss, in nats, and the number of tokens that it covers."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
+    model.eval()
+    separable = bool(samples) and is_separable(model, mx.array([samples[order[-1]].tokens]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tokens, targets, _ = collate([samples[i] for i in chosen], 0)
-        losses, counts = masked_cross_entropy(model(tokens[:, :-1]), tokens, targets)
-        sums = losses.sum(axis=1)
-        mx.eval(sums, counts)
-        for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
-            results[i] = (loss, int(count))
+        batch = collate([samples[i] for i in chosen], 0)
+        losses = losses_by_sample(model, batch, separable)
+        for i, loss in zip(chosen, losses, strict=True):
+            results[i] = (loss, int(samples[i].counts()[1:].sum()))
         advance(len(chosen))
     return results

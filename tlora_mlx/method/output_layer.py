@@ -109,25 +109,52 @@ def summed_loss(
         rows: how many positions to compute the loss for, at least those that count; None: all.
         separable: the result of ``is_separable`` for the model.
     """
-    targets = tokens[:, 1:]
     counts = counts[:, 1:].flatten()
-    if separable:
-        states = model.model(tokens[:, :-1])
-
-        def output_layer(states: mx.array) -> mx.array:
-            return apply_output_layer(model, states[None])[0]
-    else:
-        states = model(tokens[:, :-1])
-
-        def output_layer(states: mx.array) -> mx.array:
-            return states
-
-    states, labels, chosen = states.flatten(0, 1), targets.flatten(), counts
+    states, output_layer = _states(model, tokens[:, :-1], separable)
+    labels, chosen = tokens[:, 1:].flatten(), counts
     if rows is not None and rows < labels.size:
         order = mx.argsort(mx.where(counts, 0, 1))[:rows]  # those that count come first
         states, labels, chosen = states[order], labels[order], counts[order]
     loss = _summed_cross_entropy(output_layer, states, labels, chosen, model.training)
     return loss, counts.sum().astype(mx.float32)
+
+
+def losses_by_sample(model: nn.Module, batch: Batch, separable: bool) -> list[float]:
+    """Each sample's loss, summed over its tokens that count; 0 where none does.
+
+    Args:
+        model: in evaluation mode.
+        batch: its tokens and which of them count.
+        separable: the result of ``is_separable`` for the model.
+    """
+    counts = np.array(batch.counts)[:, 1:]
+    positions = np.flatnonzero(counts)
+    sums = np.zeros(len(counts))
+    if not positions.size:
+        return sums.tolist()
+    states, output_layer = _states(model, batch.tokens[:, :-1], separable)
+    labels, places = batch.tokens[:, 1:].flatten(), mx.array(positions)
+    states, labels, own = states[places], labels[places], positions // counts.shape[1]
+    step = _piece_rows(output_layer(states[:1]).shape[-1])
+    for start in range(0, len(labels), step):
+        piece = slice(start, start + step)
+        every = mx.ones(labels[piece].shape, mx.bool_)
+        losses, _ = _piece(output_layer(states[piece]), labels[piece], every)
+        np.add.at(sums, own[piece], np.array(losses))
+    return sums.tolist()
+
+
+def _states(model: nn.Module, tokens: mx.array, separable: bool) -> tuple[mx.array, OutputLayer]:
+    """What comes before the logits of all positions, (batch · T, n), and what makes them logits."""
+    if not separable:
+        return model(tokens).flatten(0, 1), lambda logits: logits
+    states = model.model(tokens).flatten(0, 1)
+    return states, lambda states: apply_output_layer(model, states[None])[0]
+
+
+def _piece_rows(vocabulary: int) -> int:
+    """How many rows of logits to have in memory at a time."""
+    return max(PIECE_ROWS, PIECE // vocabulary)
 
 
 def _summed_cross_entropy(
@@ -138,8 +165,8 @@ def _summed_cross_entropy(
     with_gradient: bool,
 ) -> mx.array:
     """Σ cross-entropy over the rows of ``states`` (n, hidden) that count, piece by piece."""
-    vocabulary = output_layer(states[:1]).shape[-1]  # only the shape: it is never evaluated
-    step = max(PIECE_ROWS, PIECE // vocabulary)
+    # Only the shape: it is never evaluated.
+    step = _piece_rows(output_layer(states[:1]).shape[-1])
     detached = mx.stop_gradient(states) if with_gradient else states
     losses, gradients = [], []
     for start in range(0, len(labels), step):
@@ -148,7 +175,7 @@ def _summed_cross_entropy(
         if losses:  # finish the previous piece first, so that its logits are freed
             x = mx.depends(x, [losses[-1], *gradients[-1:]])
         loss, by_logits = _piece(output_layer(x), labels[piece], counts[piece])
-        losses.append(loss)
+        losses.append(loss.sum())
         if with_gradient:
             gradients.append(mx.vjp(output_layer, [x], [by_logits])[1][0])
     total = sum(losses)
@@ -169,9 +196,9 @@ def _summed_cross_entropy(
 
 
 def _piece(raw: mx.array, labels: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
-    """Summed cross-entropy, float32, and its gradient by the logits ``raw`` (n, vocabulary).
+    """Losses (n,), float32, and the gradient of their sum by the logits ``raw`` (n, vocabulary).
 
-    Even a NaN in a row that does not count stays out of the sum. Both share one exponential.
+    Even a NaN in a row that does not count stays out. Both share one exponential.
     """
     logits = raw.astype(mx.float32)
     largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -181,4 +208,4 @@ def _piece(raw: mx.array, labels: mx.array, counts: mx.array) -> tuple[mx.array,
     losses = mx.where(counts, (mx.log(norms) + largest - own).squeeze(-1), 0.0)
     is_own = mx.arange(logits.shape[-1]) == labels[:, None]
     by_logits = mx.where(counts[:, None], powers / norms - is_own, 0.0).astype(raw.dtype)
-    return losses.sum(), by_logits
+    return losses, by_logits
