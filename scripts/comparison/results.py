@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from comparison.methods import METHODS
 
@@ -32,6 +35,8 @@ class Outcome:
         valids: the validation losses of the same runs.
         by_rate: test losses of the first seed, by learning rate.
         trained: how many parameters were trained.
+        rows: of each seed, each test row's loss and number of tokens; empty where no run has them.
+        right: of each seed, whether the likeliest choice is right, by row; empty likewise.
     """
 
     rate: float
@@ -39,6 +44,8 @@ class Outcome:
     valids: dict[int, float]
     by_rate: dict[float, float]
     trained: int
+    rows: dict[int, Sequence[Sequence[float]]]
+    right: dict[int, Sequence[int]]
 
     @staticmethod
     def of(rows: list[dict[str, Any]]) -> Outcome:
@@ -52,12 +59,41 @@ class Outcome:
             {row["seed"]: row["valid"] for row in chosen},
             {row["rate"]: row["test"] for row in first},
             best["trained"],
+            {row["seed"]: row["test_rows"] for row in chosen if "test_rows" in row},
+            {row["seed"]: row["right_rows"] for row in chosen if "right_rows" in row},
         )
 
     @property
     def median(self) -> float:
         """Of the test losses."""
         return statistics.median(self.tests.values())
+
+    def good_rates(self, within: float = 0.02) -> list[float]:
+        """The rates whose test loss, under the first seed, is near the lowest, in nats."""
+        lowest = min(self.by_rate.values())
+        return sorted(rate for rate, loss in self.by_rate.items() if loss <= lowest + within)
+
+    def accuracy(self) -> float | None:
+        """The share of right choices over all seeds; None where there are none."""
+        return float(np.mean(list(self.right.values()))) if self.right else None
+
+
+def bootstrap(own: Outcome, other: Outcome, draws: int = 10_000) -> tuple[float, float] | None:
+    """A 95 % interval of own's test loss minus other's, from drawing test rows with replacement.
+
+    The rows are the same for both, and a row's losses are averaged over the seeds that both have.
+    None if a run does not say its rows' losses.
+    """
+    seeds = sorted(own.rows.keys() & other.rows.keys())
+    if not seeds:
+        return None
+    mine, theirs = (np.array([o.rows[seed] for seed in seeds]) for o in (own, other))
+    tokens = mine[0, :, 1]
+    less = (mine - theirs)[:, :, 0].mean(axis=0) * tokens
+    drawn = np.random.default_rng(0).integers(0, len(tokens), (draws, len(tokens)))
+    means = less[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def outcomes(rows: list[dict[str, Any]], task: str) -> dict[int, dict[str, Outcome]]:

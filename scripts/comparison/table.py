@@ -8,10 +8,12 @@ from pathlib import Path
 
 from measuring import table_head, table_row
 
-from comparison.methods import METHODS, REFERENCE
-from comparison.results import Outcome, outcomes, read
+from comparison.methods import BASE, METHODS, REFERENCE
+from comparison.results import Outcome, bootstrap, outcomes, read
 
 COLUMNS = ["method", "trained", "best rate", "test loss", "less LoRA's", "validation", "at 3e-4"]
+# Where the runs say the losses of each test row.
+ROW_COLUMNS = [*COLUMNS[:5], "95 % over rows", "rates within 0.02", "accuracy"]
 DRAWN_BY_RATE = ["LoRA", REFERENCE, "TLoRA", "task A, uniform", "random A, uniform"]
 
 
@@ -31,23 +33,38 @@ def table(results: Path) -> None:
                     "with"
                 )
             print(f"### {task}, {iters} updates\n")
-            print(table_head(COLUMNS))
+            reference = of_iters[REFERENCE]
+            for row in rows:
+                if (row["task"], row["iters"], row["method"]) == (task, iters, BASE):
+                    print(f"Without an adapter the test loss is {row['test']:.3f}.\n")
+            print(table_head(ROW_COLUMNS if reference.rows else COLUMNS))
             for name, outcome in of_iters.items():
-                print(table_row(_cells(name, outcome, of_iters[REFERENCE])))
+                print(table_row(_cells(name, outcome, reference)))
             print()
         draw(task, found, results.with_name(f"compare_methods_{task}.png"))
 
 
 def _cells(name: str, own: Outcome, reference: Outcome) -> list[str]:
-    """A method's row, by ``COLUMNS``."""
-    return [
+    """A method's row, by ``COLUMNS`` or ``ROW_COLUMNS``."""
+    cells = [
         name,
         f"{own.trained:,}",
         f"{own.rate:g}",
         spread(own.tests.values()),
         spread(less(own.tests, reference.tests), "+"),
-        spread(less(own.valids, reference.valids), "+"),
-        f"{own.by_rate[3e-4]:.3f}" if 3e-4 in own.by_rate else "",
+    ]
+    if not reference.rows:
+        return [
+            *cells,
+            spread(less(own.valids, reference.valids), "+"),
+            f"{own.by_rate[3e-4]:.3f}" if 3e-4 in own.by_rate else "",
+        ]
+    interval, rates, accuracy = bootstrap(own, reference), own.good_rates(), own.accuracy()
+    return [
+        *cells,
+        "" if interval is None or own is reference else "{:+.3f} to {:+.3f}".format(*interval),
+        f"{rates[0]:g} to {rates[-1]:g}",
+        "" if accuracy is None else f"{accuracy:.3f}",
     ]
 
 

@@ -72,7 +72,7 @@ def test_what_a_run_records(run):
     assert (base["method"], base["rate"]) == ("base", 0)
     for row in (base, *(row for row in rows if row["rate"] < 1)):
         losses, counts = zip(*row["test_rows"], strict=True)
-        assert len(losses) == 2
+        assert len(losses) == 5
         mean = sum(map(math.prod, row["test_rows"])) / sum(counts)
         assert row["test"] == pytest.approx(mean, abs=1e-4)
         assert row["right_rows"] in ([0] * 3, [1] * 3)
@@ -106,3 +106,26 @@ def test_a_single_rate_and_a_table_without_its_reference(model_path, data_path, 
     assert refused.strip() == (
         "task, 1 updates: run 'LoRA (equal parameters)', which the others are compared with"
     )
+
+
+def test_intervals_over_test_rows_and_rates_near_the_best(tmp_path):
+    """From results as written down: one method always 0.1 better, one better on half the rows."""
+    rows = [[1 + i / 10, 1 + i % 3] for i in range(20)]
+    differences = {"TLoRA": [-0.1] * 20, "task A, uniform": [0.2, -0.2] * 10, EQUAL[0]: [0] * 20}
+    lines = [{"method": "base", "rate": 0, "seed": 0, "test": 3.0, "valid": 3.0}]
+    for method, less in differences.items():
+        for rate, worse in ((1e-3, 0.015), (2e-3, 0), (4e-3, 0.03)):
+            own = [[loss + d + worse, n] for (loss, n), d in zip(rows, less, strict=True)]
+            mean = sum(map(math.prod, own)) / sum(n for _, n in own)
+            found = {"valid": mean, "test": mean, "test_rows": own, "right_rows": [0, 1, 1, 1]}
+            lines.append({"method": method, "rate": rate, "seed": 0, "trained": 10} | found)
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(f"{json.dumps({'task': 't', 'iters': 1} | line)}\n" for line in lines))
+    printed = compare("table", "--results", path)
+    assert "Without an adapter the test loss is 3.000." in printed
+    of = {line.split(" | ")[0][2:]: line.split(" | ") for line in printed.splitlines()}
+    assert of["TLoRA"][-3:] == ["-0.100 to -0.100", "0.001 to 0.002", "0.750 |"]
+    low, high = map(float, of["task A, uniform"][-3].split(" to "))
+    assert -0.1 < low < -0.05
+    assert 0.05 < high < 0.1
+    assert of[EQUAL[0]][-3] == ""
