@@ -9,8 +9,9 @@ the samples held back allow. A line of results per task and number of samples:
 
 - ``same_ranks``: the share of all ranks that two plans of different samples give to the same
   modules, Σ min / Σ; mean, least and most over all pairs.
-- ``captured``: what A from these samples captures of W·C of 32 samples held back, beyond the
-  leading directions, over what the held-back samples' own A captures; mean and least over modules.
+- ``captured``: the energy that A from these samples captures of W·C of 32 samples held back, over
+  what the held-back samples' own A captures, both beyond the leading directions
+  (``method/energy.py``); mean and least over modules.
 - ``ranks``: of the plan of all samples: how they are shared out among kinds of modules.
 """
 
@@ -30,6 +31,7 @@ from measuring import machine
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import draw_samples
+from tlora_mlx.method import linalg
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
 from tlora_mlx.method.calibration import Calibration, calibrate
 from tlora_mlx.method.covariance import input_leaders
@@ -102,11 +104,13 @@ class Study:
         for name, module in self._targets.items():
             weight, leader = dense_weight(module), self._leaders[name]
             covariance = held.covariances[leader]
-            found, best = (
-                captured_energy(weight, covariance, task_subspace(weight, c, RANK)).beyond
-                for c in (own.covariances[leader], covariance)
+            a, best_a = (
+                task_subspace(weight, c, RANK) for c in (own.covariances[leader], covariance)
             )
-            shares.append((found or 0.0) / max(best or 0.0, 1e-12))
+            found, best = (linalg.svd(weight @ (covariance @ x.T))[1] for x in (a, best_a))
+            leading = captured_energy(weight, covariance, best_a).leading
+            tails = [mx.square(values[leading:]).sum().item() for values in (found, best)]
+            shares.append(tails[0] / tails[1])
         return [statistics.mean(shares), min(shares)]
 
     def ranks(self) -> dict[str, Any]:
