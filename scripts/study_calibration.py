@@ -41,7 +41,6 @@ from tlora_mlx.method.subspace import task_subspace
 from tlora_mlx.training.setup import Setup, prepare
 
 LOT, LOTS = 8, 8
-RANK = 8
 
 
 def joined(lots: Sequence[Calibration]) -> Calibration:
@@ -69,7 +68,7 @@ class Study:
     """
 
     def __init__(self, setup: Setup, config: TrainConfig):
-        self._targets = setup.targets
+        self._targets, self._rank = setup.targets, config.rank
         self._leaders = input_leaders(setup.base.model, setup.targets)
         self._shapes = {name: linear_shape(module) for name, module in setup.targets.items()}
         left, self._lots = list(setup.data["train"].samples), []
@@ -86,7 +85,7 @@ class Study:
 
     def plan(self, lots: Sequence[int]) -> RankPlan:
         """The rank plan by these lots."""
-        return plan_ranks(self.of(lots).sensitivities, self._shapes, RANK, float(RANK))
+        return plan_ranks(self.of(lots).sensitivities, self._shapes, self._rank, float(self._rank))
 
     def stability(self, number: int) -> dict[str, Any]:
         """Of plans and A from so many lots."""
@@ -105,7 +104,7 @@ class Study:
             weight, leader = dense_weight(module), self._leaders[name]
             covariance = held.covariances[leader]
             a, best_a = (
-                task_subspace(weight, c, RANK) for c in (own.covariances[leader], covariance)
+                task_subspace(weight, c, self._rank) for c in (own.covariances[leader], covariance)
             )
             found, best = (linalg.svd(weight @ (covariance @ x.T))[1] for x in (a, best_a))
             leading = captured_energy(weight, covariance, best_a).leading
@@ -120,7 +119,7 @@ class Study:
         for name, module in plan.modules.items():
             kinds.setdefault(name.rsplit(".", 1)[-1], []).append(module.rank)
         total = sum(map(sum, kinds.values()))
-        uniform = RANK * sum(out for out, _ in self._shapes.values())
+        uniform = self._rank * sum(out for out, _ in self._shapes.values())
         return {
             "share": {kind: sum(ranks) / total for kind, ranks in kinds.items()},
             "least": {kind: min(ranks) for kind, ranks in kinds.items()},
@@ -137,13 +136,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--rank", type=int, default=8)
     args = parser.parse_args()
 
     plans = {}
     for data in args.data:
-        config = TrainConfig(model=args.model, data=str(data))
+        config = TrainConfig(model=args.model, data=str(data), rank=args.rank)
         study = Study(prepare(config), config)
-        head = {"task": data.name, "machine": machine()}
+        head = {"task": data.name, "rank": args.rank, "machine": machine()}
         for number in (1, 2, 4):
             append(args.results, head | {"samples": number * LOT} | study.stability(number))
         append(args.results, head | {"samples": LOTS * LOT} | {"ranks": study.ranks()})
@@ -152,7 +152,8 @@ def main() -> None:
         mx.clear_cache()
     for one, other in combinations(plans, 2):
         share = same_ranks(plans[one], plans[other])
-        append(args.results, {"tasks": [one, other], "samples": LOTS * LOT, "same_ranks": share})
+        found = {"tasks": [one, other], "rank": args.rank, "samples": LOTS * LOT}
+        append(args.results, found | {"same_ranks": share})
 
 
 if __name__ == "__main__":
