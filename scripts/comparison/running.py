@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from comparison.methods import BASE, METHODS, RANK, Method
 from comparison.results import append, read
 from comparison.starts import Starts, trained_parameters
 from tlora_mlx.config.training_options import TrainConfig
-from tlora_mlx.data.batches import batches_in_order
-from tlora_mlx.data.samples import Sample, Split
+from tlora_mlx.data.samples import Split
 from tlora_mlx.errors import RunError
 from tlora_mlx.evaluation import choices
 from tlora_mlx.evaluation.rows import read_rows
-from tlora_mlx.evaluation.subject import Subject
+from tlora_mlx.evaluation.subject import Subject, sample_losses
 from tlora_mlx.method.layers import TLoRALinear, attach, replace_modules
+from tlora_mlx.observer import no_advance
 from tlora_mlx.training.loop import Training
 from tlora_mlx.training.setup import prepare
 from tlora_mlx.training.step import make_optimizer
-from tlora_mlx.training.validation import evaluate, mean_loss
+from tlora_mlx.training.validation import evaluate
 
 
 class Bench:
@@ -106,13 +105,12 @@ class Bench:
     def _quality(self, config: TrainConfig) -> dict[str, Any]:
         """The losses on the other splits, and on each test row; and which choices are right."""
         model, data = self._setup.base.model, self._setup.data
-        rows = data["test"].samples
-        losses = [_row_loss(model, sample) for sample in rows]
-        counts = [int(sample.counts().sum()) for sample in rows]
+        rows = sample_losses(model, data["test"].samples, config.batch_size, no_advance)
+        loss, tokens = (sum(column) for column in zip(*rows, strict=True))
         found = {
             "valid": evaluate(model, data["valid"], config, "valid", -1),
-            "test": sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts),
-            "test_rows": [[round(loss, 4), n] for loss, n in zip(losses, counts, strict=True)],
+            "test": loss / tokens,
+            "test_rows": [[round(loss / n, 4), n] for loss, n in rows],
         }
         if self._items:
             outputs = choices.respond(self._subject, self._items)
@@ -120,11 +118,6 @@ class Bench:
             right = zip(self._items, outputs, strict=True)
             found["right_rows"] = [int(o["given_normalized"] == i["answer"]) for i, o in right]
         return found
-
-
-def _row_loss(model: nn.Module, sample: Sample) -> float:
-    """The mean loss of a row's tokens that count."""
-    return mean_loss(model, batches_in_order([sample], 1, len(sample.tokens)))
 
 
 def run(args: argparse.Namespace) -> None:
