@@ -43,7 +43,7 @@ class PlanConfig(DataConfig):
         at_least=-1,
     )
     calibration_samples: int = option(
-        256,
+        64,
         "training samples to calibrate on, drawn with --seed; all if there are fewer",
         at_least=1,
     )
