@@ -9,7 +9,7 @@ from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.config.parsing import parse
 
-DESCRIPTION = "Look at the data as the model will see it, before a run; the weights are not needed."
+DESCRIPTION = "Look at your data as the model will see it; only its tokenizer is needed."
 
 
 def command(argv: Sequence[str] | None) -> None:

@@ -18,6 +18,7 @@ from tlora_mlx.errors import (
     UserError,
     first_line,
     interruption_code,
+    last_line,
     visible,
 )
 from tlora_mlx.version import __version__
@@ -26,7 +27,7 @@ COMMANDS = {
     "check": "look at the data as the model will see it",
     "train": "fine-tune a model",
     "plan": "calibrate and show the rank plan only",
-    "export": "write a run for PEFT, mlx-lm or llama.cpp, or merged; combine adapters",
+    "export": "write a run for PEFT, mlx-lm or llama.cpp, or merged",
     "inspect": "describe an adapter: a run, or one of PEFT or mlx-lm",
     "upload": "push an export to the Hugging Face Hub",
     "generate": "complete a prompt with the base model and with the adapter",
@@ -34,7 +35,7 @@ COMMANDS = {
     "serve": "serve a run with mlx-lm's server",
     "evaluate": "compare base model and adapter on a task",
     "report": "write a run as one HTML page",
-    "completion": "print a script that completes commands and options with Tab",
+    "completion": "print a script that completes commands with Tab",
 }
 
 
@@ -133,8 +134,7 @@ def run_command(command: Callable[[], object]) -> int:
         if watch:
             return watch.leave(code, message)
     if message:
-        stopped = code >= 128  # by the user or the system: nothing went wrong
-        print(message if stopped else f"error: {message}", file=sys.stderr)
+        print(last_line(code, message), file=sys.stderr)
     return code
 
 

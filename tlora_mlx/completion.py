@@ -12,7 +12,7 @@ from tlora_mlx.config.parsing import make_parser, parse
 from tlora_mlx.config.usage_options import CompletionCommand
 from tlora_mlx.errors import UserError
 
-DESCRIPTION = "Print a completion script for bash, zsh or tcsh."
+DESCRIPTION = "Print a script that completes commands, options and paths with Tab."
 
 
 def script(shell: str) -> str:

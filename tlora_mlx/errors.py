@@ -44,6 +44,11 @@ def interruption_code(stop: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
+def last_line(code: int, message: str) -> str:
+    """What a command that failed prints last: no error if the user or the system stopped it."""
+    return message if code >= 128 else f"error: {message}"
+
+
 def counted(number: int, noun: str) -> str:
     """A number and what it counts: "1 row", "2 rows", "1,000 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

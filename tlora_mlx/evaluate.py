@@ -9,7 +9,7 @@ from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import EvaluateCommand
 
-DESCRIPTION = "Evaluate a run's base model and its adapter on one of five task families."
+DESCRIPTION = "Compare a run's base model and its adapter on a task."
 
 
 def command(argv: Sequence[str] | None) -> None:

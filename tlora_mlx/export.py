@@ -10,9 +10,7 @@ from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.config.parsing import parse
 
-DESCRIPTION = (
-    "Export a run, another tool's adapter, or several combined, as an adapter or a merged model."
-)
+DESCRIPTION = "Write a run, or other adapters, as an adapter or a merged model for other tools."
 
 
 def command(argv: Sequence[str] | None) -> None:

@@ -10,7 +10,7 @@ from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import GenerateCommand
 from tlora_mlx.errors import visible
 
-DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, greedily."
+DESCRIPTION = "Complete a prompt with a run's base model and with its adapter, without sampling."
 
 
 def command(argv: Sequence[str] | None) -> None:

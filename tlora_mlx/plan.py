@@ -9,7 +9,7 @@ from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
 
-DESCRIPTION = "Calibrate a model on task samples and show how TLoRA would distribute the ranks."
+DESCRIPTION = "Calibrate a model on your data and show where TLoRA would put the ranks."
 
 
 def command(argv: Sequence[str] | None) -> None:

@@ -10,7 +10,7 @@ from tlora_mlx.cli import run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import ServeCommand
 
-DESCRIPTION = "Serve a run with mlx_lm.server, on its base model."
+DESCRIPTION = "Serve a run on its base model, with mlx-lm's server."
 
 
 def command(argv: Sequence[str] | None) -> None:

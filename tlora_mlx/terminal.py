@@ -23,7 +23,7 @@ from tlora_mlx.distributed.collectives import is_first
 from tlora_mlx.errors import visible
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.observer import Advance, Observer
-from tlora_mlx.reporting.tables import plan_table, plan_totals
+from tlora_mlx.reporting.tables import plan_tables, plan_totals
 
 if TYPE_CHECKING:
     from tlora_mlx.training.data_check import SplitSummary, TokenRun
@@ -67,8 +67,9 @@ def say(text: str) -> None:
 
 
 def print_plan(plan: RankPlan) -> None:
-    """Print a rank plan as a table, and its totals."""
-    console.print(plan_table(plan))
+    """Print a rank plan as a table, or as several, and its totals."""
+    for table in plan_tables(plan, console.width):
+        console.print(table)
     say(plan_totals(plan))
 
 
@@ -94,7 +95,8 @@ def print_splits(summaries: Sequence[SplitSummary]) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ("split", "samples", "tokens", "count", "longest", "cut", "left out", "repeated")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
+        name = heading == "split"  # which may be long: a part of a mixture has its file's
+        table.add_column(heading, justify="left" if name else "right", no_wrap=not name)
     for split in summaries:
         share = f"{split.counted / split.tokens:.0%}" if split.tokens else "–"
         figures = (split.samples, split.tokens, share, split.longest)

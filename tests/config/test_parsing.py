@@ -131,7 +131,7 @@ def test_all_unknown_keys_are_told_at_once(tmp_path):
 def test_help_shows_what_matters_first_and_help_all_everything(config_class):
     """Every option is in one group of ``--help-all``; a few of them are in ``--help``."""
     names = [item.name for item in fields(config_class)]
-    groups = grouped(names)
+    groups = grouped(names, config_class.groups)
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
     whole = make_parser(config_class, "tlora x", "", show_all=True).format_help()
     short = make_parser(config_class, "tlora x", "").format_help()
@@ -142,6 +142,16 @@ def test_help_shows_what_matters_first_and_help_all_everything(config_class):
     assert sorted(shown) == sorted(first)
     assert len(first) <= FEW
     assert ("--help-all" in short) == (len(groups) > 1)
+    assert {"run", "format", "output", "push_to"} <= set(first) or config_class != ExportCommand
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_into_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*command.split(), "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: tlora {command}" in shown
+    assert not [line for line in shown.splitlines() if len(line) > 80]
 
 
 def positional(config_class, name):

@@ -340,6 +340,7 @@ def test_all_stop_after_the_same_step(ranks, model_path, data_path, tmp_path, ra
     codes, outputs = two.wait()
     assert codes == [code, code], outputs
     assert outputs[0].count("interrupted after iteration") == 1
+    assert "error" not in outputs[0]  # nothing went wrong
     assert f"continue with: python -m tlora_mlx train --adapter-path {run} --resume" in outputs[0]
     assert "error" not in outputs[1]
     state = max(run.glob("checkpoints/0*")) / "state.json"

@@ -25,4 +25,5 @@ def test_the_notebook(tmp_path):
     assert "<polyline" in html[1]
     assert any(text.startswith("train: ") for text in shown)
     assert any("verified " in text for text in shown)
-    assert (tmp_path / "notebook-model/model.safetensors").exists()
+    assert (tmp_path / "notebook-gguf/model.gguf").exists()
+    assert any("llama-cli -m notebook-gguf/model.gguf" in text for text in shown)

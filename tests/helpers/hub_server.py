@@ -211,7 +211,10 @@ class Handler(BaseHTTPRequestHandler):
         return repository
 
     def whoami(self):
-        return 200, {"type": "user", "name": self._user(), "orgs": []}, {}
+        role = "read" if self.token == READER else "write"
+        auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": role}}
+        user = {"type": "user", "name": self._user(), "orgs": [{"name": f"{self._user()}-lab"}]}
+        return 200, {**user, "auth": auth}, {}
 
     def create(self):
         request = self._json()

@@ -21,6 +21,7 @@ from mlx_lm import load
 
 from tlora_mlx import RunError, UserError, push, read_run
 from tlora_mlx.publishing.card import write_card
+from tlora_mlx.publishing.hub import check_rights
 from tlora_mlx.storage.files import file_digest
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "rank_plan.png"]
@@ -193,19 +194,45 @@ def test_refusals_and_failures(
     assert client_log.getvalue() == ""
 
 
-def test_no_network_and_a_name_that_others_own(hub, tlora_here, run_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("token", "name", "answer", "words"),
+    [
+        ("hf_wrong", NAME, None, r"does not accept the token \(401.*hf auth login"),
+        (READER, NAME, None, "the token may only read; choose"),
+        (TOKEN, "maker/base", None, "the token of ann may not write to maker/base; choose"),
+        (TOKEN, "ann/public", None, "but ann/public is public; choose another name"),
+        (TOKEN, NAME, 429, "too many requests from this account"),
+        (TOKEN, NAME, {"type": "user"}, "the push failed: "),
+        (TOKEN, NAME, "nowhere", "the Hub at http://127.0.0.1:9 could not be reached"),
+    ],
+)
+def test_rights_are_checked_before_the_export(
+    hub, tlora_here, run_path, tmp_path, monkeypatch, token, name, answer, words
+):
     from huggingface_hub import constants
 
-    options = ["--base-model", "maker/base", "--push-to"]
-    hub.create("maker/base")
-    result = tlora_here("export", run_path, "--output", tmp_path / "a", *options, "maker/base")
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.create("ann/public")
+    if answer == "nowhere":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port
+    elif answer:
+        hub.fail("GET", "/whoami-v2", [answer])
+    options = ["--base-model", "maker/base", "--push-to", name, "--private"]
+    result = tlora_here("export", run_path, "--output", tmp_path / "out", *options)
     assert result.returncode == 1
-    assert "the token may not write to maker/base" in result.stderr
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port
-    result = tlora_here("export", run_path, "--output", tmp_path / "b", *options, NAME)
-    assert result.returncode == 1
-    error = result.stderr.removesuffix("\n")
-    one_sentence(hub, error, tmp_path / "b", "^error: the Hub at http://127.0.0.1:9 .*refused")
+    assert re.fullmatch(rf"error: .*{words}.*; nothing was exported\n", result.stderr)
+    assert not (tmp_path / "out").exists()
+    assert hub.asked("POST", "") == 0
+    assert secretless(result.stdout + result.stderr)
+
+
+def test_names_that_a_token_may_write_to(hub, monkeypatch):
+    """An organisation's; and with a fine-grained token any, which only trying can tell."""
+    check_rights("ann-lab/tuned")
+    fine = {"type": "user", "name": "ann", "auth": {"accessToken": {"role": "fineGrained"}}}
+    hub.fail("GET", "/whoami-v2", [fine])
+    check_rights("maker/tuned", private=True)
+    assert hub.asked("POST", "") == 0
 
 
 def test_retrying_with_the_command_from_the_message(hub, adapter, tlora_here, run_path):
@@ -287,8 +314,8 @@ def test_ctrl_c_during_an_upload(hub, run_path, tmp_path, without_xet):
 def test_xet(hub, adapter, tmp_path, xet):
     """With hf_xet on, the default: chunks go to a separate store, which may refuse them."""
     hub.xet = xet
-    code = "import pathlib, sys; from tlora_mlx.publishing import hub; hub.WAITS = (); "
-    code += "hub.push(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    code = "import pathlib, sys; from tlora_mlx.publishing import hub, hub_requests as requests; "
+    code += "requests.WAITS = (); hub.push(pathlib.Path(sys.argv[1]), sys.argv[2])"
     result = subprocess.run(
         [sys.executable, "-c", code, adapter, NAME],
         capture_output=True,

@@ -20,15 +20,15 @@ class CheckCommand(TrainConfig):
         UserError: a value is not allowed for its option.
     """
 
-    rows: int = option(3, "how many samples of the training data to show", at_least=0)
+    rows: int = option(3, "show N samples of the training data", at_least=0)
     json: str | None = option(
-        None, "file to write all samples to, as JSON lines: split, row, tokens, counts, text"
+        None, "file for all samples, as JSON lines with split, row, tokens, counts and text"
     )
     fit: bool = option(
         False,
-        "calibrate on one batch and train on the longest one: how much memory this takes, how "
-        "long the run will take, and what to change if it does not fit",
+        "measure, by calibrating on one batch and training on the longest, how much memory the run "
+        "takes and how long, and say what to change if it does not fit",
     )
     find_rate: bool = option(
-        False, "find a learning rate by short runs, each at another rate, from one calibration"
+        False, "find a learning rate: one calibration, then a short run at each of several rates"
     )

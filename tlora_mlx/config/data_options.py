@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from tlora_mlx.config.option import Config, option
+from tlora_mlx.config.option import TRUST_REMOTE_CODE, Config, option
 from tlora_mlx.data.formats import FORMATS, TRAINED_ON
 from tlora_mlx.data.sources import columns_of, sources_of
 from tlora_mlx.errors import UserError
@@ -15,17 +15,16 @@ from tlora_mlx.errors import UserError
 class DataConfig(Config):
     """Which data to read, and how to tokenize it."""
 
-    model: str = option(MISSING, "model directory, or a Hub repository that mlx-lm loads")
+    model: str = option(MISSING, "the model: a directory, or a Hub repository that mlx-lm loads")
     data: str | list[Any] = option(
         MISSING,
-        "directory with train.jsonl (and valid.jsonl, test.jsonl) in mlx-lm's formats, a single "
-        "file, or a Hub data set, as NAME or NAME:CONFIGURATION; several, each with its own --data,"
-        " are mixed: PATH:2 counts twice, PATH:0.5 by half",
+        "the data: a directory with train.jsonl (and valid.jsonl, test.jsonl) in mlx-lm's formats, "
+        "a file, or a Hub data set as NAME or NAME:CONFIGURATION; give --data several times to mix "
+        "several: PATH:2 counts twice, PATH:0.5 half",
     )
     format: str | None = option(
         None,
-        "how rows of a well-known data set become prompt and completion; not needed if they have "
-        "mlx-lm's keys",
+        "the format of a well-known data set's rows; not needed for rows in mlx-lm's formats",
         choices=tuple(FORMATS),
     )
     prompt_column: str | None = option(
@@ -45,19 +44,19 @@ class DataConfig(Config):
     )
     val_split: float | None = option(
         None,
-        "share of the training rows to validate on, drawn with --seed, if the data has no "
-        "validation split",
+        "share of the training rows to hold out for validation, drawn with --seed, if the data has "
+        "no validation split",
         above=0.0,
         below=1.0,
     )
-    max_seq_length: int = option(2048, "longer samples are cut to N tokens", at_least=2)
+    max_seq_length: int = option(2048, "cut longer samples to N tokens", at_least=2)
     mask_prompt: bool | None = option(
         None,
         "leave the prompt out of the loss; default: yes if the data has prompts, as in the paper "
         "(mlx-lm: no)",
     )
     seed: int = option(0, "seed for sampling and data order", at_least=0)
-    trust_remote_code: bool = option(False, "let the model's repository run its own code")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from typing import ClassVar
 
+from tlora_mlx.config.help_groups import EXPORT, Groups
 from tlora_mlx.config.option import Config, flag, option
 from tlora_mlx.errors import UserError
 
@@ -33,22 +35,22 @@ class AdapterOptions(Config):
     """One adapter directory, or several combined into one."""
 
     run: str | None = option(
-        None, "run directory, or a PEFT or mlx-lm adapter to take over", positional=True
+        None, "run directory, or an adapter of PEFT or mlx-lm", positional=True
     )
     adapter: list[str] | None = option(
         None,
-        "PATH:WEIGHT, instead of RUN: adapters to combine into one, each a run, PEFT's or mlx-lm's;"
-        " the default weight is 1",
+        "instead of RUN: adapters to combine into one (runs, or adapters of PEFT or mlx-lm), each "
+        "as PATH:WEIGHT; the default weight is 1",
     )
     combine: str = option(
         "cat",
-        "how to combine, by PEFT's names: cat is the exact sum, and ranks add up; svd cuts that to "
-        "--svd-rank; linear adds A and B separately, roughly the sum; ties and dare_… prune to "
-        "--density",
+        "how to combine, by PEFT's names: cat is the exact sum, and ranks add up; svd cuts it to "
+        "--svd-rank; linear adds A and B separately, which is roughly the sum; ties and dare_… "
+        "prune to --density",
         choices=COMBINATIONS,
     )
     density: float | None = option(
-        None, "share of entries that ties and dare_… keep", above=0.0, at_most=1.0
+        None, "share of the entries that ties and dare_… keep", above=0.0, at_most=1.0
     )
     svd_rank: int | None = option(
         None, "rank that svd and …_svd cut to; default: the adapters' largest rank", at_least=1
@@ -58,7 +60,7 @@ class AdapterOptions(Config):
         "ties: total (default) takes the sign of the sum, frequency the most frequent sign",
         choices=("total", "frequency"),
     )
-    seed: int = option(0, "seed for dare_…'s random choice", at_least=0)
+    seed: int = option(0, "seed for the random choice of dare_…", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +90,11 @@ class ExportCommand(AdapterOptions):
         UserError: a value is not allowed for its option.
     """
 
+    groups: ClassVar[Groups] = EXPORT
+
     format: str = option(
         "peft",
-        "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: an adapter for mlx-lm; "
+        "peft: an adapter for PEFT, vLLM, SGLang, TGI, llama.cpp; mlx-lm: one for mlx-lm; "
         "merged: the whole model with the adapter in its weights; gguf: an adapter for llama.cpp "
         "or, with --merged, the whole model for llama.cpp, Ollama and LM Studio; run: a run "
         "directory, made from another tool's adapter or from several",
@@ -105,41 +109,44 @@ class ExportCommand(AdapterOptions):
     )
     names: str = option(
         "multimodal",
-        "whose module names an adapter for a multimodal checkpoint gets: multimodal: the whole "
-        "model's, which vLLM, SGLang and AutoModelForImageTextToText load; text: its language "
-        "model's alone",
+        "module names in an adapter for a multimodal model: multimodal: those of the whole model, "
+        "which vLLM, SGLang and AutoModelForImageTextToText load; text: those of its language "
+        "model alone",
         choices=("multimodal", "text"),
     )
     dtype: str = option(
-        "float32", "dtype of an adapter's tensors", choices=("float32", "float16", "bfloat16")
+        "float32",
+        "dtype of an adapter's tensors",
+        choices=("float32", "float16", "bfloat16"),
     )
     base_model: str | None = option(
         None,
-        "the base model: the Hub repository that the export should name, the repository or "
-        "directory whose weights to merge into, or the model to load another tool's adapter on; "
-        "default: the one that the adapter names",
+        "the base model: the Hub repository to name in the export, the repository or directory "
+        "whose weights to merge into, or the model that another tool's adapter is for; default: "
+        "the one that the adapter names",
     )
     merged: bool = option(
-        False, "gguf: write the whole model with the adapter in its weights, not only the adapter"
+        False, "with gguf: write the whole model, with the adapter in its weights"
     )
     outtype: str = option(
         "f16",
-        "gguf --merged: type of the weights, by llama.cpp's names; vectors stay f32, and the "
-        "embeddings of a q4 or q5 file are q8_0",
+        "with gguf and --merged: type of the weights, by llama.cpp's names; vectors stay f32, and "
+        "the embeddings of a q4 or q5 file are q8_0",
         choices=OUTTYPES,
     )
     dequantize: bool = option(
-        False, "merged: merge into the weights of the run's own quantized model, written dense"
+        False, "with merged: merge into the run's own quantized model, and write it dense"
     )
     quantize: bool = option(
         False,
-        "merged: merge into the weights of the run's own quantized model, quantized again; says "
-        "how much of the adapter survives",
+        "with merged: merge into the run's own quantized model, quantize it again, and say how "
+        "much of the adapter survives",
     )
     push_to: str | None = option(
-        None, "also push it to the Hugging Face Hub as USER/NAME, which is created if missing"
+        None,
+        "also push it to the Hugging Face Hub, as USER/NAME, which is created if missing",
     )
-    private: bool = option(False, "create the repository of --push-to as a private one")
+    private: bool = option(False, "with --push-to: make the repository a private one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +187,6 @@ class UploadCommand(Config):
 
     directory: str = option(MISSING, "directory that tlora export wrote", positional=True)
     repository: str = option(
-        MISSING, "USER/NAME on the Hugging Face Hub, created if missing", positional=True
+        MISSING, "USER/NAME on the Hugging Face Hub; created if missing", positional=True
     )
-    private: bool = option(False, "create the repository as a private one")
+    private: bool = option(False, "make the repository a private one")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # Commands with no more options than this show all of them.
 FEW = 14
 
 FIRST = "the options that matter first"
-OTHERS = "more"
 
 # By the names of the options; the first group is what ``--help`` shows.
-GROUPS: dict[str, tuple[str, ...]] = {
+Groups = Mapping[str, tuple[str, ...]]
+TRAINING: Groups = {
     FIRST: (
         "model", "data", "adapter_path", "rank", "learning_rate", "epochs", "iters", "batch_size",
         "max_seq_length", "resume", "rows", "json", "fit", "find_rate", "output", "sensitivities",
@@ -29,24 +29,27 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_grad_norm", "skip_nonfinite",
     ),
     "validation and reports": (
-        "val_batches", "steps_per_report", "steps_per_eval", "early_stop", "test", "report_to",
-        "project_name",
+        "val_batches", "steps_per_report", "steps_per_eval", "early_stop", "test",
+        "sample_prompts", "report_to", "project_name",
     ),
     "checkpoints": ("save_every", "keep_checkpoints"),
     "memory and trust": ("grad_checkpoint", "trust_remote_code", "allow_unexportable"),
 }  # fmt: skip
+EXPORT: Groups = {
+    FIRST: ("run", "format", "output", "base_model", "merged", "push_to"),
+    "adapters": ("layout", "names", "dtype"),
+    "merged models": ("outtype", "dequantize", "quantize"),
+    "several adapters into one": (
+        "adapter", "combine", "density", "svd_rank", "majority_sign_method", "seed",
+    ),
+    "the Hub": ("private",),
+}  # fmt: skip
 
 
-def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """A command's options in groups, in the groups' order; those in none are in ``OTHERS``."""
-    left = list(names)
-    if len(left) <= FEW:
-        return {"options": left}
-    found = {}
-    for title, members in GROUPS.items():
-        if own := [name for name in members if name in left]:
-            found[title] = own
-    known = {name for own in found.values() for name in own}
-    if others := [name for name in left if name not in known]:
-        found[OTHERS] = others
-    return found
+def grouped(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
+    """A command's options, each in one of the groups; in a single one if they are few."""
+    own = list(names)
+    if len(own) <= FEW:
+        return {"options": own}
+    found = {title: [n for n in members if n in own] for title, members in groups.items()}
+    return {title: members for title, members in found.items() if members}

@@ -6,12 +6,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
+from tlora_mlx.config.help_groups import TRAINING, Groups
 from tlora_mlx.errors import UserError, shown
 
 # What any option may be at most: sums and products of it, in floats and 64 bits, stay finite.
 LARGEST = {bool: 1, int: 2**53, float: 1e30}
+
+# The help of an option that many commands have.
+TRUST_REMOTE_CODE = "let the model's repository run its own code"
 
 
 def option(
@@ -49,6 +53,9 @@ def flag(name: str) -> str:
 
 class Config:
     """Base class of all configurations: every value is checked on construction."""
+
+    # How the help groups the options of a command that has many.
+    groups: ClassVar[Groups] = TRAINING
 
     def __post_init__(self) -> None:
         for item in fields(self):

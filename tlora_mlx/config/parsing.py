@@ -14,15 +14,19 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from tlora_mlx.config.commands import PATHS
 from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.config.help_groups import grouped
 from tlora_mlx.config.mlx_lm_options import MLX_LM_FLAGS, ONLY_MLX_LM, Translation
-from tlora_mlx.config.option import flag
+from tlora_mlx.config.option import Config, flag
 from tlora_mlx.errors import UserError, shown
 from tlora_mlx.storage.files import read_yaml, user_path
 from tlora_mlx.version import __version__
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Config)
+
+# The longest name of a value that the help shows, in columns: with the flag it fits into a line.
+WIDEST = 56
 
 
 def parse(
@@ -130,7 +134,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    config_class: type, prog: str, description: str, show_all: bool = False
+    config_class: type[Config], prog: str, description: str, show_all: bool = False
 ) -> argparse.ArgumentParser:
     """The parser of a command; its help has the options in groups.
 
@@ -141,7 +145,7 @@ def make_parser(
         show_all: have ``--help`` show all groups, not only the first.
     """
     items, hints = {f.name: f for f in fields(config_class)}, typing.get_type_hints(config_class)
-    groups = grouped(items)
+    groups = grouped(items, config_class.groups)
     required = [i for i in items.values() if i.default is MISSING or i.metadata["positional"]]
     needed = [
         _shown(i) if i.metadata["positional"] else f"{_shown(i)} {_shown(i)[2:].upper()}"
@@ -168,7 +172,7 @@ def make_parser(
     text = "show this help"
     if len(groups) > 1:
         text += f"; --help-all: all {len(items)} options"
-        others.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
+    others.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
     others.add_argument("-h", "--help", action="help", help=text)
     version = f"tlora_mlx {__version__}"
     others.add_argument("--version", action="version", version=version, help="show the version")
@@ -204,21 +208,25 @@ def _add_argument(
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not MISSING and item.default is not None and item.default is not False:
         text += f" (default: {item.default})"
+    choices = "|".join(item.metadata["choices"])
+    if len(choices) > WIDEST:
+        text += f"; TYPE is one of {', '.join(item.metadata['choices'])}"
+        choices = "TYPE"
     text = argparse.SUPPRESS if hidden else text
-    kind = _kind(hint)
+    kind, is_path = _kind(hint), item.name in PATHS
     if item.metadata["positional"]:
         parser.add_argument(item.name, nargs="?", metavar=item.name.upper(), help=text)
     elif kind is bool:
         action = "store_true" if hint is bool else argparse.BooleanOptionalAction
         parser.add_argument(flag(item.name), action=action, default=None, help=text)
     elif _may_be_list(hint):
-        parser.add_argument(flag(item.name), action="append", metavar="TEXT", help=text)
+        parser.add_argument(flag(item.name), action="append", metavar="PATH", help=text)
     elif typing.get_origin(kind) is list:
-        parser.add_argument(flag(item.name), nargs="+", action="extend", metavar="NAME", help=text)
+        name = "PATH" if is_path else "NAME"
+        parser.add_argument(flag(item.name), nargs="+", action="extend", metavar=name, help=text)
     else:
-        metavar = "|".join(item.metadata["choices"]) or "|".join(
-            ({int: "N", float: "X"}.get(kind, "TEXT"), *_words(hint))
-        )
+        name = {int: "N", float: "X"}.get(kind, "PATH" if is_path else "TEXT")
+        metavar = choices or "|".join((name, *_words(hint)))
         parser.add_argument(flag(item.name), metavar=metavar, help=text)
 
 

@@ -16,30 +16,30 @@ class PlanConfig(DataConfig):
 
     rank: int = option(
         8,
-        "base rank: the budget is this times the number of target modules, spread by sensitivity",
+        "base rank: N per module on average; more for the modules that the loss depends on most",
         at_least=1,
     )
     alpha: float | None = option(
         None,
-        "base alpha: a module's scale is at least alpha / rank; default: the rank, as in the "
-        "paper (scales of 1 or more; mlx-lm uses 20 for all modules)",
+        "base alpha: a module's scale is alpha / rank or more; default: the rank, as in the paper, "
+        "so that scales start at 1 (mlx-lm: 20 for every module)",
         above=0.0,
     )
     max_rank: int | None = option(
-        None, "no module gets a higher rank; the excess goes to the others", at_least=1
+        None, "highest rank of a module; what exceeds it goes to the others", at_least=1
     )
     target_modules: list[str] | None = option(
         None,
-        "last name components of the layers to adapt, such as q_proj v_proj; default: every linear "
-        "layer in the transformer blocks",
+        "names of the layers to adapt, such as q_proj v_proj; default: every linear layer in the "
+        "transformer blocks",
     )
     target_experts: bool = option(
         False, "also adapt the experts of a mixture, each with its own rank"
     )
     num_layers: int = option(
         -1,
-        "adapt only the last N blocks; -1: all (mlx-lm: 16), since ranks are allocated by "
-        "sensitivity anyway",
+        "adapt only the last N transformer blocks; -1: all (mlx-lm: 16), since ranks go where they "
+        "matter anyway",
         at_least=-1,
     )
     calibration_samples: int = option(
@@ -48,7 +48,7 @@ class PlanConfig(DataConfig):
         at_least=1,
     )
     batch_size: int = option(
-        4, "samples per batch, in total over all processes of mlx.launch", at_least=1
+        4, "samples per batch, over all processes of mlx.launch together", at_least=1
     )
     grad_checkpoint: bool = option(
         False, "recompute activations in the backward pass to save memory"
@@ -75,14 +75,16 @@ class PlanCommand(PlanConfig):
         UserError: a value is not allowed for its option.
     """
 
-    model: str | None = option(None, "model directory, or a Hub repository that mlx-lm loads")
+    model: str | None = option(
+        None, "the model: a directory, or a Hub repository that mlx-lm loads"
+    )
     data: str | list[Any] | None = option(
-        None, "directory with train.jsonl, file, or Hub data set, as for train"
+        None, "the data: a directory with train.jsonl, a file, or a Hub data set, as for train"
     )
     sensitivities: str | None = option(
         None,
-        "an earlier plan: allocate from its sensitivities with --rank, --alpha and --max-rank, "
-        "without model and data",
+        "an earlier plan, whose sensitivities to allocate from again, with other values of --rank, "
+        "--alpha and --max-rank; model and data are not needed",
     )
     output: str = option(
         "plan.json", "file for the plan; with matplotlib, a picture is put next to it"
@@ -116,25 +118,26 @@ class TrainConfig(PlanConfig):
         UserError: a value is not allowed for its option.
     """
 
-    adapter_path: str = option("adapters", "run directory to create")
+    adapter_path: str = option("adapters", "directory to create for the run")
     resume: bool = option(
         False,
         "resume the run in --adapter-path from its newest intact checkpoint, with the same result "
         "as if it had never stopped; its options need not be given again",
     )
     plan: str | None = option(
-        None, "take ranks and scales from this file, which tlora plan wrote and you may edit"
+        None, "file with ranks and scales to use, which tlora plan wrote and you may have edited"
     )
     from_adapter: str | None = option(
         None,
-        "start from this adapter (a run, PEFT's or mlx-lm's) instead of calibrating: from its "
-        "ranks, scales, A and B; A stays frozen",
+        "adapter to start from (a run, or one of PEFT or mlx-lm) instead of calibrating: its "
+        "ranks, scales and A stay, B is trained further",
     )
     covariance: str = option(
         "auto",
-        "exact keeps covariances (in × in), in as many passes over the calibration samples as "
-        "--calibration-memory requires; streaming keeps a few (in × (rank + 32)) per module and "
-        "needs about 5 forward passes; auto: exact if one pass is enough",
+        "how the directions of A are found: exact keeps covariances (in × in), in as many passes "
+        "over the calibration samples as --calibration-memory requires; streaming keeps a few "
+        "matrices (in × (rank + 32)) per module and needs about 5 forward passes; auto: exact if "
+        "one pass is enough",
         choices=("auto", "exact", "streaming"),
     )
     calibration_memory: float | None = option(
@@ -144,39 +147,41 @@ class TrainConfig(PlanConfig):
         above=0.0,
     )
     iters: int = option(
-        1000, "optimizer updates (each takes --grad-accumulation-steps batches)", at_least=1
+        1000, "optimizer updates; each takes --grad-accumulation-steps batches", at_least=1
     )
     epochs: int | None = option(
         None, "train for N passes over the data, instead of --iters", at_least=1
     )
     optimizer: str = option(
-        "adamw", "with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
+        "adamw", "optimizer, with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
     )
     learning_rate: float | Literal["auto"] = option(
         1e-4,
-        "peak learning rate of B (mlx-lm: 1e-5 at scale 20; here scales start at 1); auto: found "
-        "by short runs before training, as tlora check --find-rate does",
+        "peak learning rate (mlx-lm: 1e-5, at scale 20; here scales start at 1); auto: find one by "
+        "short runs before training, as tlora check --find-rate does",
         above=0.0,
         below=3e38,
     )
     lr_schedule: str = option(
         "cosine",
-        "of the rate after the warm-up; the paper uses cosine or linear (mlx-lm: constant)",
+        "how the learning rate falls after the warm-up; the paper uses cosine or linear (mlx-lm: "
+        "constant)",
         choices=("cosine", "linear", "constant"),
     )
     warmup: float = option(
         0.03,
-        "share of the updates during which the rate rises from 0, as in the paper",
+        "share of the updates during which the learning rate rises from 0, as in the paper",
         at_least=0.0,
         at_most=1.0,
     )
-    weight_decay: float = option(0.0, "adamw's weight decay of B", at_least=0.0)
+    weight_decay: float = option(0.0, "weight decay of adamw", at_least=0.0)
     grad_accumulation_steps: int = option(
-        1, "batches per optimizer update, weighted by their tokens", at_least=1
+        1, "batches per optimizer update, each weighted by its tokens", at_least=1
     )
     max_grad_norm: float = option(
         1.0,
-        "gradients are scaled down to this norm, as in transformers' trainer; 0: never (mlx-lm)",
+        "scale larger gradients down to this norm, as transformers' trainer does; 0: never, as in "
+        "mlx-lm",
         at_least=0.0,
     )
     skip_nonfinite: int = option(
@@ -184,7 +189,7 @@ class TrainConfig(PlanConfig):
         "skip up to N updates whose loss or gradient is not finite, instead of stopping",
         at_least=0,
     )
-    val_batches: int = option(25, "validation batches per evaluation; -1: all", at_least=-1)
+    val_batches: int = option(25, "batches per validation; -1: all", at_least=-1)
     steps_per_report: int = option(10, "updates between reports of the training loss", at_least=1)
     steps_per_eval: int = option(200, "updates between validations", at_least=1)
     early_stop: int | None = option(
@@ -196,13 +201,13 @@ class TrainConfig(PlanConfig):
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
     report_to: str | None = option(
         None,
-        "also report to wandb, swanlab (both through mlx-lm), tensorboard or trackio, or several: "
-        "wandb,tensorboard",
+        "also report to wandb or swanlab (both through mlx-lm), tensorboard or trackio, or to "
+        "several: wandb,tensorboard",
     )
-    project_name: str = option("tlora_mlx", "project that --report-to reports to")
+    project_name: str = option("tlora_mlx", "name of the project that --report-to reports to")
     sample_prompts: str | None = option(
         None,
-        "text file, one prompt per line, which the model answers at each validation; for "
+        "text file with one prompt per line; the model answers them at each validation, for "
         "metrics.jsonl and the report",
     )
     test: bool = option(False, "report the loss on test.jsonl before and after training")

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlora_mlx.distributed import collectives
+from tlora_mlx.errors import last_line
 
 BEAT = 1.0
 SILENCE = 30.0
@@ -114,7 +115,7 @@ class Watch:
         self._request = (code, message)
         self._done.wait()
         if code and not self._ending.code:  # the first process had already ended successfully
-            _print_error(message)
+            _print_ending(code, message)
             return code
         return self._ending.code
 
@@ -129,7 +130,7 @@ class Watch:
         for link in self._links:
             link.close()
         if not self._verdict_sent:
-            _print_error(self._ending.message)
+            _print_ending(self._ending.code, self._ending.message)
         if self._ending.code and self._request is None:
             os._exit(self._ending.code)  # the main thread may be stuck inside MLX
         self._done.set()
@@ -225,7 +226,7 @@ class Watch:
             code, message, _after(FAREWELL if self._decides else GRACE + FAREWELL)
         )
         if self._decides:
-            _print_error(message)
+            _print_ending(code, message)
             self._send_verdict(code)
 
     def _send_verdict(self, code: int) -> None:
@@ -240,7 +241,7 @@ def _after(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def _print_error(message: str) -> None:
+def _print_ending(code: int, message: str) -> None:
     if message:
         with suppress(OSError):  # the terminal is gone
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(last_line(code, message), file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from tlora_mlx.models.compatibility import mlx_lm_warning
 from tlora_mlx.models.model_directory import read_model_config
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.publishing.card import write_card
-from tlora_mlx.publishing.hub import check_base, check_push
+from tlora_mlx.publishing.hub import check_base, check_push, check_rights
 from tlora_mlx.publishing.instructions import EXPORTS
 from tlora_mlx.publishing.modelfile import MODELFILE, write_modelfile
 from tlora_mlx.storage.files import Finish, user_path
@@ -81,6 +81,7 @@ def _check_push(config: ExportCommand, adapter: Adapter) -> None:
     base = config.base_model or adapter.original
     if base and EXPORTS[config.kind].names_base:
         check_base(base)
+    check_rights(config.push_to, config.private)
 
 
 def _write_peft(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
+from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.errors import Interrupted, RunError, UserError, first_line
 from tlora_mlx.invocation import suggested
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.publishing.contents import export_files
+from tlora_mlx.publishing.hub_requests import OTHER_NAME, reason, retried, silent_client
 from tlora_mlx.runs.run_directory import PLAN
 from tlora_mlx.storage.files import read_json
 from tlora_mlx.storage.foreign import file_in
@@ -27,26 +22,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-T = TypeVar("T")
-
-# Seconds before each new attempt: the client itself retries only some requests.
-WAITS = (1, 2, 4)
 # The files that readers look for. With two exports in one repository they would be mixed up, such
 # as the shards of an earlier merged model that had more of them.
 READER_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-# By HTTP status: what it means here, and what to do.
-OTHER_NAME = "choose a name of your own, or a token with write access"
-HTTP_ADVICE = {
-    401: ("the Hub does not accept the token", "log in again with: hf auth login"),
-    403: ("the token may not write to {}", OTHER_NAME),
-    404: ("the token does not reach {}", OTHER_NAME),
-    409: ("{} exists, or is being changed", "choose another name, or try later"),
-    429: ("the Hub received too many requests from this account", "try later"),
-}
-SERVER_ERROR = ("the Hub failed", "try later")
-OTHER_ERROR = ("the Hub refused the push", None)
-# The longest text from the server that a message repeats.
-MAX_QUOTED = 300
 
 
 def check_push(repository: str) -> str:
@@ -100,6 +78,45 @@ def check_base(base: str) -> None:
         )
 
 
+def check_rights(repository: str, private: bool = False) -> None:
+    """Ask the Hub whether the token may write to a repository, before anything slow starts.
+
+    What a fine-grained token may do is known only when it tries.
+
+    Args:
+        repository: ``USER/NAME`` or ``ORGANISATION/NAME``; it need not exist.
+        private: it is created as a private one, or is private already.
+
+    Raises:
+        UserError: as ``check_push``.
+        RunError: the token is not valid or may not write there, the repository is public but
+            should be private, or the Hub cannot be reached.
+    """
+    api = _client(check_push(repository))
+    try:
+        with silent_client():
+            _check_account(retried(api.whoami), repository)
+            retried(lambda: _find(api, repository, private))
+    except Exception as error:  # the client's errors have no common base below Exception
+        raise RunError(f"{reason(error, repository, api)}; nothing was exported") from None
+
+
+def _check_account(account: Mapping[str, Any], repository: str) -> None:
+    """Refuse a token that cannot write there, from the answer to ``whoami``."""
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    owners = [account["name"], *(found["name"] for found in account.get("orgs", ()))]
+    if role == "read":
+        raise RunError(f"the token may only read; {OTHER_NAME}")
+    if role == "write" and repository.split("/")[0] not in owners:
+        raise RunError(f"the token of {owners[0]} may not write to {repository}; {OTHER_NAME}")
+
+
+def _client(token: str) -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
+
+
 def push(
     directory: Path, repository: str, private: bool = False, observer: Observer = SILENT
 ) -> str:
@@ -127,20 +144,18 @@ def push(
     files, others = export_files(directory)
     if others:
         observer.note(f"not part of the export, so not pushed: {', '.join(others)}")
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name="tlora_mlx", library_version=__version__)
+    api = _client(token)
     command = suggested("upload", directory, repository, *["--private"] * private)
     again = f"{directory} is complete; push it again with: {command}"
     try:
-        with _silent_client():
-            info = _retried(lambda: _find_or_create(api, repository, private))
+        with silent_client():
+            info = retried(lambda: _find_or_create(api, repository, private))
             _check_repository(info, directory)
-            return _retried(lambda: _commit(api, repository, directory, files))
+            return retried(lambda: _commit(api, repository, directory, files))
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {again}", 130) from None
     except Exception as error:  # the client's errors have no common base below Exception
-        raise RunError(f"{_reason(error, repository, api)}; {again}") from None
+        raise RunError(f"{reason(error, repository, api)}; {again}") from None
 
 
 def _check_export(directory: Path) -> None:
@@ -160,39 +175,25 @@ def _is_reader_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in READER_FILES)
 
 
-@contextmanager
-def _silent_client() -> Iterator[None]:
-    """Hide the client's log and warnings, and show its progress bars only on a terminal.
-
-    They repeat what the server says, which may contain the token or signed upload URLs.
-    """
-    from huggingface_hub import utils
-
-    before, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity_error()
-    if bars and not sys.stderr.isatty():
-        utils.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        utils.logging.set_verbosity(before)
-        if bars:
-            utils.enable_progress_bars()
-
-
-def _find_or_create(api: HfApi, repository: str, private: bool) -> ModelInfo:
-    """What the Hub knows about the repository, which is created if it is missing."""
+def _find(api: HfApi, repository: str, private: bool) -> ModelInfo | None:
+    """What the Hub knows about the repository; None if it is missing."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         info = api.model_info(repository)
     except RepositoryNotFoundError:
-        api.create_repo(repository, private=private or None)
-        info = api.model_info(repository)
+        return None
     if private and not info.private:
         raise RunError(f"--private was given, but {repository} is public; choose another name")
+    return info
+
+
+def _find_or_create(api: HfApi, repository: str, private: bool) -> ModelInfo:
+    """What the Hub knows about the repository, which is created if it is missing."""
+    info = _find(api, repository, private)
+    if info is None:
+        api.create_repo(repository, private=private or None)
+        info = _find(api, repository, private)
     return info
 
 
@@ -221,68 +222,3 @@ def _commit(api: HfApi, repository: str, directory: Path, files: Sequence[Path])
         api.preupload_lfs_files(repository, [addition], free_memory=False)
     message = f"Upload of tlora_mlx {__version__}"
     return api.create_commit(repository, additions, commit_message=message).commit_url
-
-
-def _retried(call: Callable[[], T]) -> T:
-    """Call, and retry after each of ``WAITS`` while the error may be temporary."""
-    return Retrying(
-        retry=retry_if_exception(_is_temporary),
-        wait=wait_chain(*map(wait_fixed, (*WAITS, 0))),  # 0 is never slept: a chain is never empty
-        stop=stop_after_attempt(len(WAITS) + 1),
-        sleep=lambda seconds: time.sleep(seconds),  # looked up late, for tests to replace
-        reraise=True,
-    )(call)
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Whether the Hub failed or could not be reached, rather than refused."""
-    if not isinstance(error, Exception):  # Ctrl-C
-        return False
-    status = _status(error)
-    return status >= 500 if status else _is_connection(error)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on to the first cause."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error or of its causes; None if no answer came."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
-    return next((response.status_code for response in responses if response is not None), None)
-
-
-def _is_connection(error: BaseException) -> bool:
-    """Whether the Hub could not be reached, or the connection broke."""
-    from huggingface_hub.errors import HTTPError  # from httpx, or from httpx2 since version 2.0
-
-    kinds = (HTTPError, ConnectionError, TimeoutError)
-    return any(isinstance(cause, kinds) for cause in _causes(error))
-
-
-def _reason(error: Exception, repository: str, api: HfApi) -> str:
-    """What went wrong, in the server's own words, and what to do; one line."""
-    if isinstance(error, RunError):
-        return str(error)
-    causes = list(_causes(error))
-    status = _status(error)
-    if status is None:
-        what = "the push failed"
-        if _is_connection(error):
-            what = f"the Hub at {api.endpoint} could not be reached, or the connection broke"
-        return f"{what}: {_cleaned(str(causes[-1]), api.token) or type(causes[-1]).__name__}"
-    what, advice = HTTP_ADVICE.get(status, SERVER_ERROR if status >= 500 else OTHER_ERROR)
-    messages = (getattr(cause, "server_message", None) for cause in causes)
-    message = _cleaned(next(filter(None, messages), ""), api.token)
-    reason = f"{what.format(repository)} ({status}{': ' if message else ''}{message})"
-    return f"{reason}; {advice}" if advice else reason
-
-
-def _cleaned(text: str, token: str) -> str:
-    """Someone else's text on one line, cut short, without the token and control characters."""
-    text = text.replace(token, "<token>")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]} …"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,22 +15,36 @@ if TYPE_CHECKING:  # evaluation brings transformers
     from tlora_mlx.evaluation.evaluate import EvaluationResult
 
 
-def plan_table(plan: RankPlan) -> Table:
-    """Blocks × module kinds, each with rank and scale."""
+def plan_tables(plan: RankPlan, width: int) -> Iterator[Table]:
+    """Blocks × module kinds, each with rank and scale; several tables if one would be too wide.
+
+    Args:
+        plan: a rank plan.
+        width: how many columns of text there are.
+    """
     shown = experts_summed(plan)
     blocks, kinds, cells = plan_grid(shown)
-    table = Table(
-        title="rank × scale of each module",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("block", *kinds):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for block in blocks:
-        names = [cells.get((block, kind)) for kind in kinds]
-        table.add_row(block, *(plan_cell(shown, name) for name in names))
-    return table
+    columns = {"block": blocks} | {
+        kind: [plan_cell(shown, cells.get((block, kind))) for block in blocks] for kind in kinds
+    }
+    # The box puts a space before the first column and after each, beside the padding.
+    widths = {name: max(map(len, (name, *texts))) + 2 for name, texts in columns.items()}
+    while kinds:
+        count, left = 0, width - 1 - widths["block"]
+        while count < len(kinds) and (left := left - widths[kinds[count]]) >= 0:
+            count += 1
+        part, kinds = kinds[: max(count, 1)], kinds[max(count, 1) :]
+        table = Table(
+            title="rank × scale of each module",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for heading in ("block", *part):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in zip(*(columns[name] for name in ("block", *part)), strict=True):
+            table.add_row(*row)
+        yield table
 
 
 def plan_totals(plan: RankPlan) -> str:
