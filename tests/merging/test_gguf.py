@@ -15,7 +15,15 @@ from helpers.models import save_model
 from helpers.paths import ROOT
 
 import tlora_mlx
-from tlora_mlx import export_gguf, export_gguf_adapter, load_adapter, load_base_model, read_run
+from tlora_mlx import (
+    export_gguf,
+    export_gguf_adapter,
+    load_adapter,
+    load_base_model,
+    read_adapter,
+    read_run,
+)
+from tlora_mlx.adapters.readers import readings
 from tlora_mlx.models.llama_cpp import FAMILIES
 
 # What llama.cpp assumes and the tiny checkpoints of tests/helpers/families.py do not have.
@@ -112,6 +120,26 @@ def test_kinds_of_rope_in_llama_cpp(kind, tmp_path):
 def test_the_example_in_llama_cpp(tmp_path):
     run = make_run(tmp_path / "run", ROOT / "examples/model", lambda i, shape: i % 3)
     check_in_llama_cpp(run, tmp_path)
+
+
+@rarely
+def test_gpt2_goes_to_llama_cpp_merged(tmp_path):
+    """Its converter makes a file of an adapter that llama.cpp refuses, as ``inspect`` says."""
+    model_path = save_model(tmp_path / "model", "gpt2")
+    run = read_run(make_run(tmp_path / "run", model_path, zero_one_cap))
+    expected = mlx_logits(run)
+    tlora_mlx.export_merged(run, tmp_path / "merged")
+    convert("base", tmp_path / "merged", tmp_path / "merged.gguf")
+    assert difference(LlamaCpp(tmp_path / "merged.gguf"), expected) < 5e-3
+    plain = np.array(load_base_model(run.model).model(mx.array(TOKENS)))
+    assert np.abs(expected - plain).max() > 0.1
+    tlora_mlx.export_peft(run, tmp_path / "peft")
+    convert("lora", tmp_path / "peft", model_path, tmp_path / "lora.gguf")
+    with pytest.raises(AssertionError, match="does not load"):
+        LlamaCpp(tmp_path / "merged.gguf", tmp_path / "lora.gguf")  # of the base's shapes
+    found = {r.reader: r for r in readings(read_adapter(tmp_path / "peft"), "gpt2")}
+    fault, remedy = found["llama.cpp"].fault, found["llama.cpp"].remedy
+    assert (fault, remedy) == ("loads no adapters for gpt2", "--format merged")
 
 
 @rarely

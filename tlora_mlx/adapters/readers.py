@@ -131,7 +131,7 @@ READERS = (
         "ggml-org/llama.cpp convert_lora_to_gguf.py, src/llama-adapter.h",
         over_tensor=True,
         rslora=False,
-        without=frozenset({"gpt2"}),
+        without=frozenset({"gpt2"}),  # its converter transposes A and B with the weight
         experts="refuses experts",
     ),
     Reader(
