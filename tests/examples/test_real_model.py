@@ -11,12 +11,13 @@ import pytest
 from helpers.adapters import without_effect
 from helpers.commands import quick_train, val_losses
 from helpers.llama_cpp import LlamaCpp
+from helpers.models import write_jsonl
 from helpers.paths import EXAMPLE, ROOT
 from mlx_lm import generate, load
 
 import tlora_mlx
 from tlora_mlx import (
-    EvaluateCommand,
+    UserError,
     evaluate,
     export_gguf,
     export_gguf_adapter,
@@ -37,7 +38,10 @@ OPTIONS = {"batch_size": 2, "calibration_samples": 4, "val_batches": 1, "learnin
 
 @pytest.fixture(scope="module")
 def real():
-    return real_model(None if WANTED == "1" else Path(WANTED))
+    try:
+        return real_model(None if WANTED == "1" else Path(WANTED))
+    except UserError as error:  # it is not on this machine, and cannot be had
+        return pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +97,22 @@ def test_from_training_to_llama_cpp(run, real, tmp_path):
 
 
 def test_a_run_on_4_bits_merges_onto_the_dense_original(real, tmp_path):
-    run = quick_train(real / "4bit", EXAMPLE / "data", tmp_path / "run", iters=2, **OPTIONS)
-    options = {"task": "perplexity", "max_samples": 2, "batch_size": 1}
-    data = str(EXAMPLE / "data" / "test.jsonl")
-    result = evaluate(EvaluateCommand(run=str(run), data=data, **options))
-    assert result.adapter != result.base
+    """With a handful of tokens: on a CPU, MLX's quantized products are slow."""
+    for split in ("train", "valid"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": "One two three"}] * 2)
+    options = {"batch_size": 1, "calibration_samples": 2, "learning_rate": 1e-3, "iters": 2}
+    run = quick_train(real / "4bit", tmp_path, tmp_path / "run", **options)
+    assert val_losses(run)[-1] < val_losses(run)[0]
+    result = evaluate(
+        run=run, task="perplexity", data=tmp_path / "valid.jsonl", batch_size=1, quiet=True
+    )
+    assert result.adapter["loss"] == pytest.approx(val_losses(run)[-1], rel=1e-3)
+    assert result.adapter["loss"] < result.base["loss"]
     tlora_mlx.export_peft(run, tmp_path / "peft")
+    named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert Path(named["base_model_name_or_path"]) == (real / "dense").resolve()
     tlora_mlx.export_merged(run, tmp_path / "merged")
     loaded = load_adapter(run)
-    tokens = mx.array([loaded.tokenizer.encode("def add(a, b):\n    return")])
+    tokens = mx.array([loaded.tokenizer.encode("One two")])
     merged, _ = load(str(tmp_path / "merged"))
     assert mx.abs(merged(tokens) - loaded.model(tokens)).max().item() < 1e-3
