@@ -155,7 +155,7 @@ def test_options_are_in_signature_and_help():
     signature = inspect.signature(tlora_mlx.train)
     assert {*TrainConfig.__dataclass_fields__} < {*signature.parameters}
     assert signature.parameters["rank"].default == 8
-    assert "\n    rank: base rank: the budget is" in tlora_mlx.train.__doc__
+    assert "\n    rank: base rank: N per module on average" in tlora_mlx.train.__doc__
 
 
 def test_types_are_shipped():
