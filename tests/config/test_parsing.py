@@ -50,7 +50,9 @@ def test_yaml_has_the_same_names_and_flags_win(tmp_path):
         epochs: null
         rank: 4
     """
-    config = yaml_config(tmp_path, text, "--rank", "2")
+    text += "\n        grad_checkpoint: true\n"
+    assert yaml_config(tmp_path, text).grad_checkpoint is True
+    config = yaml_config(tmp_path, text, "--rank", "2", "--no-grad-checkpoint")
     assert config == train_config(
         "--learning-rate", "1e-4", "--target-modules", "q_proj", "--mask-prompt", "--rank", "2"
     )

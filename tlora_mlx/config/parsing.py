@@ -165,6 +165,9 @@ def make_parser(
             _add_argument(group, items[name], hints[name], hidden)
     others = parser.add_argument_group("help and files" if len(groups) > 1 else "other")
     if issubclass(config_class, DataConfig):
+        for name in (n for n in items if hints[n] is bool):  # off, where the file says on
+            arguments = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
+            others.add_argument(f"--no-{flag(name)[2:]}", dest=name, **arguments)
         text = "YAML file with the same options, or mlx-lm's; flags win"
         others.add_argument("-c", "--config", metavar="FILE", help=text)
         for name, arguments in MLX_LM_FLAGS.items():
