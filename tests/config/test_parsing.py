@@ -49,8 +49,8 @@ def test_yaml_has_the_same_names_and_flags_win(tmp_path):
         mask_prompt: true
         epochs: null
         rank: 4
+        grad_checkpoint: true
     """
-    text += "\n        grad_checkpoint: true\n"
     assert yaml_config(tmp_path, text).grad_checkpoint is True
     config = yaml_config(tmp_path, text, "--rank", "2", "--no-grad-checkpoint")
     assert config == train_config(
