@@ -58,6 +58,15 @@ def test_yaml_has_the_same_names_and_flags_win(tmp_path):
     )
 
 
+def test_a_number_of_updates_as_a_flag_wins_over_epochs_in_the_file(tmp_path):
+    text = "{model: m, data: d, epochs: 3, iters: 7}"
+    assert yaml_config(tmp_path, text).epochs == 3
+    config = yaml_config(tmp_path, text, "--iters", "16")
+    assert (config.iters, config.epochs) == (16, None)
+    config = yaml_config(tmp_path, text, "--iters", "16", "--epochs", "2")
+    assert config.epochs == 2
+
+
 def test_plan_takes_the_yaml_of_train(tmp_path):
     text = "{model: m, data: d, iters: 5, rank: 3}"
     config = yaml_config(tmp_path, text, config_class=PlanCommand, also_known=TrainConfig)

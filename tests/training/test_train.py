@@ -259,6 +259,7 @@ def test_training_with_a_given_plan(model_path, data_path, run_path, tmp_path, t
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "calibrating" not in result.stdout
+    assert "no effect" not in result.stdout
     given, made = read_run(tmp_path / "run"), read_run(run_path)
     assert given.plan == made.plan
     for key, value in made.tensors.items():
@@ -275,7 +276,11 @@ def test_a_plan_edited_by_hand(model_path, data_path, run_path, tmp_path, tlora_
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     run = tmp_path / "run"
-    assert tlora_here(*arguments(model_path, data_path, run, "--plan", path)).returncode == 0
+    options = ["--plan", path, "--rank", 5, "--alpha", 7]
+    result = tlora_here(*arguments(model_path, data_path, run, *options))
+    assert result.returncode == 0, result.stderr
+    warning = "warning: --rank, --alpha have no effect: ranks and scales are those of --plan"
+    assert warning in result.stdout
     assert sorted(read_run(run).plan.adapted()) == sorted(names[1:3])
     assert read_run(run).tensors[f"{names[1]}.lora_a"].shape == (48, 2)
 

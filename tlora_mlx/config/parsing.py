@@ -68,6 +68,8 @@ def parse(
             flags,
         )
         values = {name: value for name, value in translation.values.items() if name in own}
+        if "iters" in flags and "epochs" not in flags:  # which would count instead of the flag
+            values.pop("epochs", None)
         if line := translation.line():
             note(line)
     values = complete(_typed(values | flags, config_class))

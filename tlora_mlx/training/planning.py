@@ -173,6 +173,8 @@ def plan_and_initialise(
     if config.plan:  # only the first process reads the file; the others need not have it
         given = plan_from_first(read_plan(config.plan, targets) if is_first() else None)
         targets = {name: targets[name] for name in targets if name in given.modules}
+        if unused := _without_effect(config, given):
+            observer.note(f"warning: {unused} no effect: ranks and scales are those of --plan")
     start, model_memory = time.perf_counter(), mx.get_active_memory()
     mx.reset_peak_memory()
     with _failures():
@@ -191,6 +193,15 @@ def plan_and_initialise(
     observer.note(f"initialised in {seconds:.1f} s, peak memory {decimal(peak)} above the model")
     end_stage()
     return found
+
+
+def _without_effect(config: TrainConfig, given: RankPlan) -> str:
+    """The options about ranks that say something else than the given plan, with their verb."""
+    asked = {"--rank": config.rank != TrainConfig.rank and config.rank != given.rank}
+    asked["--alpha"] = config.alpha not in (config.rank, given.alpha)
+    asked["--max-rank"] = config.max_rank is not None
+    names = [name for name, is_asked in asked.items() if is_asked]
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else ""
 
 
 @contextmanager
