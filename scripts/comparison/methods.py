@@ -23,7 +23,8 @@ class Method:
             ``weight`` (W alone), ``gradient`` (the mean gradient of W, as LoRA-GA) or ``random``
             (orthonormal); ``lora``: LoRA's own, random and not orthonormal.
         allocated: ranks by sensitivity; else the same for all.
-        scaled: scales by sensitivity; else 1.
+        scaled: scales by sensitivity; else ``scale``.
+        scale: of all modules.
         train_a: A is trained too.
         floor: this share of the ranks is the same for all, the rest is by sensitivity.
         whitened: A's rows are scaled so that each gives A x the same variance on the samples.
@@ -35,6 +36,7 @@ class Method:
     a: str = "task"
     allocated: bool = True
     scaled: bool = True
+    scale: float = 1.0
     train_a: bool = False
     floor: float = 0.0
     whitened: bool = False
@@ -59,6 +61,9 @@ _UNIFORM = Method(allocated=False, scaled=False)
 METHODS = _and_at_equal_parameters(
     {
         "LoRA": Method("lora", allocated=False, scaled=False, train_a=True),
+        "LoRA, mlx-lm's scale": Method(
+            "lora", allocated=False, scaled=False, scale=20.0, train_a=True
+        ),
         "random A, uniform": replace(_UNIFORM, a="random"),
         "TLoRA": Method(),
         "task A, uniform": _UNIFORM,

@@ -61,7 +61,8 @@ class Starts:
         plan = plan_ranks(sensitivities, self._shapes, rank, float(rank))
         if method.scaled:
             return plan
-        return replace(plan, modules={n: replace(m, scale=1.0) for n, m in plan.modules.items()})
+        modules = {n: replace(m, scale=method.scale) for n, m in plan.modules.items()}
+        return replace(plan, modules=modules)
 
     def matrices(self, method: Method, plan: RankPlan, seed: int) -> dict[str, mx.array]:
         """``NAME.lora_a`` (in, rank) of every adapted module."""
