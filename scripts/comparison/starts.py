@@ -66,37 +66,36 @@ class Starts:
 
     def matrices(self, method: Method, plan: RankPlan, seed: int) -> dict[str, mx.array]:
         """``NAME.lora_a`` (in, rank) of every adapted module."""
-        calibration, tokens = self._calibration(seed)
         tensors = {}
         for number, (name, module) in enumerate(plan.adapted().items()):
-            covariance = calibration.covariances[self._leaders[name]]
-            if method.a == "directions":
-                covariance = self._directions(seed)[self._leaders[name]]
             shape = (module.in_features, module.rank)
             if method.a in ("lora", "random"):
                 a = _drawn(method.a, shape, mx.random.key(1000 * seed + number))
             else:
-                a = self._subspace(method.a, name, module.rank, covariance, seed).T
+                a = self._subspace(method.a, name, module.rank, seed).T
             if method.whitened:
+                calibration, tokens = self._calibration(seed)
+                covariance = calibration.covariances[self._leaders[name]]
                 variance = (a * (covariance @ a)).sum(axis=0) / tokens
                 a = a / mx.sqrt(variance + 1e-6 * variance.max())
             tensors[f"{name}.lora_a"] = a
         return tensors
 
-    def _subspace(
-        self, kind: str, name: str, rank: int, covariance: mx.array, seed: int
-    ) -> mx.array:
+    def _subspace(self, kind: str, name: str, rank: int, seed: int) -> mx.array:
         """A (rank, in) of a module from its weight, inputs or gradient: orthonormal rows."""
-        module = self._setup.targets[name]
+        weight, leader = dense_weight(self._setup.targets[name]), self._leaders[name]
         match kind:
-            case "task" | "directions":
-                return task_subspace(dense_weight(module), covariance, rank)
+            case "task":
+                return task_subspace(weight, self._calibration(seed)[0].covariances[leader], rank)
+            case "directions":
+                return task_subspace(weight, self._directions(seed)[leader], rank)
             case "covariance":
+                covariance = self._calibration(seed)[0].covariances[leader]
                 return task_subspace(mx.eye(covariance.shape[0]), covariance, rank)
             case "gradient":
                 return top_right_vectors(self._gradients(seed)[name], rank)
             case "weight":
-                return top_right_vectors(dense_weight(module), rank)
+                return top_right_vectors(weight, rank)
         raise ValueError(f"there is no A of kind {kind!r}")
 
     def _calibrate(self, seed: int) -> tuple[Calibration, float]:
