@@ -13,7 +13,11 @@ make_environment() { # make_environment REQUIREMENT...
   fi
   # What is new is told as it comes, so that minutes of downloading do not look like a hang.
   .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" |
-    awk '/^ *(Collecting|Downloading|Installing|Building) / { print substr($0, 1, 79); fflush() }'
+    while IFS= read -r line; do
+      case "$line" in
+      *Collecting\ * | *Downloading\ * | *Installing\ *) echo "${line:0:79}" ;;
+      esac
+    done
   # MLX's Linux wheel links the reference BLAS; OpenBLAS, where it is installed, is 20 times faster.
   local openblas
   for openblas in /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0; do

@@ -6,8 +6,10 @@ class TloraMlx < Formula
   license "MIT"
 
   depends_on arch: :arm64
-  depends_on :macos
+  depends_on macos: :sonoma # the oldest that MLX has wheels for
   depends_on "python@3.13"
+
+  preserve_rpath # the names in wheels' libraries have no room for longer ones
 
   def install
     # MLX is published as wheels only, so that its dependencies come from PyPI.
