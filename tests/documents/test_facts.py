@@ -131,7 +131,7 @@ def test_the_flags_that_the_documents_name():
     known |= {"--auto-setup", "--enable-lora", "--lora-modules", "--max-lora-rank", "--local-dir"}
     known |= {"--dataset", "--help", "--lora", "--real"}  # llama.cpp, scripts/demo.sh
     known |= {"--enable-mixed-moe-lora-format", "--train"}
-    known |= {"--no-mask-prompt"}
+    known |= {"--no-mask-prompt", "--no-grad-checkpoint"}
     for document in DOCUMENTS:
         # Whose flags are the scripts' and mlx-lm's.
         if document.name not in ("BENCHMARKS.md", "RELIABILITY.md", "RESULTS.md", "FROM_MLX_LM.md"):
