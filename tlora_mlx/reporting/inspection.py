@@ -52,9 +52,8 @@ def readers_table(found: Sequence[Reading]) -> Table | None:
     if not found:
         return None
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("reader", "tried with", "effective scale"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("")
+    for heading in ("reader", "tried with", "effective scale", ""):
+        table.add_column(heading)
     for reading in found:
         verdict = reading.fault or "as intended"
         table.add_row(reading.reader, reading.tried, _scales(reading), verdict)
