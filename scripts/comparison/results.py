@@ -73,9 +73,9 @@ class Outcome:
         lowest = min(self.by_rate.values())
         return sorted(rate for rate, loss in self.by_rate.items() if loss <= lowest + within)
 
-    def accuracy(self) -> float | None:
-        """The share of right choices over all seeds; None where there are none."""
-        return float(np.mean(list(self.right.values()))) if self.right else None
+    def accuracy(self) -> float:
+        """The share of right choices over all seeds."""
+        return float(np.mean(list(self.right.values())))
 
 
 def bootstrap(own: Outcome, other: Outcome, draws: int = 10_000) -> tuple[float, float] | None:

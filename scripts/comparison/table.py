@@ -13,7 +13,7 @@ from comparison.results import Outcome, bootstrap, outcomes, read
 
 COLUMNS = ["method", "trained", "best rate", "test loss", "less LoRA's", "validation", "at 3e-4"]
 # Where the runs say the losses of each test row.
-ROW_COLUMNS = [*COLUMNS[:5], "95 % over rows", "rates within 0.02", "accuracy"]
+ROW_COLUMNS = [*COLUMNS[:5], "95 % over rows", "rates within 0.02"]
 DRAWN_BY_RATE = ["LoRA", REFERENCE, "TLoRA", "task A, uniform", "random A, uniform"]
 
 
@@ -37,7 +37,9 @@ def table(results: Path) -> None:
             for row in rows:
                 if (row["task"], row["iters"], row["method"]) == (task, iters, BASE):
                     print(f"Without an adapter the test loss is {row['test']:.3f}.\n")
-            print(table_head(ROW_COLUMNS if reference.rows else COLUMNS))
+            columns = ROW_COLUMNS if reference.rows else COLUMNS
+            accuracy = ["accuracy"] if reference.right else []
+            print(table_head([*columns, *accuracy]))
             for name, outcome in of_iters.items():
                 print(table_row(_cells(name, outcome, reference)))
             print()
@@ -59,12 +61,12 @@ def _cells(name: str, own: Outcome, reference: Outcome) -> list[str]:
             spread(less(own.valids, reference.valids), "+"),
             f"{own.by_rate[3e-4]:.3f}" if 3e-4 in own.by_rate else "",
         ]
-    interval, rates, accuracy = bootstrap(own, reference), own.good_rates(), own.accuracy()
+    interval, rates = bootstrap(own, reference), own.good_rates()
     return [
         *cells,
         "" if interval is None or own is reference else "{:+.3f} to {:+.3f}".format(*interval),
         f"{rates[0]:g} to {rates[-1]:g}",
-        "" if accuracy is None else f"{accuracy:.3f}",
+        *([f"{own.accuracy():.3f}"] if own.right else []),
     ]
 
 
