@@ -156,7 +156,7 @@ class TrainConfig(PlanConfig):
         "adamw", "optimizer, with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
     )
     learning_rate: float | Literal["auto"] = option(
-        1e-4,
+        3e-4,
         "peak learning rate (mlx-lm: 1e-5, at scale 20; here scales start at 1); auto: find one by "
         "short runs before training, as tlora check --find-rate does",
         above=0.0,
