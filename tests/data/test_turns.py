@@ -1,10 +1,13 @@
 """What counts, in the templates of today's models: each assistant's content and its end token."""
 
+import json
+
 import pytest
 from helpers.models import tiny_tokenizer, write_jsonl
 from helpers.templates import CHATML, QWEN3, QWEN35, TEMPLATES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from tlora_mlx.data import turns
 from tlora_mlx.data.reading import load_data
 from tlora_mlx.errors import UserError
 
@@ -348,6 +351,12 @@ def test_parts_of_text_are_joined_and_others_refused(tmp_path):
             "the arguments of tool call 'f' are no JSON object",
         ),
         ({"content": "a"}, "'messages' is not a list of objects with 'role'"),
+        ({"role": "gpt", "content": "a"}, "the role 'gpt', which chat templates call 'assistant'"),
+        ({"role": "User", "content": "a"}, "the role 'User', which chat templates call 'user'"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]},
+            "the arguments of tool call 'f' are no JSON object",
+        ),
     ],
 )
 def test_messages_that_are_none(tmp_path, message, fault):
@@ -429,8 +438,8 @@ def test_alpaca_and_sharegpt_without_a_word(tmp_path):
     tokenizer = named("chatml")
     alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
     assert learnt(tmp_path, alpaca, tokenizer) == ["3<|im_end|>"]
-    turns = [("human", "Hi"), ("gpt", "Ho"), ("human", "And?"), ("gpt", "No.")]
-    share = {"conversations": [{"from": who, "value": text} for who, text in turns], "system": "S"}
+    said = [("human", "Hi"), ("gpt", "Ho"), ("human", "And?"), ("gpt", "No.")]
+    share = {"conversations": [{"from": who, "value": text} for who, text in said], "system": "S"}
     (sample,) = split_of(tmp_path, share, tokenizer).samples
     assert tokenizer.decode(sample.tokens).startswith("<|im_start|>system\nS<|im_end|>")
     assert learnt(tmp_path, share, tokenizer) == ["Ho<|im_end|>", "No.<|im_end|>"]
@@ -447,8 +456,10 @@ def test_columns_of_any_name(tmp_path):
     assert learnt(tmp_path, talk, tokenizer, columns={"talk": "messages"}) == ["Ho<|im_end|>"]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_tables(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "fault"), [("csv", "is not UTF-8 text"), ("parquet", "cannot be read")]
+)
+def test_tables(tmp_path, suffix, fault):
     import datasets
 
     table = datasets.Dataset.from_list([{"prompt": "1+2?", "completion": "three"}] * 3)
@@ -457,7 +468,7 @@ def test_tables(tmp_path, suffix):
     assert len(data) == 3
     assert data.where == f"{tmp_path}/train.{suffix}, row"
     (tmp_path / f"train.{suffix}").write_bytes(b"\xff\x00")
-    with pytest.raises(UserError, match=rf"train\.{suffix} cannot be read"):
+    with pytest.raises(UserError, match=rf"train\.{suffix} {fault}"):
         load_data(str(tmp_path), named("chatml"), 2048, None)
 
 
@@ -531,3 +542,164 @@ def test_a_tokenizer_that_does_not_know_its_characters(tmp_path, monkeypatch):
     expected = learnt(tmp_path, row, named("qwen3"))
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     assert learnt(tmp_path, row, named("qwen3")) == expected == ["Ja, 家 🏠!<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_all_turns_are_found_by_one_more_rendering(tmp_path, monkeypatch, name):
+    """As each is found by itself; so the time of a long conversation grows with its length."""
+    texts = ["3", " spaces around\n", "", "same", "same", "Q3tlora"]
+    messages = [m for text in texts for m in (USER("question"), ASSISTANT(text))]
+    tokenizer, renderings = named(name), []
+    render = turns.ChatTemplate.render
+    monkeypatch.setattr(
+        turns.ChatTemplate, "render", lambda *a, **k: renderings.append(1) or render(*a, **k)
+    )
+    found = learnt(tmp_path, {"messages": messages}, tokenizer)
+    assert len(renderings) == 2 or name == "gpt_oss"  # <|end|> alone does not stop generation
+    looking_like_a_stand_in = [USER("Q3tlora"), *messages[1:]]
+    assert learnt(tmp_path, {"messages": looking_like_a_stand_in}, tokenizer) == found
+    monkeypatch.setattr(turns, "places_of", lambda *_: [])
+    assert learnt(tmp_path, {"messages": messages}, tokenizer) == found
+
+
+CALLING = CHATML.replace(
+    "m['content'] + '<|im_end|>",
+    "(('to=' + m['tool_calls'][0]['function']['name'] + m['tool_calls'][0]['function']['arguments']"
+    " | tojson) if m['tool_calls'] else m['content']) + '<|im_end|>",
+)
+
+
+def test_what_the_template_does_not_show_is_a_warning(tmp_path):
+    """Llama 3 drops the content beside calls, Qwen3 unknown roles, SmolLM2 the tools."""
+    step = {**ASSISTANT("I add."), "tool_calls": [{"type": "function", "function": CALL}]}
+    messages = [USER("1+2?"), step, {"role": "tool", "content": "3"}, ASSISTANT("It is 3.")]
+    row = {"messages": messages, "tools": [ADD]}
+    tokenizer = tokenizer_of(CALLING)
+    assert learnt(tmp_path, row, tokenizer)[0] == 'to=add{"a": 1, "b": 2}<|im_end|>'
+    (content,) = split_of(tmp_path, row, tokenizer).warnings
+    assert "line 1: the chat template does not show the content of a message before its" in content
+    assert not split_of(tmp_path, row, tokenizer_of(QWEN3)).warnings
+    multiply = {"type": "function", "function": {"name": "multiply"}}
+    row = {"messages": [USER("a"), ASSISTANT("b")], "tools": [multiply]}
+    (tools,) = split_of(tmp_path, row, named("smollm2")).warnings
+    assert "shows nothing of 'tools', so the model does not see them" in tools
+    known = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'developer'")
+    row = {"messages": [{"role": "developer", "content": "Be brief."}, USER("a"), ASSISTANT("b")]}
+    (role,) = split_of(tmp_path, row, tokenizer_of(known)).warnings
+    assert "does not show all messages of role 'developer'" in role
+    assert not split_of(tmp_path, row, named("chatml")).warnings
+
+
+def test_calls_whose_result_names_them_and_that_no_content_may_stand_beside(tmp_path):
+    """GPT-OSS: the result's header has the call's name; thoughts and content are refused."""
+    template = (
+        "{% set ns = namespace(call=0) %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' and m['tool_calls'] %}"
+        "{% if m['content'] and m['thinking'] %}{{ raise_exception('both') }}{% endif %}"
+        "{{ '<|start|>assistant' }}{% set ns.call = m['tool_calls'][0]['function'] %}"
+        "{{ ' to=' + ns.call['name'] + '<|message|>' + ns.call['arguments'] | tojson }}"
+        "{{ '<|call|>' }}"
+        "{% elif m['role'] == 'tool' %}{{ '<|start|>' + ns.call['name'] + '<|message|>' }}"
+        "{{ m['content'] + '<|end|>' }}{% else %}"
+        "{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
+        "{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    tokenizer = tokenizer_of(
+        "{% set ns = namespace(call=0) %}" + template, *TEMPLATES["gpt_oss"][1:]
+    )
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    result = {"role": "tool", "content": "3"}
+    for step in (call, {**call, "thinking": "Let me add."}):
+        row = {"messages": [USER("1+2?"), step, result, ASSISTANT("3")]}
+        called = ' to=add<|message|>{"a": 1, "b": 2}<|call|>'
+        assert learnt(tmp_path, row, tokenizer) == [called, "3<|return|>"]
+        assert not split_of(tmp_path, row, tokenizer).warnings
+
+
+def test_content_that_the_template_puts_behind_the_result(tmp_path):
+    """Gemma 4: generation has stopped at the calls, so that the content there is not learnt."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}"
+        "{{ '<|result>' + m['content'] + '<result|>' + messages[loop.index0 - 1]['content'] }}"
+        "{{ '<turn|>' }}{% elif m['tool_calls'] %}{{ '<|turn>model\n<|call>' }}"
+        "{{ m['tool_calls'][0]['function']['arguments'] | tojson }}"
+        "{% else %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+    )
+    tokenizer = tokenizer_of(template, ["<|turn>", "<|call>"], ["<|result>", "<turn|>"])
+    step = {**ASSISTANT("I add."), "tool_calls": [{"type": "function", "function": CALL}]}
+    row = {"messages": [USER("1+2?"), step, {"role": "tool", "content": "3"}, ASSISTANT("So 3.")]}
+    texts = learnt(tmp_path, row, tokenizer)
+    assert texts == ['<|call>{"a": 1, "b": 2}<|result>', "So 3.<turn|>"]
+    (warning,) = split_of(tmp_path, row, tokenizer).warnings
+    assert "so the calls alone are learnt" in warning
+
+
+def test_the_token_behind_marks_is_no_other_messages_beginning(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}END"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    messages = [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d"), USER("e")]
+    special = ["<|user|>", "<|assistant|>", "<|close|>"]
+    for end, ends in (("", ""), ("<|close|>", "<|close|>")):
+        tokenizer = tokenizer_of(template.replace("END", end), special)
+        assert learnt(tmp_path, {"messages": messages}, tokenizer) == [f"b{ends}", f"d{ends}"]
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_turns_of_weight_0_are_context(tmp_path, marks):
+    """OpenAI's form."""
+    template = CHATML.replace(
+        "m['content']",
+        "'' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ ''",
+    )
+    tokenizer = tokenizer_of(template if marks else CHATML)
+    messages = [USER("a"), {**ASSISTANT("b"), "weight": 0}, USER("c"), ASSISTANT("d")]
+    assert learnt(tmp_path, {"messages": messages}, tokenizer) == ["d<|im_end|>"]
+    messages[1]["weight"] = 0.5
+    with pytest.raises(UserError, match=r"line 1, message 2: 'weight' is not 0 or 1 but 0\.5"):
+        split_of(tmp_path, {"messages": messages}, tokenizer)
+
+
+def test_openais_former_function_calls(tmp_path):
+    called = {"role": "assistant", "content": None, "function_call": CALL}
+    result = {"role": "function", "name": "add", "content": "3"}
+    messages = [USER("1+2?"), called, result, ASSISTANT("It is 3.")]
+    texts = learnt(tmp_path, {"messages": messages}, tokenizer_of(QWEN3))
+    assert '{"name": "add", "arguments": {"a": 1, "b": 2}}' in texts[0]
+    assert "<|im_start|>tool\n3" in tokenizer_of(QWEN3).decode(
+        split_of(tmp_path, {"messages": messages}, tokenizer_of(QWEN3)).samples[0].tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "rendered"),
+    [
+        ({"system": "S", "history": [["q", "a"]]}, "S|q|a⟧|Add.\n\n1 2|3⟧"),
+        ({"text": "all of it", "history": []}, "Add.\n\n1 2|3⟧"),  # as tatsu-lab/alpaca has it
+    ],
+)
+def test_alpaca_with_more_columns(tmp_path, row, rendered):
+    template = "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}"
+    template = template.replace("'|'", "('⟧|' if m['role'] == 'assistant' else '|')")
+    row |= {"instruction": "Add.", "input": "1 2", "output": "3"}
+    tokenizer = tokenizer_of(template)
+    (sample,) = split_of(tmp_path, row, tokenizer, mask_prompt=False).samples
+    assert tokenizer.decode(sample.tokens).startswith(rendered)
+
+
+def test_sharegpt_with_tools(tmp_path):
+    """LLaMA-Factory's: calls and results are turns of their own; the tools are JSON."""
+    said = [("human", "1+2?"), ("function_call", json.dumps(CALL)), ("observation", "3")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in [*said, ("gpt", "3!")]]}
+    row["tools"] = json.dumps([ADD])
+    texts = learnt(tmp_path, row, tokenizer_of(QWEN3))
+    assert '{"name": "add", "arguments": {"a": 1, "b": 2}}' in texts[0]
+    assert texts[1].endswith("3!<|im_end|>")
+    row["conversations"][1]["value"] = "add(1, 2)"
+    with pytest.raises(UserError, match="turn 2 is a function_call, but no JSON"):
+        split_of(tmp_path, row, tokenizer_of(QWEN3))

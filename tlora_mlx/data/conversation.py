@@ -6,12 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tlora_mlx.storage.files import is_unicode
+
 # The fields in which an assistant's reasoning is kept apart from its answer (transformers' chat
 # templates, OpenAI's API, DeepSeek's).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 # What thinking within the content stands between.
 _THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+
+# What other data sets and models call the roles that chat templates know.
+_ROLES = {"human": "user"}
+_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "bot", "ai", "model"), "assistant")
+
+
+class MalformedRowError(ValueError):
+    """A row is no conversation; the sentence goes on from the name of the row."""
 
 
 class Conversation(NamedTuple):
@@ -33,7 +43,7 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     Content given as parts is joined, arguments of tool calls given as JSON are parsed.
 
     Raises:
-        ValueError: a message is malformed; the sentence goes on from the name of the row.
+        MalformedRowError: a message is malformed.
     """
     tools = _tools(row.get("tools"))
     if "messages" not in row:
@@ -44,7 +54,7 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
         return Conversation(messages, tools)
     messages = row["messages"]
     if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise ValueError(": 'messages' is not a list of objects with 'role' and 'content'")
+        raise MalformedRowError(": 'messages' is not a list of objects with 'role' and 'content'")
     return Conversation([_message(i, m) for i, m in enumerate(messages, 1)], tools)
 
 
@@ -52,20 +62,41 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """One message, its content a text."""
     where = f", message {number}"
     if not isinstance(message["role"], str):
-        raise ValueError(f"{where}: 'role' is not a text but {_shown(message['role'])}")
-    made = dict(message)
-    if calls := message.get("tool_calls"):
+        raise MalformedRowError(f"{where}: 'role' is not a text but {_shown(message['role'])}")
+    made = _without_function_call(message)
+    role = made["role"]
+    known = _ROLES.get(role.lower(), role.lower())
+    if role != known and known in ("user", "assistant", "system", "tool"):
+        raise MalformedRowError(
+            f"{where} has the role '{role}', which chat templates call '{known}'; rename it"
+        )
+    if made.get("weight") not in (None, 0, 1):
+        raise MalformedRowError(f"{where}: 'weight' is not 0 or 1 but {_shown(made['weight'])}")
+    if calls := made.get("tool_calls"):
         made["tool_calls"] = _tool_calls(calls, where)
-    content = message.get("content")
+    content = made.get("content")
     if content is None and not calls:
         if "content" in message:
-            raise ValueError(
+            raise MalformedRowError(
                 f"{where}: 'content' is null; only a message with tool_calls may have none"
             )
         found = ", ".join(repr(str(key)) for key in message)
-        raise ValueError(f"{where} has {found}, but no 'content'")
+        raise MalformedRowError(f"{where} has {found}, but no 'content'")
     made["content"] = _text("" if content is None else content, where)
     return made
+
+
+def _without_function_call(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with OpenAI's former ``function_call`` as the one of its ``tool_calls``."""
+    made = dict(message)
+    if (function := made.pop("function_call", None)) and not made.get("tool_calls"):
+        made["tool_calls"] = [{"type": "function", "function": function}]
+    return made | ({"role": "tool"} if made["role"] == "function" else {})
+
+
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether it is an assistant's; in OpenAI's form, one of weight 0 is context alone."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _text(content: Any, where: str) -> str:
@@ -73,13 +104,13 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise ValueError(f"{where}: 'content' is neither a text nor a list of parts")
+        raise MalformedRowError(f"{where}: 'content' is neither a text nor a list of parts")
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             what = f"type '{kind}'" if isinstance(kind, str) else _shown(part)
-            raise ValueError(f"{where} has a part of {what}; only text can be trained on")
+            raise MalformedRowError(f"{where} has a part of {what}; only text can be trained on")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -87,20 +118,21 @@ def _text(content: Any, where: str) -> str:
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """OpenAI's tool calls, with the mapping that templates want as their arguments."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"{where}: 'tool_calls' is not a list of objects")
+        raise MalformedRowError(f"{where}: 'tool_calls' is not a list of objects")
     made = []
     for call in calls:
         function = function_of(call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{where}: a tool call has no function with a name")
-        arguments = function.get("arguments", {})
+            raise MalformedRowError(f"{where}: a tool call has no function with a name")
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments or "{}")
+                arguments = _parsed(arguments or "{}")
             except (ValueError, RecursionError):
-                arguments = None
+                arguments = ""
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
-            raise ValueError(
+            raise MalformedRowError(
                 f"{where}: the arguments of tool call '{function['name']}' are no JSON object"
             )
         made.append(with_function(call, {**function, "arguments": arguments}))
@@ -128,15 +160,12 @@ def thoughts_of(message: Mapping[str, Any]) -> list[str]:
     return thoughts
 
 
-def hidden_reasoning(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[str, ...]:
-    """The fields of the last answer's reasoning of which a rendered conversation shows nothing.
-
-    Only the last answer's: templates may drop the reasoning of earlier ones.
-    """
-    answers = [message for message in messages if message["role"] == "assistant"]
-    last = answers[-1] if answers else {}
-    given = {field: last.get(field) for field in REASONING_FIELDS}
-    return tuple(f for f, t in given.items() if isinstance(t, str) and t.strip() not in text)
+def answer_of(message: Mapping[str, Any]) -> str:
+    """A message's content behind its thinking."""
+    answer = message["content"]
+    for _, end in _THINKING:
+        answer = answer.rpartition(end)[2]
+    return answer
 
 
 def with_arguments_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,12 +184,27 @@ def _tools(tools: Any) -> list[Any] | None:
     """A row's descriptions of functions, which some data sets keep as JSON."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools or "null")
+            tools = _parsed(tools or "null")
         except (ValueError, RecursionError):
-            raise ValueError(": 'tools' is not valid JSON") from None
+            raise MalformedRowError(": 'tools' is not valid JSON") from None
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f": 'tools' is not a list but {_shown(tools)}")
+        raise MalformedRowError(f": 'tools' is not a list but {_shown(tools)}")
+    for tool in tools or ():
+        if not isinstance(tool, Mapping):
+            raise MalformedRowError(f": 'tools' has {_shown(tool)}, which is no object")
     return tools or None
+
+
+def _parsed(text: str) -> Any:
+    """JSON within a row.
+
+    Raises:
+        ValueError: it is not valid, or has half of a character, which no tokenizer takes.
+    """
+    value = json.loads(text)
+    if "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("half of a character")
+    return value
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ stray indentation, which is left out here).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,33 +114,78 @@ def _glue(row: Row) -> dict[str, Any]:
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    """tatsu-lab/alpaca and its many copies: ``instruction``, maybe ``input``, ``output``."""
+    """tatsu-lab/alpaca and its many copies: ``instruction``, maybe ``input``, ``output``.
+
+    With LLaMA-Factory's ``system`` or ``history`` (pairs of earlier questions and answers) it is a
+    conversation.
+    """
     made = {"instruction": _text(row, "instruction"), "response": _text(row, "output")}
     if row.get("input"):
         made["input"] = _text(row, "input")
-    return made
+    earlier = row.get("history") or []
+    if not (isinstance(earlier, list) and all(map(_is_pair, earlier))):
+        raise ValueError("'history' is not a list of pairs of texts")
+    messages = _system(row) + [
+        {"role": role, "content": text}
+        for pair in earlier
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    if not messages:
+        return made
+    last = {"role": "user", "content": _joined(made["instruction"], made.get("input"))}
+    return {"messages": [*messages, last, {"role": "assistant", "content": made["response"]}]}
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value)
+
+
+def _system(row: Row) -> list[dict[str, Any]]:
+    """The system message that a row has in a column of its own."""
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _joined(instruction: str, extra: str | None) -> str:
+    return "\n\n".join(filter(None, (instruction, extra)))
 
 
 # ShareGPT's names of who speaks, as chat templates call them.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
-_SPEAKERS |= {"system": "system", "user": "user", "assistant": "assistant"}
+_SPEAKERS |= {role: role for role in ("system", "user", "assistant", "tool")}
+# With tools, LLaMA-Factory's: a call as JSON, and what it returned.
+_SPEAKERS |= {"function_call": "assistant", "observation": "tool"}
 
 
 def _sharegpt(row: Row) -> dict[str, Any]:
-    """``conversations``, all turns, each with ``from`` and ``value``; maybe a ``system`` text."""
+    """``conversations`` of turns with ``from`` and ``value``; maybe ``system`` and ``tools``."""
     if "conversations" not in row:
         _text(row, "conversations")
     turns = row["conversations"]
     if not (isinstance(turns, list) and turns and all(isinstance(t, Mapping) for t in turns)):
         raise ValueError("'conversations' is not a list of objects with 'from' and 'value'")
-    system = _text(row, "system") if row.get("system") else None
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = _system(row)
     for number, turn in enumerate(turns, 1):
         speaker = turn.get("from", turn.get("role"))
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise ValueError(f"turn {number} is from {speaker!r}, not {', '.join(_SPEAKERS)}")
-        messages.append({"role": _SPEAKERS[speaker], "content": _text(turn, "value", "content")})
-    return {"messages": messages}
+        message = {"role": _SPEAKERS[speaker]}
+        if speaker == "function_call":
+            message["tool_calls"] = _calls(number, _text(turn, "value", "content"))
+        elif turn.get("tool_calls") and "value" not in turn:
+            message |= {key: turn[key] for key in ("content", "tool_calls") if key in turn}
+        else:
+            message["content"] = _text(turn, "value", "content")
+        messages.append(message | {key: turn[key] for key in ("weight",) if key in turn})
+    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def _calls(number: int, text: str) -> list[Any]:
+    """The calls of a turn that has them as JSON: an object with ``name``, or a list of them."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"turn {number} is a function_call, but no JSON") from None
+    return calls if isinstance(calls, list) else [calls]
 
 
 FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
@@ -180,19 +226,17 @@ def to_prompt(name: str, row: Any, chat: bool) -> dict[str, Any]:
     if "messages" in made:
         return made
     instruction, extra = made.pop("instruction"), made.pop("input", None)
-    prompt = "\n\n".join(filter(None, (instruction, extra))) if chat else framed(instruction, extra)
+    prompt = _joined(instruction, extra) if chat else framed(instruction, extra)
     return {"prompt": prompt, "completion": made.pop("response"), **made}
 
 
 def recognised_format(row: Any) -> str | None:
     """The format of a row that has none of mlx-lm's keys, where its own keys leave no doubt."""
-    if not isinstance(row, Mapping) or {"text", "messages"} & row.keys():
+    if not isinstance(row, Mapping) or "messages" in row or {"prompt", "completion"} <= row.keys():
         return None
-    if "prompt" in row and "completion" in row:
-        return None
-    if "conversations" in row:
-        return "sharegpt"
-    return "alpaca" if {"instruction", "output"} <= row.keys() else None
+    if {"instruction", "output"} <= row.keys():  # Alpaca itself has a "text" of both, too
+        return "alpaca"
+    return "sharegpt" if "conversations" in row and "text" not in row else None
 
 
 def renamed(row: Any, columns: Mapping[str, str]) -> Any:

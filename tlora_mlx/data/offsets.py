@@ -1,7 +1,8 @@
-"""Which characters of a text each token stands for."""
+"""Which characters of a text each token stands for, and which differ in another text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -48,11 +49,75 @@ def intervals(counts: Sequence[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def is_within(token: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether a token has characters of a span.
+def inside(tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each token's range of characters, whether it has some of a span.
 
     Tokenizers that leave spaces out of the ranges (``trim_offsets``) give tokens of spaces none;
     such a token counts if the span continues on both sides.
+
+    Args:
+        tokens: the ranges, in order.
+        spans: (first, one past the last) character, in order, without overlaps.
     """
-    (first, last), (start, stop) = token, span
-    return start < first < stop if first == last else first < stop and last > start
+    found, at = [], 0
+    for first, last in tokens:
+        while at < len(spans) and spans[at][1] <= first:
+            at += 1
+        start, stop = spans[at] if at < len(spans) else (last, last)
+        found.append(start < first < stop if first == last else last > start)
+    return found
+
+
+def differing(text: str, other: str) -> tuple[int, int]:
+    """The range of ``text`` that is not as in ``other``, between what both begin and end with."""
+    first = _shared(text, other)
+    return first, len(text) - _shared(text[first:][::-1], other[first:][::-1])
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def stand_in(text: str) -> str:
+    """A text that begins and ends with other characters than this one, with or without spaces."""
+    used = {*text[:1], *text[-1:], *text.strip()[:1], *text.strip()[-1:]}
+    first, last = [letter for letter in "QXZJKW" if letter not in used][:2]
+    return f"{first}tlora{last}"
+
+
+def places_of(
+    texts: Sequence[str], whole: str, names: Sequence[str], other: str
+) -> list[tuple[int, int]]:
+    """Where texts are in ``whole``, which is ``other`` but for the names that stand for them there.
+
+    Args:
+        texts: in their order; the spaces around them may be missing in ``whole``.
+        whole: with the texts.
+        names: one for each text, none of them within another.
+        other: with the names.
+
+    Returns:
+        Ranges of characters of ``whole``; none if the two do not agree in all the rest.
+    """
+    between = re.split("|".join(map(re.escape, names)), other) if names else []
+    if len(between) != len(names) + 1 or not whole.startswith(between[0]):
+        return []
+    places, at = [], len(between[0])
+    for text, behind in zip(texts, between[1:], strict=True):
+        for form in (text, text.lstrip(), text.rstrip(), text.strip()):
+            stop = at + len(form)
+            if whole.startswith(form, at) and whole.startswith(behind, stop):
+                places.append((at, stop))
+                at = stop + len(behind)
+                break
+        else:
+            return []
+    return places if at == len(whole) else []

@@ -47,6 +47,8 @@ def read_row_file(path: Path, any_name: bool = False) -> list[tuple[int, Any]]:
         rows = readers[path.suffix](path)
     except UserError:
         raise
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it first") from None
     except Exception as error:  # as many kinds as there are ways to fail
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if not rows:

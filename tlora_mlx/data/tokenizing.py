@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlora_mlx.data.conversation import conversation_of
+from tlora_mlx.data.chat_template import Tokenized
+from tlora_mlx.data.conversation import MalformedRowError, conversation_of
 from tlora_mlx.data.faults import Faults, first_numbers
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.offsets import NotLocatedError, intervals
 from tlora_mlx.data.samples import Sample, Split
-from tlora_mlx.data.turns import ChatTemplate, Tokenized
+from tlora_mlx.data.turns import ChatTemplate
 from tlora_mlx.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RowTokenizer:
         mask_prompt = keys != ("text",) if self._mask_prompt is None else self._mask_prompt
         process, split = self._process(keys), Split(where=where)
         ends: set[str] = set()
-        hidden: dict[str, list[int]] = {}
+        unseen: dict[str, list[int]] = {}
         for number, row in rows:
             if fault := _fault(row, keys):
                 faults.add(number, fault)
@@ -82,7 +83,7 @@ class RowTokenizer:
             except NotLocatedError as error:
                 faults.add(number, f" cannot be masked with certainty: {error}")
                 continue
-            except ValueError as error:
+            except MalformedRowError as error:
                 faults.add(number, str(error))
                 continue
             except Exception as error:  # a chat template may raise anything
@@ -93,16 +94,14 @@ class RowTokenizer:
                 faults.add(number, fault)
                 continue
             ends |= set(made.ends)
-            for key in made.hidden:
-                hidden.setdefault(key, []).append(number)
+            for sentence in dict.fromkeys(made.unseen):
+                unseen.setdefault(sentence, []).append(number)
             made = _stopped(made, self.tokenizer)
             split.add(_sample(made, number, mask_prompt), self._max_seq_length)
         faults.raise_if_any()
         split.warnings.extend(_warnings(ends, self._template, self.tokenizer))
         split.warnings.extend(
-            f"{where} {first_numbers(found)}: the chat template shows nothing of '{key}', so it "
-            "is not learnt; put what is to be learnt into the content"
-            for key, found in hidden.items()
+            f"{where} {first_numbers(found)}: {sentence}" for sentence, found in unseen.items()
         )
         return split
 

@@ -11,22 +11,27 @@ taken at their word.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tlora_mlx.data.chat_template import Renderer, Tokenized
 from tlora_mlx.data.conversation import (
     Conversation,
     function_of,
-    hidden_reasoning,
+    is_learnt,
     thoughts_of,
-    with_arguments_as_text,
     with_function,
 )
-from tlora_mlx.data.offsets import NotLocatedError, encode_with_offsets, intervals, is_within
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tlora_mlx.data.marked_turns import by_marks
+from tlora_mlx.data.offsets import (
+    NotLocatedError,
+    differing,
+    encode_with_offsets,
+    inside,
+    places_of,
+    stand_in,
+)
+from tlora_mlx.data.unseen import content_unseen, unseen
 
 # A thinking block without thoughts, or what is left of one that the generation prompt opened.
 _OPEN, _CLOSE = r"(?:<think>|<thinking>|\[THINK\])", r"(?:</think>|</thinking>|\[/THINK\])"
@@ -36,61 +41,8 @@ _EMPTY_THINKING = re.compile(rf"(\s*{_OPEN}?\s*{_CLOSE})\s*")
 _PROMPT_ENDS = re.compile(rf"(?:{_OPEN}\s*{_CLOSE}?|<\|channel>\w*\s*<channel\|>)\s*$")
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """A conversation in token ids.
-
-    Attributes:
-        tokens: as the chat template renders them.
-        counts: for each token, whether it is an assistant's: of the content or the end of a turn.
-        ends: what ends each assistant turn: a special token's text; empty where nothing does.
-        hidden: the fields with reasoning that the template does not show.
-    """
-
-    tokens: list[int]
-    counts: list[bool]
-    ends: list[str]
-    hidden: tuple[str, ...] = ()
-
-
-class ChatTemplate:
-    """A tokenizer's chat template, as something that finds the assistant's turns.
-
-    Args:
-        tokenizer: mlx-lm's wrapper of a tokenizer that has a chat template.
-    """
-
-    def __init__(self, tokenizer: TokenizerWrapper):
-        self._tokenizer = tokenizer
-        plain = tokenizer._tokenizer
-        template = plain.chat_template
-        text = template if isinstance(template, str) else "".join((template or {}).values())
-        self._marks_turns = bool(re.search(r"\{%-?\s*generation\s*-?%\}", text))
-        added = plain.added_tokens_decoder.values()
-        special = {str(token) for token in added if token.special} | set(plain.all_special_tokens)
-        stops = plain.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
-        self.stops = {token for token in stops if token}
-        names = sorted(special | self.stops, key=len, reverse=True)
-        self._special = re.compile(rf"\s*({'|'.join(map(re.escape, names))})")
-
-    def render(self, conversation: Conversation, prompt: bool = False) -> str:
-        """The conversation as text; with ``prompt``, as the model is asked to answer it.
-
-        Templates that put the arguments of tool calls together with texts (DeepSeek V3's) get them
-        as JSON.
-        """
-        options = {
-            "tools": conversation.tools,
-            "tokenize": False,
-            "add_generation_prompt": prompt,
-        }
-        try:
-            return self._tokenizer.apply_chat_template(conversation.messages, **options)
-        except TypeError:
-            if not any(message.get("tool_calls") for message in conversation.messages):
-                raise
-            messages = with_arguments_as_text(conversation.messages)
-            return self._tokenizer.apply_chat_template(messages, **options)
+class ChatTemplate(Renderer):
+    """A tokenizer's chat template, as something that finds the assistant's turns."""
 
     def tokenize(self, conversation: Conversation) -> Tokenized:
         """Token ids, and which of them count.
@@ -99,61 +51,54 @@ class ChatTemplate:
             NotLocatedError: it is not certain where a turn is.
             Exception: whatever the template raises.
         """
-        if self._marks_turns:
-            return self._by_marks(conversation)
+        messages = conversation.messages
         text = self.render(conversation)
-        places = [
-            self._locate(conversation, text, number)
-            for number, message in enumerate(conversation.messages)
-            if message["role"] == "assistant"
-        ]
-        for (_, before, _), (after, _, _) in pairwise(places):
+        hidden = [*unseen(conversation, text, self.render)]
+        if self.marks_turns and not any(message.get("weight") == 0 for message in messages):
+            for number, message in enumerate(messages):
+                if message.get("tool_calls"):
+                    self._content(conversation, text, number)  # refuses calls that are not shown
+                    hidden += content_unseen(message, text)
+            return Tokenized(*by_marks(self, conversation), tuple(hidden))
+        contents = self._plain_contents(conversation, text)
+        places = {
+            number: self._locate(conversation, text, number, contents.get(number))
+            for number, message in enumerate(messages)
+            if is_learnt(message)
+        }
+        for (_, before, _), (after, _, _) in pairwise(places.values()):
             if after < before:
                 raise NotLocatedError("two assistant turns overlap in the rendered conversation")
-        tokens, offsets = encode_with_offsets(self._tokenizer, text)
-        counts = [
-            any(is_within(token, (start, stop)) for start, stop, _ in places) for token in offsets
-        ]
-        hidden = hidden_reasoning(conversation.messages, text)
-        return Tokenized(tokens, counts, [end for _, _, end in places], hidden)
+        tokens, offsets = encode_with_offsets(self.tokenizer, text)
+        counts = inside(offsets, [(start, stop) for start, stop, _ in places.values()])
+        for number, (start, stop, _) in places.items():
+            hidden += content_unseen(messages[number], text[start:stop])
+        return Tokenized(tokens, counts, [end for _, _, end in places.values()], tuple(hidden))
 
-    def _by_marks(self, conversation: Conversation) -> Tokenized:
-        """By the template's own ``{% generation %}``.
+    def _plain_contents(self, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
+        """Where the contents of the turns without thoughts and calls are, by a single rendering.
 
-        Where it marks the content alone, the token that ends the turn counts too: without it the
-        model would not learn to stop.
+        Empty where that does not show it; then ``_content`` finds each one by itself.
         """
-        text = self.render(conversation)
-        for number, message in enumerate(conversation.messages):
-            if message.get("tool_calls"):
-                self._content(conversation, text, number)  # which refuses calls that are not shown
-        made = self._tokenizer._tokenizer.apply_chat_template(
-            conversation.messages,
-            tools=conversation.tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        tokens, counts = list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]]
-        names = self._tokenizer._tokenizer.convert_ids_to_tokens(tokens)
-        texts = [self._tokenizer.decode([token]) for token in tokens]
-        ends = []
-        for start, stop in intervals(counts):
-            last = stop - 1
-            while last > start and not texts[last].strip():
-                last -= 1
-            if self._special.match(names[last]):
-                ends.append(names[last])
-            elif stop < len(tokens) and self._special.match(names[stop]):
-                counts[stop] = True
-                ends.append(names[stop])
-            else:
-                ends.append("")
-        return Tokenized(tokens, counts, ends, hidden_reasoning(conversation.messages, text))
+        messages = list(conversation.messages)
+        names = {
+            number: f"Q{number}tlora"
+            for number, message in enumerate(messages)
+            if is_learnt(message) and not message.get("tool_calls") and not thoughts_of(message)
+        }
+        texts = [messages[number]["content"] for number in names]
+        for number, name in names.items():
+            messages[number] = {**messages[number], "content": name}
+        other = self.render(conversation._replace(messages=messages)) if names else ""
+        places = places_of(texts, text, [*names.values()], other)
+        return dict(zip(names, places, strict=False))
 
-    def _locate(self, conversation: Conversation, text: str, number: int) -> tuple[int, int, str]:
+    def _locate(
+        self, conversation: Conversation, text: str, number: int, place: tuple[int, int] | None
+    ) -> tuple[int, int, str]:
         """Where a turn's content begins, where its end token ends, and that token's text."""
         message = conversation.messages[number]
-        first, last = self._content(conversation, text, number)
+        first, last = place or self._content(conversation, text, number)
         if message.get("tool_calls") or thoughts_of(message):
             content = first
             asked = self._asked(conversation, number)
@@ -189,10 +134,10 @@ class ChatTemplate:
             # The results of the calls are left out: templates refuse results without calls.
             later = range(number + 1, len(messages))
             rest = next((i for i in later if messages[i]["role"] == "user"), len(messages))
-            plain = {"role": "assistant", "content": _stand_in("")}
+            plain = {"role": "assistant", "content": stand_in("")}
             others = [*messages[:number], plain, *messages[rest:]]
             other = self.render(conversation._replace(messages=others))
-            first, _ = _differing(text, other)
+            first, _ = differing(text, other)
             located = other[first:].lstrip().startswith(plain["content"])
         if not located or any(t and t in text[:first] for t in thoughts_of(messages[number])):
             raise NotLocatedError(
@@ -207,26 +152,41 @@ class ChatTemplate:
         return self.render(before, prompt=True) if number else ""
 
     def _content(self, conversation: Conversation, text: str, number: int) -> tuple[int, int]:
-        """What differs in the rendered text when the turn's content is another."""
+        """What differs in the rendered text when the turn's content and calls are others."""
         message = conversation.messages[number]
         calls = message.get("tool_calls")
-        first, last = _differing(text, self._with(conversation, number, message["content"]))
+        first = last = len(text)
+        try:
+            first, last = differing(text, self._with(conversation, number, message["content"]))
+        except Exception:  # a template may refuse content beside calls (GPT-OSS)
+            if message["content"] or not calls:
+                raise
         if calls:  # the last call ends the turn
-            changed = _stand_in(function_of(calls[-1])["name"])
-            call = with_function(calls[-1], {"name": changed, "arguments": {changed: changed}})
-            other = {**message, "tool_calls": [*calls[:-1], call]}
-            other = self._replaced(conversation, number, other)
+            other = self._with_call(conversation, number, len(calls) - 1)
             if other == text:
-                raise NotLocatedError("the template does not show tool_calls")
-            return first, _differing(text, other)[1]
+                all_of = "" if len(calls) == 1 else "all "
+                raise NotLocatedError(f"the template does not show {all_of}tool_calls")
+            _, last = differing(text, other)
+            if first >= last:  # there is no content, or the template puts it behind the calls
+                first, _ = differing(text, self._with_call(conversation, number, 0))
+            return first, last
         found, meant = ("".join(t.split()) for t in (text[first:last], message["content"]))
         if found not in meant or (meant and not found):
             raise NotLocatedError("the template rewrites what the assistant says")
         return first, last
 
     def _with(self, conversation: Conversation, number: int, content: str) -> str:
-        other = {**conversation.messages[number], "content": _stand_in(content)}
+        other = {**conversation.messages[number], "content": stand_in(content)}
         return self._replaced(conversation, number, other)
+
+    def _with_call(self, conversation: Conversation, number: int, call: int) -> str:
+        """With other arguments in a call; its name may stand in the result's header, too."""
+        message = conversation.messages[number]
+        calls = list(message["tool_calls"])
+        function = function_of(calls[call])
+        changed = stand_in("".join(function["arguments"]))
+        calls[call] = with_function(calls[call], {**function, "arguments": {changed: changed}})
+        return self._replaced(conversation, number, {**message, "tool_calls": calls})
 
     def _replaced(self, conversation: Conversation, number: int, message: dict[str, Any]) -> str:
         messages = list(conversation.messages)
@@ -240,22 +200,25 @@ class ChatTemplate:
 
         Where no special token does, the turn ends with what the template puts after the content.
         """
-        directly = self._special.match(text, last)
+        directly = self.special.match(text, last)
         if directly and directly[1] in self.stops:
             return directly.end(), directly[1]
         until = self._rendered_length(conversation, text, number)
         bound = self._next_content(conversation, text, number) if until is None else until
-        found = list(self._special.finditer(text, last, bound))
+        found = list(self.special.finditer(text, last, bound))
         # Tokens in a row (Command R7B's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>) end it together.
         for token in found:
             if token[1] in self.stops:
                 return token.end(), token[1]
+        # Calls may have tokens within (Kimi K3's <|close|>); the last one ends them.
+        if found and until is not None and conversation.messages[number].get("tool_calls"):
+            return found[-1].end(), found[-1][1]
         # If the end of the turn is not known, a single token may belong to the next message.
         if directly and directly.end() <= bound and (until is not None or len(found) > 1):
             return directly.end(), directly[1]
         if until is None:
             raise NotLocatedError("the template rewrites the turn, and no end token follows it")
-        behind = self._special.match(text, until)
+        behind = self.special.match(text, until)
         if behind and behind[1] in self.stops:
             return behind.end(), behind[1]
         return until, ""
@@ -263,7 +226,7 @@ class ChatTemplate:
     def _next_content(self, conversation: Conversation, text: str, number: int) -> int:
         """Where the next message's content begins."""
         content = conversation.messages[number + 1]["content"]
-        return _differing(text, self._with(conversation, number + 1, content))[0]
+        return differing(text, self._with(conversation, number + 1, content))[0]
 
     def _rendered_length(self, conversation: Conversation, text: str, number: int) -> int | None:
         """Where the conversation stands after the turn; None where the template rewrites it."""
@@ -271,28 +234,3 @@ class ChatTemplate:
             return len(text)
         until = self.render(conversation._replace(messages=conversation.messages[: number + 1]))
         return len(until) if text.startswith(until) else None
-
-
-def _stand_in(text: str) -> str:
-    """A text that begins and ends with other characters than this one, with or without spaces."""
-    used = {*text[:1], *text[-1:], *text.strip()[:1], *text.strip()[-1:]}
-    first, last = [letter for letter in "QXZJKW" if letter not in used][:2]
-    return f"{first}tlora{last}"
-
-
-def _differing(text: str, other: str) -> tuple[int, int]:
-    """The range of ``text`` that is not as in ``other``, between what both begin and end with."""
-    first = _shared(text, other)
-    return first, len(text) - _shared(text[first:][::-1], other[first:][::-1])
-
-
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -1,0 +1,76 @@
+"""A tokenizer's chat template: what it renders, and which tokens end a turn."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tlora_mlx.data.conversation import Conversation, with_arguments_as_text
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A conversation in token ids.
+
+    Attributes:
+        tokens: as the chat template renders them.
+        counts: for each token, whether it is an assistant's: of the content or the end of a turn.
+        ends: what ends each assistant turn: a special token's text; empty where nothing does.
+        unseen: what the template does not show, in sentences that follow the name of the row.
+    """
+
+    tokens: list[int]
+    counts: list[bool]
+    ends: list[str]
+    unseen: tuple[str, ...] = ()
+
+
+class Renderer:
+    """A chat template.
+
+    Args:
+        tokenizer: mlx-lm's wrapper of a tokenizer that has a chat template.
+
+    Attributes:
+        tokenizer: as given.
+        stops: the texts of the tokens that stop generation.
+        special: matches a special token, with spaces before it; the token is the first group.
+        marks_turns: whether it says itself what an assistant generates (``{% generation %}``).
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self.tokenizer = tokenizer
+        plain = tokenizer._tokenizer
+        template = plain.chat_template
+        text = template if isinstance(template, str) else "".join((template or {}).values())
+        marks = re.search(r"\{%-?\s*generation\s*-?%\}", text)
+        self.marks_turns = bool(marks) and plain.is_fast  # others cannot say where the marks are
+        added = plain.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special} | set(plain.all_special_tokens)
+        stops = plain.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+        self.stops = {token for token in stops if token}
+        names = sorted(special | self.stops, key=len, reverse=True)
+        self.special = re.compile(rf"\s*({'|'.join(map(re.escape, names))})")
+
+    def render(self, conversation: Conversation, prompt: bool = False) -> str:
+        """The conversation as text; with ``prompt``, as the model is asked to answer it.
+
+        Templates that put the arguments of tool calls together with texts (DeepSeek V3's) get them
+        as JSON.
+        """
+        options = {
+            "tools": conversation.tools,
+            "tokenize": False,
+            "add_generation_prompt": prompt,
+        }
+        try:
+            return self.tokenizer.apply_chat_template(conversation.messages, **options)
+        except TypeError:
+            if not any(message.get("tool_calls") for message in conversation.messages):
+                raise
+            messages = with_arguments_as_text(conversation.messages)
+            return self.tokenizer.apply_chat_template(messages, **options)
