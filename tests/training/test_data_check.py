@@ -104,6 +104,7 @@ def test_what_is_refused(tokenizer_alone, data_path, tmp_path, tlora_here):
         ((*model, "--data", tmp_path / "none"), "does not exist"),
         (("--model", tmp_path / "none", *data), "does not exist"),
         ((*model, *data, "--json", tmp_path), "--json"),
+        ((*model, *data, "--json", data_path / "train.jsonl"), "is a file of the data itself"),
         ((*model, *data, "--prompt-column", "q"), "must be given together"),
         ((*model, *data, "--rows", -1), "--rows must be at least 0"),
         ((*model, *data, "--prompt-column", "q", "--completion-column", "completion"), "no 'q'"),

@@ -13,7 +13,7 @@ from tlora_mlx.data.row_files import (
     read_row_file,
     without_nulls,
 )
-from tlora_mlx.data.sources import DataSource, existing_path
+from tlora_mlx.data.sources import DataSource, existing_path, sources_of
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.storage.hub_names import can_be_repository, why_not_provided
 
@@ -81,6 +81,14 @@ def read_splits(
             )
         raise UserError(f"data set {source.path} has no split {missing}, only {', '.join(tables)}")
     return rows
+
+
+def is_read(file: Path, data: Any) -> bool:
+    """Whether a file is one that the option ``data`` reads, or would if it were there."""
+    file = file.resolve()
+    places = [path.resolve() for source in sources_of(data) if (path := existing_path(source))]
+    split = file.stem in ("train", "valid", "validation", "test") and file.suffix in SUFFIXES
+    return file in places or (split and file.parent in places)
 
 
 def _expressions(source: DataSource) -> list[str]:

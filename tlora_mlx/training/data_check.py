@@ -10,6 +10,7 @@ from typing import Any
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.data.faults import first_numbers
 from tlora_mlx.data.samples import Sample, Split
+from tlora_mlx.data.splits import is_read
 from tlora_mlx.errors import UserError, counted
 from tlora_mlx.storage.files import user_path, write_text
 from tlora_mlx.training.setup import read_data
@@ -86,6 +87,8 @@ def check(config: CheckCommand) -> DataCheck:
     output = user_path(config.json) if config.json else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--json {output} must be a file in a directory that exists")
+    if output and is_read(output, config.data):
+        raise UserError(f"--json {output} is a file of the data itself; give another name")
     data, model = read_data(config)
     tokenizer = model.tokenizer
     if output:
