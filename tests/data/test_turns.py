@@ -690,6 +690,8 @@ def test_alpaca_with_more_columns(tmp_path, row, rendered):
     tokenizer = tokenizer_of(template)
     (sample,) = split_of(tmp_path, row, tokenizer, mask_prompt=False).samples
     assert tokenizer.decode(sample.tokens).startswith(rendered)
+    plain = {"instruction": "Add.", "output": "3"}
+    assert len(split_of(tmp_path, [plain, row], tokenizer)) == 2
 
 
 def test_sharegpt_with_tools(tmp_path):

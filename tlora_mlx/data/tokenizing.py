@@ -157,6 +157,11 @@ def _formatted(
         except ValueError as error:
             faults.add(number, f" is no row for --format {format}: {error}")
     faults.raise_if_any()
+    if any("messages" in row for _, row in made):  # of Alpaca's rows, some have a history
+        made = [
+            (n, row if "messages" in row else {"messages": conversation_of(row).messages})
+            for n, row in made
+        ]
     return made
 
 
