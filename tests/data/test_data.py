@@ -92,7 +92,11 @@ def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_pat
         ("\n \n", r"train\.jsonl is empty"),
         ('{"text": "a"}\n{"text": \n', r"train\.jsonl, line 2 is not valid JSON"),
         ('{"text": ' + "1" * 5000 + "}\n", r"train\.jsonl, line 1 is not valid JSON"),
-        ("[1]\n", r"line 1 is not a JSON object"),
+        ("3\n", r"line 1 is not a JSON object"),
+        (
+            '[{"text": "a"}]',
+            r"train\.jsonl is a JSON array, or part of one; give one",
+        ),
         ('{"txt": "a"}\n', r"line 1 has 'txt'; it needs 'text', or 'prompt' and 'completion'"),
         ("{}\n", r"line 1 has nothing; it needs"),
         ('{"text": "a"}\n\n{"body": "b"}\n', r"line 3 has no 'text' \(it has 'body'\)"),
@@ -107,6 +111,15 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, chat, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_data(str(tmp_path), chat, 1 if "learn" in message else 100, None)
     assert "\n" not in str(error.value)
+
+
+def test_arrays_with_a_byte_order_mark_and_damaged_ones(tmp_path, plain):
+    file = tmp_path / "train.json"
+    file.write_text("\ufeff" + json.dumps(ROWS))
+    assert len(load_data(str(file), plain, 100, None)["train"]) == len(ROWS)
+    file.write_text("\ufeff" + json.dumps(ROWS)[:-1])
+    with pytest.raises(UserError, match=r"the data is not valid JSON: .*train\.json: Expecting"):
+        load_data(str(file), plain, 100, None)
 
 
 def test_bad_places(tmp_path, plain):

@@ -117,7 +117,7 @@ def test_faults_of_a_mixture_are_found_before_anything_is_read(data, message):
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("trian[:3]", r"split 'trian\[:3\]': Unknown split"),
+        ("trian[:3]", r"split 'trian\[:3\]': there is no split 'trian', only "),
         ("train[:3", "Unrecognized instruction format"),
         ("train[5:5]", "has no rows"),
     ],

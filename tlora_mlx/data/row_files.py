@@ -61,6 +61,9 @@ def _read_array(path: Path) -> list[tuple[int, Any]]:
     try:
         content = read_json(path, "the data")
     except UserError:
+        with open_file(path) as file:
+            if file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise  # an array that is damaged
         return _read_jsonl(path)
     if not isinstance(content, list):
         raise UserError(f"{path} does not contain an array of rows")
@@ -122,6 +125,11 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
     try:
         with TextIOWrapper(open_file(path), encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
+                if number == 1 and line.lstrip().startswith("["):
+                    raise UserError(
+                        f"{path} is a JSON array, or part of one; give one object a line without "
+                        "commas between them, or a whole array as .json"
+                    )
                 if line.strip():
                     try:
                         row = json.loads(line)

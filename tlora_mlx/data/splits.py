@@ -57,7 +57,7 @@ def read_splits(
     Raises:
         UserError: it cannot be had, has none of the wanted splits, or an expression is wrong.
     """
-    path = existing_path(source)
+    path, files = existing_path(source), {}
     if path is not None and path.is_file():
         tables = {"train": _file_table(path)}
     elif path is not None and not source.config and (files := _files(path)):
@@ -65,11 +65,12 @@ def read_splits(
         tables = {stem: _file_table(file) for stem, file in files.items() if stem in needed}
     else:
         tables = _loaded(source, path)
+    available = files if path is not None and files else tables
     names = _split_names(source.path, tables if source.valid_split is None else ())
     rows: dict[str, NumberedRows | None] = {}
     for split, expression in source.splits().items():
         if expression:
-            rows[split] = _expressed(expression, tables, source.path)
+            rows[split] = _expressed(expression, tables, source.path, available)
         else:
             rows[split] = _whole(tables[names[split]]) if names[split] in tables else None
     if not any(rows[split] for split in wanted):
@@ -109,12 +110,20 @@ def _whole(table: _Table) -> NumberedRows | None:
     return NumberedRows(rows, table.where) if rows else None
 
 
-def _expressed(expression: str, tables: Mapping[str, _Table], name: str) -> NumberedRows:
+def _expressed(
+    expression: str, tables: Mapping[str, _Table], name: str, available: Collection[str]
+) -> NumberedRows:
     """The rows that an expression such as ``train[:80%]`` selects, as ``datasets`` does.
 
     Raises:
         UserError: it is none, names a split that is not there, or selects nothing.
     """
+    for needed in _names_in(expression):
+        if needed not in tables:
+            raise UserError(
+                f"data {name}, split '{expression}': there is no split '{needed}', only "
+                f"{', '.join(available)}"
+            )
     parts = [(expression, 0, None)]
     if expression not in tables:
         reader = import_datasets(f"the split {expression}").ReadInstruction

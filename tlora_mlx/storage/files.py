@@ -203,7 +203,7 @@ def read_json(path: Path, what: str) -> Any:
             with ``what``.
     """
     try:
-        text = read_file(path).decode()
+        text = read_file(path).decode("utf-8-sig")
         data = json.loads(text)
         if "\\u" in text:  # a lone surrogate can be read when escaped, but not written again
             json.dumps(data, ensure_ascii=False).encode()
