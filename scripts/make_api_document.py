@@ -34,7 +34,7 @@ SECTIONS = {
     "Adapters": (
         "load_adapter", "read_adapter", "resolve_adapter", "read_run", "combine", "export_peft",
         "export_mlx_lm", "export_merged", "export_dequantized", "export_requantized", "export_run",
-        "Adapter", "Combination",
+        "read_task", "Adapter", "Combination", "Task",
     ),
     "The method": (
         "load_base_model", "target_linears", "calibrate", "plan_ranks", "task_subspace", "attach",

@@ -26,6 +26,8 @@ FORMATS_OF_OPTION = {
     "outtype": ("gguf",),
     "dequantize": ("merged",),
     "quantize": ("merged",),
+    "rounding": ("merged",),
+    "data": ("merged",),
     "push_to": ("peft", "mlx-lm", "merged", "gguf"),
 }
 
@@ -142,6 +144,18 @@ class ExportCommand(AdapterOptions):
         "with merged: merge into the run's own quantized model, quantize it again, and say how "
         "much of the adapter survives",
     )
+    rounding: str | None = option(
+        None,
+        "how --quantize rounds: compensated lets errors make up for each other where the task's "
+        "loss depends on them, in a pass over the run's data; nearest needs no data; default: "
+        "compensated, or nearest if no data are known",
+        choices=("compensated", "nearest"),
+    )
+    data: str | None = option(
+        None,
+        "data for --quantize to round by, instead of those that the run was trained on: a "
+        "directory, file or Hub data set, as for train",
+    )
     push_to: str | None = option(
         None,
         "also push it to the Hugging Face Hub, as USER/NAME, which is created if missing",
@@ -165,6 +179,11 @@ class ExportCommand(AdapterOptions):
             raise UserError("--outtype needs --merged; the type of an adapter is --dtype")
         if self.dequantize and self.quantize:
             raise UserError("--dequantize and --quantize cannot be used together")
+        for name in ("rounding", "data"):
+            if getattr(self, name) and not self.quantize:
+                raise UserError(f"--{name} is for --quantize; leave it out")
+        if self.data and self.rounding == "nearest":
+            raise UserError("--data does nothing with --rounding nearest; leave it out")
         if self.base_model and (self.dequantize or self.quantize):
             raise UserError(
                 "--base-model cannot be used with --dequantize or --quantize, which merge into the "

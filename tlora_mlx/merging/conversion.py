@@ -12,6 +12,7 @@ import numpy as np
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import float32
 from tlora_mlx.errors import UserError
+from tlora_mlx.merging.grid import Grid
 from tlora_mlx.method.experts import stack_and_number
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.storage.safetensors import FLOATS, TensorFile
@@ -81,11 +82,19 @@ class StoredWeight:
             return float32(parts[0])
         return float32(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
 
-    def stored(self, values: np.ndarray) -> list[np.ndarray]:
+    def nearest(self, values: np.ndarray) -> list[mx.array]:
         """The parts that store these rows: cast, and quantized with the same settings."""
         cast = mx.array(values).astype(getattr(mx, FLOATS[self.dtype]))
-        parts = mx.quantize(cast, **self._settings) if self._settings else [cast]
-        return [np.array(part.view(mx.uint8)) for part in parts]
+        return mx.quantize(cast, **self._settings) if self._settings else [cast]
+
+    @property
+    def can_be_compensated(self) -> bool:
+        """Whether it is quantized, and a layer of its own: not a stack of experts."""
+        return bool(self._settings) and len(self.shape) == 2
+
+    def grid(self) -> Grid:
+        """What the weight can represent, if it is quantized."""
+        return Grid(self._settings, getattr(mx, FLOATS[self.dtype]))
 
 
 def _settings(base: ModelWeights, name: str) -> dict[str, Any]:

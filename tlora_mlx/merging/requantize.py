@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,36 +16,47 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.merging.compensation import OutputErrors, round_module
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.blocks import OpenFile, blocks, segments
-from tlora_mlx.storage.files import Finish, copy_file, new_directory
+from tlora_mlx.storage.files import Finish, copy_file, new_directory, write_json
 from tlora_mlx.storage.safetensors import TensorFile
+
+if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
+    from tlora_mlx.merging.task import Task, TaskLosses
+
+# What was measured, in the directory of an export that was rounded by the task.
+SURVIVAL = "survival.json"
 
 
 def export_requantized(
     adapter: Adapter | str | Path,
     output: str | Path,
     *,
+    task: Task | None = None,
     observer: Observer = SILENT,
     finish: Finish | None = None,
 ) -> Proof:
     """Write the quantized model that a run was trained on with W + scale·B·A, quantized again.
 
-    Only the adapted weights change; they are quantized as mlx-lm does (``mx.quantize``), with the
-    settings that they had. A change smaller than the quantization steps is lost, so the share of
-    the deltas that survives is measured on the written files and reported.
+    Only the adapted weights change; they keep the settings that they had. A change smaller than
+    the quantization steps is lost where it is rounded to nearest, as mlx-lm does
+    (``mx.quantize``). With a task, errors make up for each other where the task's loss depends on
+    them, and the loss of what was written is measured.
 
     Args:
         adapter: an adapter, or the directory of a run.
         output: directory to create; must be new or empty.
+        task: what has to be kept (``read_task``); None: round to nearest. The adapter is taken off
+            its model. Experts, and weights that are not quantized, are rounded to nearest.
         observer: notified of each module.
         finish: called with the directory before it appears under its final name.
 
     Returns:
-        The result of reading the export back: how much of the deltas survives.
+        The result of reading the export back: how much of the deltas, and of the task, survives.
 
     Raises:
         UserError: the run's model is incomplete, not quantized, does not fit the run, or ``output``
@@ -58,52 +72,150 @@ def export_requantized(
         base.copy_index(staging)
         for name, file in base.files.items():
             copy_file(file.path, staging / name)
-        with observer.stage("quantizing", len(weights)) as advance, ExitStack() as stack:
+        with ExitStack() as stack:
             out = {n: stack.enter_context(OpenFile(staging / n, patch=True)) for n in base.files}
-            for weight in weights.values():
-                _requantize(adapter, base, weight, out)
-                advance()
+            digests: dict[str, list[str]] = {}
+            if task:
+                by_task = {n: w for n, w in weights.items() if w.can_be_compensated}
+                proof.outputs, digests = _compensate(adapter, base, by_task, task, out, observer)
+            others = [weight for name, weight in weights.items() if name not in digests]
+            with observer.stage("quantizing", len(others)) as advance:
+                for weight in others:
+                    _requantize(adapter, base, weight, out)
+                    advance()
             for file in out.values():
                 file.sync()
         written = {name: TensorFile(staging / name, "what was written") for name in base.files}
+        in_files = {part: written[file.path.name] for part, file in base.file_of.items()}
         with observer.stage("reading back", len(weights)) as advance:
             for weight in weights.values():
-                in_files = {part: written[base.file_of[part].path.name] for part in weight.parts}
-                _prove_requantized(adapter, base, weight, in_files, proof)
+                _prove_requantized(adapter, base, weight, in_files, digests, proof)
                 advance()
         touched = {part for weight in weights.values() for part in weight.parts}
         for name, file in base.files.items():
             _prove_copies(file, written[name], touched)
+        if task:
+            proof.losses = task.losses(weights, in_files)
+            write_json(staging / SURVIVAL, proof.to_dict())
     return proof
 
 
 class QuantizedProof(Proof):
-    """What reading back a requantized model has shown."""
+    """What reading back a requantized model has shown.
+
+    Attributes:
+        outputs: for each module that was rounded by the task, the error of its outputs and what Δ
+            changes in them, each squared, summed, and weighted by what the loss depends on.
+        losses: the task's losses; None without a task.
+    """
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.outputs: dict[str, OutputErrors] = {}
+        self.losses: TaskLosses | None = None
 
     def summary(self) -> str:
-        """One line for the user: how much of the deltas survives."""
+        """One line for the user: how much of the deltas or, with a task, of its effect survives."""
+        verified = f"verified {len(self.modules)} modules, quantized again: "
+        if self.losses and self.outputs:
+            worst = max(self.outputs, key=lambda name: self.outputs[name].relative)
+            overall = sum(self.outputs.values(), OutputErrors(0.0, 0.0)).relative
+            return (
+                f"{verified}{self.losses.summary()}; relative error of the outputs {overall:.2g} "
+                f"overall, {self.outputs[worst].relative:.2g} in {worst} (--dequantize has none)"
+            )
         least = self.worst(lambda errors: -errors.surviving)
         return (
-            f"verified {len(self.modules)} modules, quantized again: "
-            f"{self.total.surviving:.1%} of the delta survives overall, "
+            f"{verified}{self.total.surviving:.1%} of the delta survives overall, "
             f"{self.modules[least].surviving:.1%} in {least}; relative error "
             f"{self.total.relative:.2g} (--dequantize keeps the whole delta)"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``survival.json`` holds."""
+        return {
+            "losses": asdict(self.losses) | {"kept": self.losses.kept},
+            "relative_output_errors": {n: e.relative for n, e in self.outputs.items()},
+        }
+
+
+def _groups(weights: Mapping[str, StoredWeight], memory: int) -> Iterator[list[str]]:
+    """The weights in groups whose curvatures fit into ``memory`` bytes, one at least in each."""
+    group, taken = [], 0
+    for name, weight in weights.items():
+        size = 4 * sum(side**2 for side in weight.shape)
+        if group and taken + size > memory:
+            yield group
+            group, taken = [], 0
+        group.append(name)
+        taken += size
+    if group:
+        yield group
+
+
+def _compensate(
+    adapter: Adapter,
+    base: ModelWeights,
+    weights: Mapping[str, StoredWeight],
+    task: Task,
+    out: Mapping[str, OpenFile],
+    observer: Observer,
+) -> tuple[dict[str, OutputErrors], dict[str, list[str]]]:
+    """Overwrite some weights' parts in the copy, rounded so that the task's loss notices least.
+
+    Returns:
+        For each of them the errors of its outputs, and its parts' digests.
+    """
+    errors, digests = {}, {}
+    for group in _groups(weights, task.memory):
+        curvatures = task.curvatures(group)
+        with observer.stage("rounding", len(group)) as advance:
+            for name in group:
+                weight, delta = weights[name], adapter_delta(adapter, name).product()
+                parts = [base.file_of[part].rows(part, 0, weight.rows) for part in weight.parts]
+                dense = weight.dense(base.file_of, 0, weight.rows)
+                nearest = weight.nearest(dense + delta)
+                try:
+                    rounded = round_module(
+                        parts, nearest, delta, weight.grid(), curvatures.pop(name)
+                    )
+                except ValueError as error:
+                    raise RunError(f"rounding {name} failed: {error}") from None
+                _overwrite(base, weight, 0, rounded.parts, out)
+                errors[name] = rounded.outputs
+                digests[name] = [sha256(data).hexdigest() for data in rounded.parts]
+                advance()
+    return errors, digests
 
 
 def _requantize(
     adapter: Adapter, base: ModelWeights, weight: StoredWeight, out: Mapping[str, OpenFile]
 ) -> None:
-    """Overwrite one weight's parts in the copy."""
+    """Overwrite one weight's parts in the copy, rounded to nearest."""
     for name, (first, last) in weight.modules.items():
         delta = adapter_delta(adapter, name)
         for i, j in blocks(last - first, weight.shape[-1]):
             start, stop = first + i, first + j
             values = weight.dense(base.file_of, start, stop) + delta.rows(i, j).product()
-            for part, data in zip(weight.parts, weight.stored(values), strict=True):
-                file = base.file_of[part]
-                place = file.entries[part].start + start * data.shape[1]
-                out[file.path.name].write(place, data)
+            _overwrite(base, weight, start, _bytes(weight.nearest(values)), out)
+
+
+def _overwrite(
+    base: ModelWeights,
+    weight: StoredWeight,
+    start: int,
+    parts: Sequence[np.ndarray],
+    out: Mapping[str, OpenFile],
+) -> None:
+    """Write some rows of a weight's parts, from row ``start`` on."""
+    for part, data in zip(weight.parts, parts, strict=True):
+        file = base.file_of[part]
+        place = file.entries[part].start + start * data.shape[1]
+        out[file.path.name].write(place, np.ascontiguousarray(data))
+
+
+def _bytes(parts: Sequence[mx.array]) -> list[np.ndarray]:
+    return [np.array(part.view(mx.uint8)) for part in parts]
 
 
 def _prove_requantized(
@@ -111,37 +223,44 @@ def _prove_requantized(
     base: ModelWeights,
     weight: StoredWeight,
     written: Mapping[str, TensorFile],
+    digests: Mapping[str, list[str]],
     proof: Proof,
 ) -> None:
-    """Compare one weight's parts with W + Δ quantized again, and measure what survives of Δ.
+    """Compare one weight's parts with what should be there, and measure what survives of Δ.
 
-    Experts without an adapter are compared with the base model, bit for bit.
+    That is what was rounded by the task, by its digests, or W + Δ rounded to nearest. Experts
+    without an adapter are compared with the base model, bit for bit.
     """
 
     def stored(files: Mapping[str, TensorFile], start: int, stop: int) -> list[np.ndarray]:
-        parts = (files[part].rows(part, start, stop) for part in weight.parts)
-        return [np.array(part.view(mx.uint8)) for part in parts]
+        return _bytes([files[part].rows(part, start, stop) for part in weight.parts])
 
     for first, last, name in weight.pieces():
         factors = adapter_delta(adapter, name) if name else None
+        expected_digests = digests.get(name)
+        found_digests = [sha256() for _ in weight.parts]
         for i, j in blocks(last - first, weight.shape[-1]):
             start, stop = first + i, first + j
             found = stored(written, start, stop)
+            for digest, data in zip(found_digests, found, strict=True):
+                digest.update(data)
             if factors:
                 before, delta = (
                     weight.dense(base.file_of, start, stop),
                     factors.rows(i, j).product(),
                 )
-                expected = weight.stored(before + delta)
+                expected = _bytes(weight.nearest(before + delta))
             else:
                 expected = stored(base.file_of, start, stop)
-            if not all(map(np.array_equal, found, expected)):
+            if not expected_digests and not all(map(np.array_equal, found, expected)):
                 raise mismatch_error(name or "the unadapted bytes")
             if factors:
                 after = weight.dense(written, start, stop)
                 if not np.isfinite(after).all():
                     raise UserError(f"{name} with its delta is not finite once quantized")
                 proof.add(name, Errors.of(after - before - delta, delta))
+        if expected_digests and expected_digests != [d.hexdigest() for d in found_digests]:
+            raise mismatch_error(name)
 
 
 def _prove_copies(file: TensorFile, written: TensorFile, touched: set[str]) -> None:

@@ -166,7 +166,7 @@ def calibrate(
     grams = {name: zero_strips(linear_shape(targets[name])[1]) for name in covariance_of}
     samples, training = 0, model.training
     model.freeze()
-    separable = _has_separable_output(model, targets)
+    separable = has_separable_output(model, targets)
     replace_modules(model, probes)
     try:
         for batch in batches:
@@ -198,7 +198,7 @@ def calibrate(
     )
 
 
-def _has_separable_output(model: nn.Module, targets: Collection[str]) -> bool:
+def has_separable_output(model: nn.Module, targets: Collection[str]) -> bool:
     """Whether the loss can be computed without all logits; the model is in evaluation mode then."""
     model.eval()
     return all(name.startswith("model.") for name in targets) and is_separable(
@@ -223,7 +223,30 @@ def _observe(
     lengths = batch.lengths.tolist()
     for probe in probes.values():
         probe.prepare(lengths)
+    gradients = backward(model, batch, samples_before, separable)
+    counts = batch.counts[:, 1:].sum(axis=1).astype(mx.float32)
+    for name in reversed(probes):
+        scores = gradients.pop(f"{name}.sensitivity") / counts
+        keys = [key for key in gradients if key.startswith(f"{name}.covariance.")]
+        strips = [gradients.pop(key) for key in keys]
+        mx.eval(scores)
+        yield name, scores, strips
 
+
+def backward(
+    model: nn.Module, batch: Batch, samples_before: int, separable: bool
+) -> dict[str, mx.array]:
+    """The gradients of a batch's summed loss, by the parameters' names; only the loss is evaluated.
+
+    Args:
+        model: with probes in it, everything else frozen.
+        batch: the samples.
+        samples_before: how many came before, for the message.
+        separable: ``has_separable_output``.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
     # The loss has no use for the last token, but the statistics of the inputs have.
     padded = Batch(
         mx.pad(batch.tokens, [(0, 0), (0, 1)]),
@@ -239,17 +262,9 @@ def _observe(
 
     with differentiable(model):
         loss, tree = nn.value_and_grad(model, loss_of)(model)
-    counts = batch.counts[:, 1:].sum(axis=1).astype(mx.float32)
-    gradients = dict(tree_flatten(tree))
-    del tree
     if not mx.isfinite(loss).item():
         raise ValueError(
             "the base model's loss is not finite on calibration samples "
-            f"{samples_before + 1} to {samples_before + len(lengths)}"
+            f"{samples_before + 1} to {samples_before + batch.tokens.shape[0]}"
         )
-    for name in reversed(probes):
-        scores = gradients.pop(f"{name}.sensitivity") / counts
-        keys = [key for key in gradients if key.startswith(f"{name}.covariance.")]
-        strips = [gradients.pop(key) for key in keys]
-        mx.eval(scores)
-        yield name, scores, strips
+    return dict(tree_flatten(tree))

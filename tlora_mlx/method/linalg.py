@@ -46,3 +46,25 @@ def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     u = q @ u
     mx.eval(u)
     return u, s, vt
+
+
+def cholesky(matrix: mx.array) -> mx.array:
+    """The lower triangular L with L Lᵀ = ``matrix``.
+
+    Args:
+        matrix: (n, n), any float dtype, symmetric and positive definite.
+
+    Returns:
+        L (n, n), float32, evaluated.
+
+    Raises:
+        ValueError: the matrix is not positive definite in float32, or not finite.
+    """
+    try:
+        lower = mx.linalg.cholesky(matrix.astype(mx.float32), stream=mx.cpu)
+        mx.eval(lower)
+    except RuntimeError:
+        raise ValueError("a matrix is not positive definite") from None
+    if not mx.isfinite(lower).all().item():
+        raise ValueError("a matrix is not positive definite")
+    return lower

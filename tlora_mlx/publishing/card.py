@@ -7,6 +7,7 @@ from typing import Any
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.data.sources import names_of
+from tlora_mlx.merging.requantize import SURVIVAL
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.models.model_directory import front_matter
 from tlora_mlx.publishing.instructions import EXPORTS, Export
@@ -15,7 +16,7 @@ from tlora_mlx.reporting.charts import is_finite
 from tlora_mlx.reporting.plan_grid import experts_summed, plan_cell, plan_grid
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import METRICS
-from tlora_mlx.storage.files import write_text
+from tlora_mlx.storage.files import read_json, write_text
 from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.hub_names import is_repository
 
@@ -83,6 +84,7 @@ def write_card(
         f"{_intro(adapter, export, base)}\n",
         "## How to load it\n",
         *export.loading(),
+        *_survival(directory),
         "## Rank plan\n",
         *_plan(adapter.plan),
         *([f"![rank of each module]({PICTURE})\n"] if picture else []),
@@ -146,6 +148,36 @@ def _plan(plan: RankPlan) -> list[str]:
         f"Rank × scale of each module. {len(plan.adapted())} of {len(plan.modules)} modules are "
         f"adapted, {plan.trained_parameters():,} parameters were trained.\n",
         _table(["block", *kinds], rows),
+    ]
+
+
+def _survival(directory: Path) -> list[str]:
+    """What is left of the adapter in a model that was rounded by the task; empty for others."""
+    if not (directory / SURVIVAL).exists():
+        return []
+    measured = read_json(directory / SURVIVAL, "what the export keeps")
+    losses, errors = measured["losses"], measured["relative_output_errors"]
+    kept = "" if losses["kept"] is None else f"{losses['kept']:.1%} of the improvement is left. "
+    worst = sorted(errors, key=errors.get, reverse=True)[:5]
+    return [
+        "## What is left of the adapter\n",
+        f"{kept}The weights are quantized, with errors that make up for each other where the "
+        f"task's loss depends on them. Measured on {losses['samples']} {losses['split']} samples, "
+        "in nats per token:\n",
+        _table(
+            ["model", "loss"],
+            [
+                [name, f"{losses[key]:.4f}"]
+                for name, key in (
+                    ("without the adapter", "base"),
+                    ("with the adapter, in full precision", "adapter"),
+                    ("this model", "merged"),
+                )
+            ],
+        ),
+        "The modules with the largest errors of their outputs, relative to what the adapter "
+        "changes in them and weighted by what the loss depends on:\n",
+        _table(["module", "error"], [[f"`{name}`", f"{errors[name]:.3f}"] for name in worst]),
     ]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
+from tlora_mlx.merging.requantize import SURVIVAL
 from tlora_mlx.models.model_directory import MODEL_FILES
 from tlora_mlx.publishing.card import CARD, PICTURE
 from tlora_mlx.storage.foreign import file_in
 
 # In the directory itself; a merged model's further templates are the only files below it.
-BELONGING = (*MODEL_FILES, "*.safetensors", "*.gguf", "Modelfile", CARD, PICTURE)
+BELONGING = (*MODEL_FILES, "*.safetensors", "*.gguf", "Modelfile", CARD, PICTURE, SURVIVAL)
 TEMPLATES = "additional_chat_templates/*.jinja"
 
 

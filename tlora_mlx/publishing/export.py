@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.gguf import ADAPTER, write_gguf_adapter
@@ -15,7 +16,9 @@ from tlora_mlx.adapters.proof import Proof
 from tlora_mlx.adapters.run import RUN
 from tlora_mlx.adapters.source import read_source
 from tlora_mlx.config.export_options import ExportCommand
+from tlora_mlx.errors import UserError
 from tlora_mlx.invocation import suggested
+from tlora_mlx.merging.conversion import read_conversion
 from tlora_mlx.merging.dense import export_merged
 from tlora_mlx.merging.dequantize import export_dequantized
 from tlora_mlx.merging.gguf_model import MODEL, export_gguf
@@ -28,6 +31,9 @@ from tlora_mlx.publishing.hub import check_base, check_push, check_rights
 from tlora_mlx.publishing.instructions import EXPORTS
 from tlora_mlx.publishing.modelfile import MODELFILE, write_modelfile
 from tlora_mlx.storage.files import Finish, user_path
+
+if TYPE_CHECKING:  # it loads mlx-lm, which the other exports do without
+    from tlora_mlx.merging.task import Task
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,32 @@ def _write_merged(
     if config.dequantize:
         return export_dequantized(adapter, output, observer=observer, finish=finish)
     if config.quantize:
-        return export_requantized(adapter, output, observer=observer, finish=finish)
+        task = _task(adapter, config, observer)
+        return export_requantized(adapter, output, task=task, observer=observer, finish=finish)
     return export_merged(
         adapter, output, base_model=config.base_model, observer=observer, finish=finish
     )
+
+
+def _task(adapter: Adapter, config: ExportCommand, observer: Observer) -> Task | None:
+    """The task that ``--quantize`` rounds by; None: to nearest."""
+    from tlora_mlx.merging.task import read_task
+
+    if config.rounding == "nearest":
+        return None
+    read_conversion(adapter, "--quantize")  # before a model is loaded
+    task = read_task(adapter, config.data, observer)
+    if task is None and config.rounding:
+        raise UserError(
+            f"--rounding {config.rounding} needs the task's data, and {adapter.label} names none; "
+            "name them with --data"
+        )
+    if task is None:
+        observer.note(
+            f"{adapter.label} names no data, so weights are rounded to nearest, which loses small "
+            "changes; --data names data to round by"
+        )
+    return task
 
 
 def _how_to_load_merged(output: Path, config: ExportCommand) -> str:

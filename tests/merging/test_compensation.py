@@ -1,0 +1,303 @@
+"""Rounding by the task: exact where nothing changes, better than nearest where something does."""
+
+import json
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from helpers.commands import assert_one_sentence, quick_train
+from helpers.models import ROWS, save_model, write_jsonl
+
+from tlora_mlx import load_base_model, target_linears
+from tlora_mlx.data.batches import batches_in_order
+from tlora_mlx.data.samples import Sample
+from tlora_mlx.merging import rounding
+from tlora_mlx.merging.compensation import round_module
+from tlora_mlx.merging.grid import Grid
+from tlora_mlx.merging.refitting import refitted, weighted_error
+from tlora_mlx.merging.rounding import compensated
+from tlora_mlx.method.curvature import Curvature, curvatures
+from tlora_mlx.method.layers import dense_weight, replace_modules
+from tlora_mlx.method.loss import masked_cross_entropy
+
+AFFINE = [
+    {"mode": "affine", "bits": b, "group_size": 32 * 2 ** (b % 3)} for b in (2, 3, 4, 5, 6, 8)
+]
+MODES = [
+    *AFFINE,
+    {"mode": "mxfp4", "bits": 4, "group_size": 32},
+    {"mode": "mxfp8", "bits": 8, "group_size": 32},
+    {"mode": "nvfp4", "bits": 4, "group_size": 16},
+]
+
+
+def factor(random, size, decay=8.0):
+    """A positive definite matrix, (size, size), whose eigenvalues fall quickly."""
+    basis, _ = np.linalg.qr(random.normal(size=(size, size)))
+    values = np.exp(-np.arange(size) / decay) + 1e-3
+    return ((basis * values) @ basis.T).astype(np.float32)
+
+
+def quantized(random, settings, shape):
+    weight = mx.array(random.normal(size=shape)).astype(mx.bfloat16)
+    return mx.quantize(weight, **settings), Grid(settings, mx.bfloat16)
+
+
+@pytest.mark.parametrize("settings", MODES, ids=lambda s: f"{s['mode']}{s['bits']}")
+def test_what_is_on_the_grid_stays(settings):
+    random = np.random.default_rng(0)
+    parts, grid = quantized(random, settings, (40, 128))
+    start = grid.take_apart(parts)
+    # In float32 throughout, unlike mx.dequantize with bfloat16 scales.
+    scales = [p if p.dtype == mx.uint8 else p.astype(mx.float32) for p in parts[1:]]
+    dense = mx.dequantize(parts[0], *scales, **settings, dtype=mx.float32)
+    assert np.array_equal(start.dense(), np.array(dense))
+    found = compensated(start.dense(), start, grid, factor(random, 128), factor(random, 40))
+    for data, part in zip(grid.put_together(found, parts[1]), parts, strict=True):
+        assert np.array_equal(data, np.array(part.view(mx.uint8)))
+
+
+@pytest.mark.parametrize("settings", MODES, ids=lambda s: f"{s['mode']}{s['bits']}")
+def test_better_than_nearest(settings, monkeypatch):
+    """Rows that are no multiple of a block, and in more than one panel."""
+    monkeypatch.setattr(rounding, "PANEL", 16)
+    random = np.random.default_rng(1)
+    shape = (29, 128)
+    parts, grid = quantized(random, settings, shape)
+    start = grid.take_apart(parts)
+    step = np.abs(start.scales).mean() * grid.nearest(np.array([1e9]))[0] / 2**grid.bits
+    delta = 0.15 * step * random.normal(size=(shape[0], 2)) @ random.normal(size=(2, shape[1]))
+    delta = delta.astype(np.float32)
+    inputs, outputs = factor(random, shape[1]), factor(random, shape[0])
+    factors = Curvature(mx.array(inputs), mx.array(outputs))
+    target = start.dense() + delta
+    nearest = mx.quantize(mx.array(target).astype(mx.bfloat16), **settings)
+    best = round_module(parts, nearest, delta, grid, factors)
+    error = weighted_error(grid.take_apart(nearest).dense() - target, *factors)
+    assert best.outputs.error < 0.7 * error
+    assert best.outputs.relative < 0.9
+    again = round_module(parts, nearest, delta, grid, factors)
+    assert all(map(np.array_equal, best.parts, again.parts))
+
+
+def test_a_delta_that_nearest_rounding_loses_is_kept():
+    random = np.random.default_rng(2)
+    parts, grid = quantized(random, AFFINE[2], (48, 256))
+    start = grid.take_apart(parts)
+    inputs, outputs = factor(random, 256, 3.0), factor(random, 48, 3.0)
+    # Along the directions that matter most, as training has it.
+    delta = np.linalg.eigh(outputs)[1][:, -1:] @ np.linalg.eigh(inputs)[1][:, -1:].T
+    delta = (0.2 * np.abs(start.scales).min() * delta / np.abs(delta).max()).astype(np.float32)
+    size = grid.group_size
+    units = (start.dense() + delta - np.repeat(start.biases, size, 1)) / np.repeat(
+        start.scales, size, 1
+    )
+    assert np.array_equal(grid.nearest(units), start.levels)  # all of it is lost
+    found = compensated(start.dense() + delta, start, grid, inputs, outputs)
+    metric = mx.array(inputs), mx.array(outputs)
+    left = weighted_error(found.dense() - start.dense() - delta, *metric)
+    assert left < 0.1 * weighted_error(delta, *metric)
+
+
+def test_no_single_change_would_help_much():
+    """Against each entry's neighbouring levels, tried one by one."""
+    random = np.random.default_rng(3)
+    parts, grid = quantized(random, {"mode": "affine", "bits": 4, "group_size": 32}, (3, 32))
+    start = grid.take_apart(parts)
+    inputs, outputs = factor(random, 32), factor(random, 3)
+    target = start.dense() + 0.3 * start.scales * random.normal(size=(3, 32)).astype(np.float32)
+    found = compensated(target, start, grid, inputs, outputs).levels
+
+    def error(levels):
+        difference = start._replace(levels=levels).dense() - target
+        return weighted_error(difference, mx.array(inputs), mx.array(outputs))
+
+    for row, column in np.ndindex(3, 32):
+        for change in (-1, 1):
+            levels = found.copy()
+            levels[row, column] += change
+            assert error(levels) > 0.7 * error(found)
+    nearest = grid.nearest((target - start.biases) / start.scales)
+    assert error(found) < 0.7 * error(nearest)
+
+
+def test_refitted_is_the_least_squares_solution():
+    random = np.random.default_rng(4)
+    settings = {"mode": "affine", "bits": 4, "group_size": 32}
+    parts, _ = quantized(random, settings, (6, 64))
+    grid = Grid(settings, mx.float32)
+    start = grid.take_apart(parts)
+    inputs, outputs = factor(random, 64), factor(random, 6)
+    target = (start.dense() + 0.1 * random.normal(size=(6, 64))).astype(np.float32)
+    found = refitted(target, start, grid, mx.array(inputs), mx.array(outputs))
+    # Columns of the linear map from scales and biases to Q, in the metric's square roots.
+    left, right = np.linalg.cholesky(outputs).T, np.linalg.cholesky(inputs)
+    columns = []
+    for row, group in np.ndindex(6, 2):
+        for values in (start.levels[row, group * 32 : group * 32 + 32], np.ones(32)):
+            unit = np.zeros((6, 64))
+            unit[row, group * 32 : group * 32 + 32] = values
+            columns.append((left @ unit @ right).ravel())
+    goal = (left @ (target - start.dense()) @ right).ravel()
+    solution, *_ = np.linalg.lstsq(np.stack(columns, 1), goal, rcond=None)
+    least = ((np.stack(columns, 1) @ solution - goal) ** 2).sum()
+    before = weighted_error(start.dense() - target, mx.array(inputs), mx.array(outputs))
+    after = weighted_error(found.dense() - target, mx.array(inputs), mx.array(outputs))
+    assert least <= after * 1.001
+    assert after - least < 0.02 * (before - least)
+
+
+class _Shifted(nn.Module):
+    """A layer whose outputs are shifted by a parameter, whose gradient is that by the outputs."""
+
+    def __init__(self, linear, shape):
+        super().__init__()
+        self.linear, self.shift = linear, mx.zeros(shape)
+        self.linear.freeze()
+
+    def __call__(self, x):
+        self.seen = mx.stop_gradient(x)
+        return self.linear(x) + self.shift
+
+
+def test_curvatures(model_path):
+    """Against gradients by the outputs, sample by sample, of three samples of different length."""
+    base = load_base_model(str(model_path))
+    samples = [Sample(list(range(3, 3 + n)), 2) for n in (7, 12, 9)]
+    name = "model.layers.1.self_attn.v_proj"
+    linear = target_linears(base.model)[name]
+    out_features, in_features = linear.weight.shape
+    batches = list(batches_in_order(samples, 2, 64))
+    modules = {name: (linear, (out_features, in_features))}
+    found = curvatures(base.model, modules, batches)[name]
+    inputs, outputs = 0, 0
+    for sample in samples:
+        tokens = mx.array([sample.tokens])
+        counts = mx.array(sample.counts()[None])
+        shifted = _Shifted(linear, (1, tokens.shape[1], out_features))
+        replace_modules(base.model, {name: shifted})
+
+        def loss(model, tokens=tokens, counts=counts):
+            logits = model(tokens)[:, :-1]
+            losses, _ = masked_cross_entropy(logits, tokens, counts)
+            return losses.sum()
+
+        _, gradients = nn.value_and_grad(base.model, loss)(base.model)
+        *path, last = name.split(".")
+        tree = gradients
+        for part in (*path, last):
+            tree = tree[int(part)] if part.isdigit() else tree[part]
+        delta = np.array(tree["shift"][0])
+        replace_modules(base.model, {name: linear})
+        x = np.array(_seen(base.model, name, linear, tokens))
+        weighted = x * np.linalg.norm(delta, axis=1, keepdims=True)
+        inputs, outputs = inputs + weighted.T @ weighted, outputs + delta.T @ delta
+    assert np.abs(np.array(found.inputs) - inputs).max() < 1e-4 * np.abs(inputs).max()
+    assert np.abs(np.array(found.outputs) - outputs).max() < 1e-4 * np.abs(outputs).max()
+
+
+def _seen(model, name, linear, tokens):
+    shifted = _Shifted(linear, (1, 1, 1))
+    replace_modules(model, {name: shifted})
+    model(tokens)
+    replace_modules(model, {name: linear})
+    return shifted.seen[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A gentle run on a 4-bit model, and the directory of its data."""
+    place = tmp_path_factory.mktemp("compensation")
+    original = save_model(place / "original", hidden_size=64, intermediate_size=128)
+    mlx_lm.convert(str(original), str(place / "4bit"), quantize=True, q_bits=4, q_group_size=64)
+    write_jsonl(place / "data/train.jsonl", ROWS[:12])
+    write_jsonl(place / "data/valid.jsonl", ROWS[12:])
+    options = {"iters": 16, "learning_rate": 3e-3, "rank": 2, "steps_per_eval": 100}
+    return quick_train(place / "4bit", place / "data", place / "run", **options), place
+
+
+def export(tlora_here, run, output, *more):
+    command = ("export", run, "--format", "merged", "--quantize", "--output", output)
+    return tlora_here(*command, *more)
+
+
+def test_the_command(trained, tmp_path, tlora_here):
+    run, place = trained
+    done = export(tlora_here, run, tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "ours/survival.json").read_text())
+    losses = measured["losses"]
+    said = " ".join(done.stdout.split())
+    assert f"{losses['kept']:.1%} of the adapter's improvement is left" in said
+    assert 0.9 < losses["kept"] < 1.1
+    # A pass of their own over the same rows, with mlx-lm's model.
+    base = load_base_model(str(tmp_path / "ours"))
+    assert loss_of(base, place) == pytest.approx(losses["merged"], rel=1e-3)
+    assert loss_of(load_base_model(str(place / "4bit")), place) == pytest.approx(
+        losses["base"], rel=1e-3
+    )
+    assert export(tlora_here, run, tmp_path / "plain", "--rounding", "nearest").returncode == 0
+    plain = loss_of(load_base_model(str(tmp_path / "plain")), place)
+    assert losses["merged"] < plain
+    card = (tmp_path / "ours/README.md").read_text()
+    assert f"{losses['kept']:.1%} of the improvement is left" in card
+    worst = max(measured["relative_output_errors"].values())
+    assert f"| {worst:.3f} |" in card
+    # Nothing but the adapted modules has changed.
+    before, after = (target_weights(path) for path in (place / "4bit", tmp_path / "ours"))
+    plan = json.loads((run / "rank_plan.json").read_text())["modules"]
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed <= {name for name, module in plan.items() if module["rank"]}
+    assert (tmp_path / "ours/config.json").read_text() == (place / "4bit/config.json").read_text()
+
+
+def loss_of(base, place):
+    """The mean loss per counted token on the validation rows."""
+    from tlora_mlx.config.data_options import DataConfig
+    from tlora_mlx.training.setup import read_data
+    from tlora_mlx.training.validation import mean_loss
+
+    data, _ = read_data(DataConfig(model=str(place / "4bit"), data=str(place / "data")))
+    return mean_loss(base.model, batches_in_order(data["valid"].samples, 4, 2048))
+
+
+def target_weights(path):
+    targets = target_linears(load_base_model(str(path)).model)
+    return {name: np.array(dense_weight(linear)) for name, linear in targets.items()}
+
+
+def test_without_the_data(trained, tmp_path, tlora_here):
+    run, place = trained
+    config = json.loads((run / "adapter_config.json").read_text())
+    gone = tmp_path / "run"
+    gone.mkdir()
+    for name in ("rank_plan.json", "adapters.safetensors"):
+        (gone / name).write_bytes((run / name).read_bytes())
+
+    def with_data(data):
+        (gone / "adapter_config.json").write_text(json.dumps(config | {"data": data}))
+
+    with_data("/nowhere")
+    refused = export(tlora_here, gone, tmp_path / "out")
+    assert_one_sentence(refused, 2, "name data with --data, or pass --rounding nearest")
+    with_data(None)
+    refused = export(tlora_here, gone, tmp_path / "out", "--rounding", "compensated")
+    assert_one_sentence(refused, 2, "names none; name them with --data")
+    assert not (tmp_path / "out").exists()
+    plain = export(tlora_here, gone, tmp_path / "plain")
+    assert plain.returncode == 0
+    assert "rounded to nearest" in plain.stdout
+    assert re.search("of the delta survives overall", " ".join(plain.stdout.split()))
+    given = export(tlora_here, gone, tmp_path / "out", "--data", place / "data")
+    assert given.returncode == 0, given.stderr
+    assert (tmp_path / "out/survival.json").exists()
+    for options, message in (
+        (["--data", "d", "--rounding", "nearest"], "--data does nothing"),
+        (["--rounding", "best"], "must be one of compensated, nearest"),
+    ):
+        assert_one_sentence(export(tlora_here, gone, tmp_path / "no", *options), 2, message)
+    refused = tlora_here("export", gone, "--format", "merged", "--data", "d")
+    assert_one_sentence(refused, 2, "--data is for --quantize")

@@ -1,0 +1,91 @@
+"""Choosing the stored form of W + Δ that keeps what the adapter has learnt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from tlora_mlx.merging.grid import Grid, Grouped
+from tlora_mlx.merging.refitting import refitted, weighted_error
+from tlora_mlx.merging.rounding import compensated
+from tlora_mlx.method.curvature import Curvature
+
+# Added to a factor's diagonal, as a share of its mean: directions that the samples never show may
+# occur later. GPTQ's (mlx_lm/quant/gptq.py).
+DAMPING = 0.01
+
+
+class OutputErrors(NamedTuple):
+    """How far a module's outputs are from the adapted model's, weighted by what the loss needs.
+
+    Attributes:
+        error: Σ of the squared error.
+        delta: the same sum of what Δ changes in the outputs.
+    """
+
+    error: float
+    delta: float
+
+    def __add__(self, other: OutputErrors) -> OutputErrors:
+        return OutputErrors(self.error + other.error, self.delta + other.delta)
+
+    @property
+    def relative(self) -> float:
+        """The error relative to what Δ changes; 0 if Δ changes nothing."""
+        return math.sqrt(self.error / self.delta) if self.delta else 0.0
+
+
+class Rounded(NamedTuple):
+    """A module's stored form.
+
+    Attributes:
+        parts: the rows of bytes of its parts, in the file's order.
+        outputs: its outputs' errors.
+    """
+
+    parts: list[np.ndarray]
+    outputs: OutputErrors
+
+
+def round_module(
+    parts: Sequence[mx.array],
+    nearest: Sequence[mx.array],
+    delta: np.ndarray,
+    grid: Grid,
+    curvature: Curvature,
+) -> Rounded:
+    """Round W + Δ, where W is on its grid already, so that the loss notices least.
+
+    W's own scales are kept at first, so that only Δ is rounded; then scales and biases are fitted
+    to the levels that were found. If rounding to nearest has the smaller error, it is taken.
+
+    Args:
+        parts: how W is stored.
+        nearest: how ``mx.quantize`` stores W + Δ.
+        delta: Δ (out, in) float32.
+        grid: how the weight is quantized.
+        curvature: of the loss at this module.
+
+    Raises:
+        ValueError: the curvature cannot be used.
+    """
+    start = grid.take_apart(parts)
+    target = start.dense() + delta
+    (inputs, outputs), size = curvature.damped(DAMPING)
+    found = compensated(target, start, grid, np.array(inputs), np.array(outputs))
+    candidates = [(found, parts[1]), (grid.take_apart(nearest), nearest[1])]
+    if grid.is_affine:
+        candidates.append((refitted(target, found, grid, inputs, outputs), parts[1]))
+
+    def error_of(candidate: tuple[Grouped, mx.array]) -> float:
+        return weighted_error(candidate[0].dense() - target, inputs, outputs)
+
+    errors = [error_of(candidate) for candidate in candidates]
+    best = int(np.argmin(errors))
+    stored = grid.put_together(*candidates[best])
+    at_stake = weighted_error(delta, inputs, outputs)
+    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake))
