@@ -34,7 +34,8 @@ SECTIONS = {
     "Adapters": (
         "load_adapter", "read_adapter", "resolve_adapter", "read_run", "combine", "export_peft",
         "export_mlx_lm", "export_merged", "export_dequantized", "export_requantized", "export_run",
-        "read_task", "Adapter", "Combination", "Task",
+        "read_task", "Adapter", "Combination",
+        "AdaptedTask",
     ),
     "The method": (
         "load_base_model", "target_linears", "calibrate", "plan_ranks", "task_subspace", "attach",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tlora_mlx.merging.dequantize import export_dequantized as export_dequantized
     from tlora_mlx.merging.gguf_model import export_gguf as export_gguf
     from tlora_mlx.merging.requantize import export_requantized as export_requantized
-    from tlora_mlx.merging.task import Task as Task
+    from tlora_mlx.merging.task import AdaptedTask as AdaptedTask
     from tlora_mlx.merging.task import read_task as read_task
     from tlora_mlx.method.allocation import ModulePlan as ModulePlan
     from tlora_mlx.method.allocation import RankPlan as RankPlan
@@ -83,7 +83,7 @@ _MODULES = {
     "merging.dequantize": ("export_dequantized",),
     "merging.gguf_model": ("export_gguf",),
     "merging.requantize": ("export_requantized",),
-    "merging.task": ("Task", "read_task"),
+    "merging.task": ("AdaptedTask", "read_task"),
     "method.allocation": ("ModulePlan", "RankPlan", "plan_ranks"),
     "method.calibration": ("Calibration", "calibrate"),
     "method.layers": ("TLoRALinear", "attach", "target_linears"),

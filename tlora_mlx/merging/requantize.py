@@ -26,7 +26,7 @@ from tlora_mlx.storage.files import Finish, copy_file, new_directory, write_json
 from tlora_mlx.storage.safetensors import TensorFile
 
 if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
-    from tlora_mlx.merging.task import Task, TaskLosses
+    from tlora_mlx.merging.task import AdaptedTask, TaskLosses
 
 # What was measured, in the directory of an export that was rounded by the task.
 SURVIVAL = "survival.json"
@@ -36,7 +36,7 @@ def export_requantized(
     adapter: Adapter | str | Path,
     output: str | Path,
     *,
-    task: Task | None = None,
+    task: AdaptedTask | None = None,
     observer: Observer = SILENT,
     finish: Finish | None = None,
 ) -> Proof:
@@ -157,7 +157,7 @@ def _compensate(
     adapter: Adapter,
     base: ModelWeights,
     weights: Mapping[str, StoredWeight],
-    task: Task,
+    task: AdaptedTask,
     out: Mapping[str, OpenFile],
     observer: Observer,
 ) -> tuple[dict[str, OutputErrors], dict[str, list[str]]]:

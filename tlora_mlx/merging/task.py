@@ -69,7 +69,7 @@ class TaskLosses:
         return f"{self.kept:.1%} of the adapter's improvement is left ({losses})"
 
 
-class Task:
+class AdaptedTask:
     """An adapter on its quantized model, and the samples that say what matters.
 
     Attributes:
@@ -162,7 +162,7 @@ class Task:
 
 def read_task(
     adapter: Adapter, data: str | list[Any] | None = None, observer: Observer = SILENT
-) -> Task | None:
+) -> AdaptedTask | None:
     """Load the adapted model and the data that it was trained on; None if they are not known.
 
     Rows are read, drawn and cut as the run's own options say.
@@ -200,7 +200,7 @@ def read_task(
     memory = stored.get("calibration_memory")
     allowed = int(memory * 1e9) if isinstance(memory, (int, float)) else machine_memory() // 4
     names = {"valid": "validation", "train": "training"}
-    return Task(base, calibration, measured, names[split], config, allowed, observer)
+    return AdaptedTask(base, calibration, measured, names[split], config, allowed, observer)
 
 
 def _make_dense(model: nn.Module) -> None:

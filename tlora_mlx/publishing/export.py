@@ -33,7 +33,7 @@ from tlora_mlx.publishing.modelfile import MODELFILE, write_modelfile
 from tlora_mlx.storage.files import Finish, user_path
 
 if TYPE_CHECKING:  # it loads mlx-lm, which the other exports do without
-    from tlora_mlx.merging.task import Task
+    from tlora_mlx.merging.task import AdaptedTask
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _write_merged(
     )
 
 
-def _task(adapter: Adapter, config: ExportCommand, observer: Observer) -> Task | None:
+def _task(adapter: Adapter, config: ExportCommand, observer: Observer) -> AdaptedTask | None:
     """The task that ``--quantize`` rounds by; None: to nearest."""
     from tlora_mlx.merging.task import read_task
 
