@@ -12,7 +12,8 @@ import mlx.nn as nn
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.adapters.run import RUN
-from tlora_mlx.config.training_options import PlanConfig
+from tlora_mlx.config.parsing import from_keywords
+from tlora_mlx.config.training_options import PlanConfig, TrainConfig
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample, draw_samples
 from tlora_mlx.errors import RunError, UserError
@@ -29,7 +30,8 @@ from tlora_mlx.method.layers import (
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.safetensors import TensorFile
-from tlora_mlx.training.memory import end_stage, machine_memory
+from tlora_mlx.training.memory import end_stage
+from tlora_mlx.training.planning import allowed_memory
 from tlora_mlx.training.setup import read_data
 from tlora_mlx.training.validation import mean_loss
 
@@ -100,7 +102,7 @@ class AdaptedTask:
         self._observer = observer
         self._is_dense = mx.default_device() == mx.Device(mx.cpu)
         if self._is_dense:
-            _make_dense(self._model)
+            make_dense(self._model)
 
     def curvatures(self, names: Collection[str]) -> dict[str, Curvature]:
         """The curvature of the loss at some modules of the adapted model.
@@ -163,7 +165,7 @@ class AdaptedTask:
 def read_task(
     adapter: Adapter, data: str | list[Any] | None = None, observer: Observer = SILENT
 ) -> AdaptedTask | None:
-    """Load the adapted model and the data that it was trained on; None if they are not known.
+    """Load an adapted model and the data that it was trained on, to round by.
 
     Rows are read, drawn and cut as the run's own options say.
 
@@ -172,20 +174,18 @@ def read_task(
         data: the task's data, instead of those that the run names.
         observer: notified of the splits' contents, and of the progress of the task's passes.
 
+    Returns:
+        What ``export_requantized`` takes; None if neither the run nor ``data`` names any data.
+
     Raises:
         UserError: the data or the model cannot be read, or the run's options are damaged.
     """
     stored = adapter.config if RUN.recognises(adapter.config) else {}
-    options = {f.name: stored[f.name] for f in fields(PlanConfig) if f.name in stored}
+    options = {f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored}
     options |= {"model": adapter.model} | ({"data": data} if data else {})
     if not options.get("data"):
         return None
-    try:
-        config = PlanConfig(**options)
-    except TypeError:
-        raise UserError(
-            f"the options in the configuration of {adapter.label} are damaged"
-        ) from None
+    config = from_keywords(TrainConfig, options)
     try:
         splits, _ = read_data(config, observer)
     except UserError as error:
@@ -197,13 +197,13 @@ def read_task(
     split = "valid" if splits["valid"].samples else "train"
     measured = draw_samples(splits[split].samples, config.calibration_samples, config.seed)
     base = load_adapter(adapter, trust_remote_code=config.trust_remote_code)
-    memory = stored.get("calibration_memory")
-    allowed = int(memory * 1e9) if isinstance(memory, (int, float)) else machine_memory() // 4
     names = {"valid": "validation", "train": "training"}
-    return AdaptedTask(base, calibration, measured, names[split], config, allowed, observer)
+    return AdaptedTask(
+        base, calibration, measured, names[split], config, allowed_memory(config), observer
+    )
 
 
-def _make_dense(model: nn.Module) -> None:
+def make_dense(model: nn.Module) -> None:
     """Replace quantized layers by dense ones and half precision by float32.
 
     On a CPU, MLX takes 20 to 300 times as long for products with the others.
