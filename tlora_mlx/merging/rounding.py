@@ -151,8 +151,8 @@ def _unit_upper(matrix: np.ndarray) -> np.ndarray:
 
 def _between_blocks(upper: np.ndarray) -> np.ndarray:
     """U with each block of ``ROWS`` columns multiplied by the inverse of its diagonal block."""
-    found = np.empty_like(upper)
+    found = upper.copy()
     for start in range(0, len(upper), ROWS):
-        block = slice(start, start + ROWS)
-        found[:, block] = np.linalg.solve(upper[block, block].T, upper[:, block].T).T
+        for k in range(start + 1, min(start + ROWS, len(upper))):
+            found[:, k] -= found[:, start:k] @ upper[start:k, k]
     return found
