@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.commands import assert_one_sentence, quick_train
 from helpers.models import ROWS, save_model, write_jsonl
+from tlora_mlx.method.loss import masked_cross_entropy
 
 from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.data.batches import batches_in_order
@@ -21,7 +22,6 @@ from tlora_mlx.merging.refitting import refitted, weighted_error
 from tlora_mlx.merging.rounding import compensated
 from tlora_mlx.method.curvature import Curvature, curvatures
 from tlora_mlx.method.layers import dense_weight, replace_modules
-from tlora_mlx.method.loss import masked_cross_entropy
 
 AFFINE = [
     {"mode": "affine", "bits": b, "group_size": 32 * 2 ** (b % 3)} for b in (2, 3, 4, 5, 6, 8)
