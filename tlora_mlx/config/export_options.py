@@ -146,15 +146,13 @@ class ExportCommand(AdapterOptions):
     )
     rounding: str | None = option(
         None,
-        "how --quantize rounds: compensated lets errors make up for each other where the task's "
-        "loss depends on them, in a pass over the run's data; nearest needs no data; default: "
-        "compensated, or nearest if no data are known",
+        "how --quantize rounds: compensated: by the run's data, so that errors make up for each "
+        "other where the loss depends on them; nearest: without data; default: compensated, if "
+        "data are known",
         choices=("compensated", "nearest"),
     )
     data: str | None = option(
-        None,
-        "data for --quantize to round by, instead of those that the run was trained on: a "
-        "directory, file or Hub data set, as for train",
+        None, "what --quantize rounds by, as for train; default: the data that the run names"
     )
     push_to: str | None = option(
         None,

@@ -38,7 +38,7 @@ TRAINING: Groups = {
 EXPORT: Groups = {
     FIRST: ("run", "format", "output", "base_model", "merged", "push_to"),
     "adapters": ("layout", "names", "dtype"),
-    "merged models": ("outtype", "dequantize", "quantize"),
+    "merged models": ("outtype", "dequantize", "quantize", "rounding", "data"),
     "several adapters into one": (
         "adapter", "combine", "density", "svd_rank", "majority_sign_method", "seed",
     ),
