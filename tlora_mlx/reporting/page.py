@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from tlora_mlx.data.sources import names_of
+from tlora_mlx.errors import counted
 from tlora_mlx.method.allocation import ModulePlan
 from tlora_mlx.reporting.charts import heat_map, is_finite, line_chart, short
 from tlora_mlx.reporting.evaluations import Completion, Evaluation, metric_rows
@@ -159,9 +160,8 @@ def _rate_charts(rates: RateSearch | None) -> list[Markup]:
     if rates is None:
         return []
     tried = [(math.log10(t.rate), t.loss) for t in rates.trials if t.loss is not None]
-    label = (
-        f"validation loss after {rates.updates} updates, by rate; taken: {rates.recommended:.2g}"
-    )
+    after = counted(rates.updates, "update")
+    label = f"validation loss after {after}, by rate; taken: {rates.recommended:.2g}"
     return [line_chart({label: tried}, "learning rate, as a power of ten", label)]
 
 

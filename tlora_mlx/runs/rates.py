@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, counted
 from tlora_mlx.storage.files import read_json
 
 # Losses that differ by less than this share of the improvement are taken for level. Of level rates
@@ -53,7 +53,8 @@ class RateSearch:
 
     def summary(self) -> list[str]:
         """A line and a bar for each rate; a longer bar is a larger improvement."""
-        lines = [f"validation loss after {self.updates} updates, {self.before:.4f} before:"]
+        after = counted(self.updates, "update")
+        lines = [f"validation loss after {after}, {self.before:.4f} before:"]
         gains = {t.rate: self.before - t.loss for t in self.trials if t.loss is not None}
         for trial in self.trials:
             if trial.loss is None:

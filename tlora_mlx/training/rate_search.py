@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.samples import Split, split_off
-from tlora_mlx.errors import Interrupted, RunError
+from tlora_mlx.errors import Interrupted, RunError, counted
 from tlora_mlx.method.layers import adapter_tensors, attach, detach, restore_b
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.runs.rates import RateSearch, Trial
@@ -123,8 +123,8 @@ def search_rate(
     if not any(t.loss is not None and t.loss < before for t in trials):
         raise RunError(
             f"no learning rate from {trials[0].rate:.2g} to {trials[-1].rate:.2g} lowers the "
-            f"validation loss of {before:.4f} in {updates} updates; look at the data with tlora "
-            "check, or give --learning-rate"
+            f"validation loss of {before:.4f} in {counted(updates, 'update')}; look at the data "
+            "with tlora check, or give --learning-rate"
         )
     return RateSearch(updates, before, trials)
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.batches import collate
 from tlora_mlx.data.samples import Sample, Split, draw_samples
+from tlora_mlx.errors import counted
 from tlora_mlx.method.allocation import plan_ranks
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.calibration import calibrate
@@ -58,7 +59,7 @@ class Duration:
         """The whole and its parts, in words."""
         parts = {
             "to initialise": self.initialisation,
-            f"for {self.updates:,} updates at {self.tokens_per_second:,.0f} tokens/s": (
+            f"for {counted(self.updates, 'update')} at {self.tokens_per_second:,.0f} tokens/s": (
                 self.training
             ),
             "to validate": self.validation,

@@ -14,7 +14,14 @@ import mlx.core as mx
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.data.samples import Split
 from tlora_mlx.distributed.collectives import from_first, is_first
-from tlora_mlx.errors import Interrupted, RunError, UserError, first_line, interruption_code
+from tlora_mlx.errors import (
+    Interrupted,
+    RunError,
+    UserError,
+    counted,
+    first_line,
+    interruption_code,
+)
 from tlora_mlx.invocation import suggested
 from tlora_mlx.method.layers import attach
 from tlora_mlx.observer import SILENT, Observer
@@ -72,7 +79,11 @@ class TrainingResult:
         lines = [
             f"trained {progress.iteration} iterations on {progress.trained_tokens:,} tokens in "
             f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            + (f", {progress.skipped} updates skipped as not finite" if progress.skipped else "")
+            + (
+                f", {counted(progress.skipped, 'update')} skipped as not finite"
+                if progress.skipped
+                else ""
+            )
         ]
         if progress.best_loss is not None and progress.first_val_loss is not None:
             lines.append(
