@@ -208,13 +208,20 @@ def _seen(model, name, linear, tokens):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A gentle run on a 4-bit model, and the directory of its data."""
+    """A gentle run on a 4-bit model with one dense layer, and the directory of its data."""
     place = tmp_path_factory.mktemp("compensation")
     original = save_model(place / "original", hidden_size=64, intermediate_size=128)
-    mlx_lm.convert(str(original), str(place / "4bit"), quantize=True, q_bits=4, q_group_size=64)
+    settings = {"quantize": True, "q_bits": 4, "q_group_size": 64}
+    mlx_lm.convert(
+        str(original),
+        str(place / "4bit"),
+        quant_predicate=lambda name, module: "1.self_attn.k_proj" not in name,
+        **settings,
+    )
     write_jsonl(place / "data/train.jsonl", ROWS[:12])
     write_jsonl(place / "data/valid.jsonl", ROWS[12:])
     options = {"iters": 16, "learning_rate": 3e-3, "rank": 2, "steps_per_eval": 100}
+    options["grad_checkpoint"] = True
     return quick_train(place / "4bit", place / "data", place / "run", **options), place
 
 
@@ -231,6 +238,7 @@ def test_the_command(trained, tmp_path, tlora_here):
     losses = measured["losses"]
     said = " ".join(done.stdout.split())
     assert f"{losses['kept']:.1%} of the adapter's improvement is left" in said
+    assert "; 1 module rounded to nearest (expert, or not quantized)" in said
     assert 0.9 < losses["kept"] < 1.1
     # A pass of their own over the same rows, with mlx-lm's model.
     base = load_base_model(str(tmp_path / "ours"))

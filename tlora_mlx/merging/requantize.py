@@ -16,7 +16,7 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
-from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.errors import RunError, UserError, counted
 from tlora_mlx.merging.compensation import OutputErrors, round_module
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.weights import ModelWeights
@@ -117,18 +117,27 @@ class QuantizedProof(Proof):
     def summary(self) -> str:
         """One line for the user: how much of the deltas or, with a task, of its effect survives."""
         verified = f"verified {len(self.modules)} modules, quantized again: "
-        if self.losses and self.outputs:
-            worst = max(self.outputs, key=lambda name: self.outputs[name].relative)
-            overall = sum(self.outputs.values(), OutputErrors(0.0, 0.0)).relative
-            return (
-                f"{verified}{self.losses.summary()}; relative error of the outputs {overall:.2g} "
-                f"overall, {self.outputs[worst].relative:.2g} in {worst} (--dequantize has none)"
-            )
+        if self.losses:
+            return f"{verified}{self.losses.summary()}{self._outputs()} (--dequantize keeps it all)"
         least = self.worst(lambda errors: -errors.surviving)
         return (
             f"{verified}{self.total.surviving:.1%} of the delta survives overall, "
             f"{self.modules[least].surviving:.1%} in {least}; relative error "
             f"{self.total.relative:.2g} (--dequantize keeps the whole delta)"
+        )
+
+    def _outputs(self) -> str:
+        """How far the outputs are off, and how many modules could not be rounded by the task."""
+        plain = len(self.modules.keys() - self.outputs.keys())
+        others = f"; {counted(plain, 'module')} rounded to nearest (expert, or not quantized)"
+        others = others if plain else ""
+        if not self.outputs:
+            return others
+        worst = max(self.outputs, key=lambda name: self.outputs[name].relative)
+        overall = sum(self.outputs.values(), OutputErrors(0.0, 0.0)).relative
+        return (
+            f"; relative error of the outputs {overall:.2g} overall, "
+            f"{self.outputs[worst].relative:.2g} in {worst}{others}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.safetensors import TensorFile
 from tlora_mlx.training.memory import end_stage
 from tlora_mlx.training.planning import allowed_memory
-from tlora_mlx.training.setup import read_data
+from tlora_mlx.training.setup import enable_grad_checkpoint, read_data
 from tlora_mlx.training.validation import mean_loss
 
 
@@ -197,6 +197,8 @@ def read_task(
     split = "valid" if splits["valid"].samples else "train"
     measured = draw_samples(splits[split].samples, config.calibration_samples, config.seed)
     base = load_adapter(adapter, trust_remote_code=config.trust_remote_code)
+    if config.grad_checkpoint:
+        enable_grad_checkpoint(base.model)
     names = {"valid": "validation", "train": "training"}
     return AdaptedTask(
         base, calibration, measured, names[split], config, allowed_memory(config), observer
