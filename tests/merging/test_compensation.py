@@ -14,7 +14,7 @@ from helpers.models import ROWS, save_model, write_jsonl
 from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
-from tlora_mlx.merging import rounding
+from tlora_mlx.merging import rounding, task
 from tlora_mlx.merging.compensation import round_module
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.refitting import refitted, weighted_error
@@ -308,3 +308,17 @@ def test_without_the_data(trained, tmp_path, tlora_here):
         assert_one_sentence(export(tlora_here, gone, tmp_path / "no", *options), 2, message)
     refused = tlora_here("export", gone, "--format", "merged", "--data", "d")
     assert_one_sentence(refused, 2, "--data is for --quantize")
+
+
+def test_as_on_a_gpu(trained, tmp_path, tlora_here, monkeypatch):
+    """Through quantized products, as on a Mac: the same rounding, nearly, and the same losses."""
+    run, _ = trained
+    assert export(tlora_here, run, tmp_path / "dense").returncode == 0
+    monkeypatch.setattr(task, "make_dense", lambda model: None)
+    assert export(tlora_here, run, tmp_path / "quantized").returncode == 0
+    one, other = (
+        json.loads((tmp_path / name / "survival.json").read_text())["losses"]
+        for name in ("dense", "quantized")
+    )
+    for key in ("base", "adapter", "merged"):
+        assert one[key] == pytest.approx(other[key], rel=1e-3), key
