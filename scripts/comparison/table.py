@@ -76,8 +76,10 @@ def less(losses: dict[int, float], others: dict[int, float]) -> list[float]:
 
 
 def spread(values: Iterable[float], sign: str = "") -> str:
-    """Median and range."""
+    """Median and range; of a single value, that."""
     values = sorted(values)
+    if len(values) == 1:
+        return f"{values[0]:{sign}.3f}"
     numbers = (f"{v:{sign}.3f}" for v in (statistics.median(values), values[0], values[-1]))
     return "{} ({} to {})".format(*numbers)
 
