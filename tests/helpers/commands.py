@@ -1,9 +1,11 @@
 """The commands, as a user runs them and as a notebook does."""
 
 import json
+import os
 import subprocess
 import sys
 
+from helpers.paths import ROOT
 from tlora_mlx import Terminal, TrainConfig, train
 
 
@@ -17,6 +19,19 @@ def tlora(*arguments, **popen):
         timeout=240,
         **popen,
     )
+
+
+def script(name, *arguments, code=0):
+    """Run a script of the project; returns what it printed, errors too where it has to fail."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout + result.stderr if code else result.stdout
 
 
 def quick_train(model, data, run, **options):

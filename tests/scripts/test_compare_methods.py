@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 
 import pytest
-from helpers.paths import ROOT
+from helpers.commands import script
 
 from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.method.layers import linear_shape
@@ -21,15 +18,7 @@ RATES = [1e-3, 1e-2, 1e3]
 
 
 def compare(*arguments, code=0):
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts/compare_methods.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == code, result.stderr
-    return result.stdout + result.stderr if code else result.stdout
+    return script("compare_methods.py", *arguments, code=code)
 
 
 @pytest.fixture(scope="module")

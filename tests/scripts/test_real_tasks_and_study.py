@@ -1,24 +1,10 @@
 """scripts/make_real_tasks.py and scripts/study_calibration.py, on small inputs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers.commands import script
 from helpers.models import save_model, write_jsonl
-from helpers.paths import ROOT
-
-
-def run_script(name, *arguments):
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def lines_of(path):
@@ -51,7 +37,7 @@ def test_the_real_tasks(tmp_path):
             path = tmp_path / task / f"{split}.jsonl"
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     places = ("--source", tmp_path, "--model", tmp_path / "model", "--output", tmp_path / "tasks")
-    run_script("make_real_tasks.py", *places)
+    script("make_real_tasks.py", *places)
     found = lines_of(tmp_path / "tasks/gsm8k/train.jsonl")
     assert [row["completion"] for row in found] == ["It is 0.\n#### 0", "It is 2.\n#### 2"]
     assert not (tmp_path / "tasks/gsm8k/choices.jsonl").exists()
@@ -74,7 +60,7 @@ def test_the_study_of_calibration(tmp_path):
     write_jsonl(data[0] / "train.jsonl", rows)
     data[1].symlink_to(data[0])
     places = ("--model", tmp_path / "model", "--data", *data, "--results", path, "--rank", 4)
-    run_script("study_calibration.py", *places)
+    script("study_calibration.py", *places)
     *rows, both = lines_of(path)
     assert [row["samples"] for row in rows] == [8, 16, 32, 64] * 2
     for row in rows[:3]:

@@ -65,7 +65,7 @@ def read_splits(
         tables = {stem: _file_table(file) for stem, file in files.items() if stem in needed}
     else:
         tables = _loaded(source, path)
-    available = files if path is not None and files else tables
+    available = files or tables
     names = _split_names(source.path, tables if source.valid_split is None else ())
     rows: dict[str, NumberedRows | None] = {}
     for split, expression in source.splits().items():
