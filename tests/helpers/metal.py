@@ -8,11 +8,13 @@ replaced by plain operations that compute the same, in a function which, like ML
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401 (it makes a stream on the default device)
 from mlx_lm.models import gated_delta
 
+from tlora_mlx.models import fused
 from tlora_mlx.models.differentiable import wkv7
 
 
@@ -31,6 +33,61 @@ def sinkhorn(*, inputs, template, **_):
     return [comb]
 
 
+def attention_residual(*, inputs, **_):
+    from mlx_lm.models import kimi_k3
+
+    raw, inv_rms, partial_sum, weight, eps, _tokens = inputs
+    return [kimi_k3._attn_res_combine(raw, inv_rms, partial_sum, weight, eps)]
+
+
+def queries_and_keys(*, inputs, template, **_):
+    qkvg, scale, eps, *rope = inputs
+    heads, sizes = dict(template), {"n_heads": "HQ", "n_kv_heads": "HK", "head_dim": "D"}
+    options = {name: heads[size] for name, size in sizes.items()}
+    options |= {"query_scale": scale.item(), "eps": eps.item()}
+    if not rope:
+        return fused.qk_norm(qkvg, **options)
+    offset, _tokens, base = rope
+    return fused.qk_norm_rope(qkvg, **options, rope_base=2 ** base.item(), offset=offset.item())
+
+
+def routing(*, inputs, template, **_):
+    logits, bias, *scalars = inputs
+    names = "multiplier", "score_eps", "route_scale"
+    options = {name: x.item() for name, x in zip(names, scalars, strict=True)}
+    return fused.expert_routing(logits, bias, top_k=dict(template)["K"], **options)
+
+
+def combine(*, inputs, **_):
+    experts, weights, weight, eps = inputs
+    return [fused.post_expert_norm_combine(experts, weights, norm_weight=weight, eps=eps.item())]
+
+
+def norm_add(*, inputs, template, **_):
+    branch, stream, alpha, beta, post_weight, post_eps, *norm = inputs
+    found = fused.norm_add_norm(
+        branch,
+        stream,
+        alpha=alpha,
+        beta=beta,
+        post_weight=post_weight if dict(template)["POST_SCALE"] else None,
+        post_eps=post_eps.item(),
+        next_norm=SimpleNamespace(weight=norm[0], eps=norm[1].item()) if norm else None,
+    )
+    return found if norm else found[:1]
+
+
+def pre_norm(*, inputs, template, **_):
+    stream, weight, eps = inputs
+    norm = SimpleNamespace(weight=weight, eps=eps.item())
+    return [fused.pre_norm(stream, norm, dtype=dict(template)["T"])]
+
+
+def norm_gate(*, inputs, **_):
+    x, gate, eps = inputs
+    return [fused.rms_norm_sigmoid_gate(x, gate, eps=eps.item())]
+
+
 KERNELS = {
     "mlx_lm.models.gated_delta": {
         "_gated_delta_kernel": delta_rule,
@@ -40,7 +97,18 @@ KERNELS = {
         "_gated_delta_kernel_packed": delta_rule,
     },
     "mlx_lm.models.rwkv7": {"_wkv7_kernel": wkv7},
+    "mlx_lm.models.kimi_k3": {"_attn_res_kernel": attention_residual},
     "mlx_lm.models.deepseek_v41": {"_sinkhorn_kernel": sinkhorn},
+    "mlx_lm.kernels.qk_norm": {"_qk_norm_kernel": queries_and_keys},
+    "mlx_lm.kernels.qk_norm_rope": {"_qk_norm_rope_kernel": queries_and_keys},
+    "mlx_lm.kernels.expert_routing": {"_routing_kernel": routing},
+    "mlx_lm.kernels.post_expert_norm_combine": {"_expert_combine_kernel": combine},
+    "mlx_lm.kernels.rms_norm_sigmoid_gate": {"_norm_gate_kernel": norm_gate},
+    "mlx_lm.kernels.norm_add_norm": {
+        "_norm_add_norm_kernel": norm_add,
+        "_norm_add_kernel": norm_add,
+        "_pre_norm_kernel": pre_norm,
+    },
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from tlora_mlx.models.fused import FUSED
 from tlora_mlx.models.gated_delta import gated_delta_update
 from tlora_mlx.models.state_space import ssm_update
 
@@ -38,6 +39,7 @@ _DIFFERENTIABLE = {
     "ssm_update": ssm_update,
     "_wkv7_kernel": wkv7,
     "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
+    **FUSED,
 }
 
 

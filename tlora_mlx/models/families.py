@@ -521,7 +521,8 @@ REFUSED: dict[str, str] = {
     "minimax": "mlx-lm loads it as minimax_m2, transformers as the older model with lightning "
     "attention",
     "mistral4": "transformers loads it only as mistral3's language model",
-    "muse_spark": "mlx-lm runs it with Metal kernels that have no gradient",
+    "muse_spark": "mlx-lm makes one matrix of the queries', keys', values' and gates' projections, "
+    "with rows in another order",
     "nanochat": "mlx-lm reads nanochat's own tensor names, not those of transformers",
     "olmo": "mlx-lm reads the older format of the package ai2-olmo alone",
     "pixtral": "transformers has a class for its vision tower alone; newer checkpoints are llava's",
