@@ -20,7 +20,8 @@ class Method:
     Attributes:
         a: ``task`` (W·C), ``directions`` (W·C, where each token counts by its direction alone, so
             that a few with massive activations do not decide), ``covariance`` (C alone, as EVA),
-            ``weight`` (W alone), ``gradient`` (the mean gradient of W, as LoRA-GA) or ``random``
+            ``weight`` (W alone), ``gradient`` (the mean gradient of W, as LoRA-GA), ``gradients``
+            (each sample's gradient of W, so that those that cancel out count too), ``random``
             (orthonormal); ``lora``: LoRA's own, random and not orthonormal.
         allocated: ranks by sensitivity; else the same for all.
         scaled: scales by sensitivity; else ``scale``.
@@ -71,6 +72,7 @@ METHODS = _and_at_equal_parameters(
         "TLoRA without scaling": Method(scaled=False),
         "directions A, uniform": replace(_UNIFORM, a="directions"),
         "gradient A, uniform": replace(_UNIFORM, a="gradient"),
+        "gradients A, uniform": replace(_UNIFORM, a="gradients"),
         "covariance A, uniform": replace(_UNIFORM, a="covariance"),
         "TLoRA without scaling, floor": Method(scaled=False, floor=0.5),
         "task A trained, uniform": replace(_UNIFORM, train_a=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -41,6 +42,7 @@ class Starts:
         self._calibration = cache(self._calibrate)
         self._directions = cache(self._direction_covariances)
         self._gradients = cache(self._mean_gradients)
+        self._moments = cache(self._gradient_moments)
 
     def plan(self, method: Method, seed: int) -> RankPlan:
         """The method's rank plan."""
@@ -94,6 +96,8 @@ class Starts:
                 return task_subspace(mx.eye(covariance.shape[0]), covariance, rank)
             case "gradient":
                 return top_right_vectors(self._gradients(seed)[name], rank)
+            case "gradients":
+                return top_right_vectors(self._moments(seed)[name], rank)
             case "weight":
                 return top_right_vectors(weight, rank)
         raise ValueError(f"there is no A of kind {kind!r}")
@@ -117,19 +121,30 @@ class Starts:
 
     def _mean_gradients(self, seed: int) -> dict[str, mx.array]:
         """Of the calibration samples' mean loss, by every target's W; up to a common factor."""
-        model, sums = self._setup.base.model, None
+        return self._sum_of_gradients(self._batches(seed), lambda gradient: gradient)
+
+    def _gradient_moments(self, seed: int) -> dict[str, mx.array]:
+        """Sum of GᵀG (in, in), with G each calibration sample's gradient of every target's W."""
+        return self._sum_of_gradients(self._batches(seed, batch_size=1), lambda g: g.T @ g)
+
+    def _sum_of_gradients(
+        self, batches: Iterable[Batch], what: Callable[[mx.array], mx.array]
+    ) -> dict[str, mx.array]:
+        """The sum over batches of something about every target's gradient."""
+        model, sums = self._setup.base.model, {}
         for module in self._setup.targets.values():
             module.unfreeze(keys="weight")
-        for batch in self._batches(seed):
+        for batch in batches:
             _, gradients = nn.value_and_grad(model, _sum_of_mean_losses)(model, batch)
-            sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+            found = tree_map(what, gradients)
+            sums = tree_map(mx.add, sums, found) if sums else found
             mx.eval(sums)
         model.freeze()
         return {name.removesuffix(".weight"): g for name, g in tree_flatten(sums)}
 
-    def _batches(self, seed: int) -> list[Batch]:
+    def _batches(self, seed: int, **options: Any) -> list[Batch]:
         """The calibration samples that the seed draws."""
-        config = replace(self._config, seed=seed)
+        config = replace(self._config, seed=seed, **options)
         return calibration_batches(config, self._setup.data["train"])
 
 
