@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 # Tokens of a chunk: its products are of this size, and each chunk's state is kept for the gradient.
@@ -21,6 +23,14 @@ def into_chunks(x: mx.array) -> mx.array:
     x = x.astype(mx.float32).transpose(0, 2, 1, 3)
     x = mx.pad(x, [(0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)])
     return x.reshape(batch, heads, chunks, size, width)
+
+
+def each_chunk(*arrays: mx.array) -> Iterator[tuple[mx.array, ...]]:
+    """The parts (batch, H, 1, …) of arrays (batch, H, chunks, …), one chunk after the other.
+
+    The gradient of a split is one concatenation, that of an index an array as long as the whole.
+    """
+    return zip(*(mx.split(x, x.shape[2], axis=2) for x in arrays), strict=True)
 
 
 def decays(gate: mx.array) -> mx.array:

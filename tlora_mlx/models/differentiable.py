@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from tlora_mlx.models.fused import FUSED
 from tlora_mlx.models.gated_delta import gated_delta_update
+from tlora_mlx.models.selective_scan import jamba_step, mamba_sequence
 from tlora_mlx.models.state_space import ssm_update
 
 
@@ -33,32 +34,37 @@ def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) 
     return [y.astype(t) for y, t in zip((mx.stack(ys, axis=1), state), output_dtypes, strict=True)]
 
 
-# By the name that a kernel, or the function that chooses one, has in mlx-lm's modules.
+# By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; the methods
+# are by the names of their class and their own.
 _DIFFERENTIABLE = {
     "gated_delta_update": gated_delta_update,
     "ssm_update": ssm_update,
     "_wkv7_kernel": wkv7,
     "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
     **FUSED,
+    "MambaBlock._process_sequence": mamba_sequence,
+    "JambaMambaMixer.ssm_step": jamba_step,
 }
 
 
 @contextmanager
 def differentiable_operations() -> Iterator[None]:
     """Inside the block, mlx-lm's models in training mode use operations that have a gradient."""
-    found = [
-        (module, name, vars(module)[name])
-        for path, module in list(sys.modules.items())
-        if path.startswith("mlx_lm.models.")
-        for name in _DIFFERENTIABLE.keys() & vars(module).keys()
-    ]
-    for module, name, _ in found:
-        setattr(module, name, _DIFFERENTIABLE[name])
+    found = []
+    for path, module in list(sys.modules.items()):
+        if path.startswith("mlx_lm.models."):
+            for place, plain in _DIFFERENTIABLE.items():
+                *owner, name = place.split(".")
+                holder = vars(module).get(owner[0]) if owner else module
+                if holder is not None and name in vars(holder):
+                    found.append((holder, name, vars(holder)[name], plain))
+    for holder, name, _, plain in found:
+        setattr(holder, name, plain)
     try:
         yield
     finally:
-        for module, name, original in found:
-            setattr(module, name, original)
+        for holder, name, original, _ in found:
+            setattr(holder, name, original)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from tlora_mlx.models.chunks import CLOSED, decays, into_chunks
+from tlora_mlx.models.chunks import CLOSED, decays, each_chunk, into_chunks
 
 
 def gated_delta_update(
@@ -99,16 +99,16 @@ def gated_delta(
     last = gate[..., -1:, :]
     q, k, kept = opened * q, mx.exp(last - gate) * k, mx.exp(last).swapaxes(-1, -2)
     if state is None:
-        s = mx.zeros((batch, heads, keys, width))
+        s = mx.zeros((batch, heads, 1, keys, width))
     else:
-        s = state.astype(mx.float32).swapaxes(-1, -2)
+        s = state.astype(mx.float32).swapaxes(-1, -2)[:, :, None]
     ys = []
-    for n in range(v.shape[2]):
-        delta = delta_v[:, :, n] - delta_s[:, :, n] @ s
-        ys.append(q[:, :, n] @ s + attention[:, :, n] @ delta)
-        s = kept[:, :, n] * s + k[:, :, n].swapaxes(-1, -2) @ delta
-    y = mx.concatenate(ys, axis=2)[:, :, :tokens].transpose(0, 2, 1, 3)
-    return y.astype(dtype), s.swapaxes(-1, -2)
+    for dv, ds, qs, ks, gates, scores in each_chunk(delta_v, delta_s, q, k, kept, attention):
+        delta = dv - ds @ s
+        ys.append(qs @ s + scores @ delta)
+        s = gates * s + ks.swapaxes(-1, -2) @ delta
+    y = mx.concatenate(ys, axis=2).flatten(2, 3)[:, :, :tokens].transpose(0, 2, 1, 3)
+    return y.astype(dtype), s.squeeze(2).swapaxes(-1, -2)
 
 
 def _decayed_products(x: mx.array, k: mx.array, gate: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from tlora_mlx.models.chunks import CLOSED, decays, into_chunks
+from tlora_mlx.models.chunks import CLOSED, decays, each_chunk, into_chunks
 
 
 def ssm_update(
@@ -78,14 +78,14 @@ def ssm_update(
     more = keys.swapaxes(-1, -2) @ side_by_side(mx.exp(last - gate) * v)
     kept = side_by_side(mx.broadcast_to(mx.exp(last), (*last.shape[:-1], width)))
     if state is None:
-        s = mx.zeros((batch, groups, states, repeats * width))
+        s = mx.zeros((batch, groups, 1, states, repeats * width))
     else:
-        s = state.astype(mx.float32).reshape(batch, groups, -1, states).swapaxes(-1, -2)
+        s = state.astype(mx.float32).reshape(batch, groups, 1, -1, states).swapaxes(-1, -2)
     before = []
-    for n in range(more.shape[2]):
+    for added, remaining in each_chunk(more, kept):
         before.append(s)
-        s = kept[:, :, n] * s + more[:, :, n]
-    earlier = queries @ mx.stack(before, axis=2)
+        s = remaining * s + added
+    earlier = queries @ mx.concatenate(before, axis=2)
     earlier = earlier.reshape(*earlier.shape[:-1], repeats, width).transpose(0, 1, 4, 2, 3, 5)
     y = (y + mx.exp(gate) * earlier).reshape(batch, heads, -1, width)[:, :, :tokens]
     y = y.transpose(0, 2, 1, 3).astype(x.dtype) + x * D[:, None]
