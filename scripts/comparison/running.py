@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,8 @@ class Bench:
 
         ``start_seconds`` are those of calibration, unless a run before has calibrated with this
         seed, and of A; ``seconds`` those of the updates; ``peak_memory`` is that of the updates,
-        in bytes, with the model.
+        in bytes, with the model. ``a_moved``, where A is trained: how far, as a share of its norm
+        at the start; the median over the modules.
         """
         config = replace(self._config, learning_rate=rate, seed=seed)
         model, began = self._setup.base.model, time.perf_counter()
@@ -72,17 +74,21 @@ class Bench:
         attach(model, plan, self._starts.matrices(method, plan, seed))
         mx.eval(model.parameters())
         try:
+            starts = {}
             if method.train_a:
-                for module in model.modules():
+                for name, module in model.named_modules():
                     if isinstance(module, TLoRALinear):
                         module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
+                        starts[name] = module.lora_a
             start = time.perf_counter()
             mx.reset_peak_memory()
             finite = self._fitted(config)
             end, peak = time.perf_counter(), mx.get_peak_memory()
+            moved = {"a_moved": _median_change(model, starts)} if starts else {}
             quality = {"valid": math.inf, "test": math.inf}
             return {
                 **(self._quality(config) if finite else quality),
+                **moved,
                 "rank": plan.rank,
                 "trained": trained_parameters(method, plan),
                 "start_seconds": start - began,
@@ -118,6 +124,14 @@ class Bench:
             right = zip(self._items, outputs, strict=True)
             found["right_rows"] = [int(o["given_normalized"] == i["answer"]) for i, o in right]
         return found
+
+
+def _median_change(model: Any, starts: dict[str, mx.array]) -> float:
+    modules = dict(model.named_modules())
+    return statistics.median(
+        (mx.linalg.norm(modules[name].lora_a - a) / mx.linalg.norm(a)).item()
+        for name, a in starts.items()
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -67,6 +67,8 @@ def test_what_a_run_records(run):
         assert row["right_rows"] in ([0] * 3, [1] * 3)
         assert row["accuracy_normalized"] == statistics.mean(row["right_rows"])
     assert min(row["test"] for row in rows) < base["test"]
+    learnt = [row for row in rows if row["rate"] < 1]
+    assert {row["method"] for row in learnt if row.get("a_moved", 0) > 0} == {"LoRA", EQUAL[0]}
     assert all(row["peak_memory"] > 0 < row["start_seconds"] for row in rows)
 
 
