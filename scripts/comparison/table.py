@@ -36,7 +36,9 @@ def table(results: Path) -> None:
             reference = of_iters[REFERENCE]
             for row in rows:
                 if (row["task"], row["iters"], row["method"]) == (task, iters, BASE):
-                    print(f"Without an adapter the test loss is {row['test']:.3f}.\n")
+                    right = row.get("accuracy_normalized")
+                    accuracy = "" if right is None else f" and the accuracy {right:.3f}"
+                    print(f"Without an adapter the test loss is {row['test']:.3f}{accuracy}.\n")
             columns = ROW_COLUMNS if reference.rows else COLUMNS
             accuracy = ["accuracy"] if reference.right else []
             print(table_head([*columns, *accuracy]))

@@ -103,7 +103,8 @@ def test_intervals_over_test_rows_and_rates_near_the_best(tmp_path):
     """From results as written down: one method always 0.1 better, one better on half the rows."""
     rows = [[1 + i / 10, 1 + i % 3] for i in range(20)]
     differences = {"TLoRA": [-0.1] * 20, "task A, uniform": [0.2, -0.2] * 10, EQUAL[0]: [0] * 20}
-    lines = [{"method": "base", "rate": 0, "seed": 0, "test": 3.0, "valid": 3.0}]
+    base = {"test": 3.0, "valid": 3.0, "accuracy_normalized": 0.5}
+    lines = [{"method": "base", "rate": 0, "seed": 0} | base]
     for method, less in differences.items():
         for rate, worse in ((1e-3, 0.015), (2e-3, 0), (4e-3, 0.03)):
             own = [[loss + d + worse, n] for (loss, n), d in zip(rows, less, strict=True)]
@@ -113,7 +114,7 @@ def test_intervals_over_test_rows_and_rates_near_the_best(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(f"{json.dumps({'task': 't', 'iters': 1} | line)}\n" for line in lines))
     printed = compare("table", "--results", path)
-    assert "Without an adapter the test loss is 3.000." in printed
+    assert "Without an adapter the test loss is 3.000 and the accuracy 0.500." in printed
     of = {line.split(" | ")[0][2:]: line.split(" | ") for line in printed.splitlines()}
     assert of["TLoRA"][-3:] == ["-0.100 to -0.100", "0.001 to 0.002", "0.750 |"]
     low, high = map(float, of["task A, uniform"][-3].split(" to "))
