@@ -102,6 +102,7 @@ def test_all_faults_of_a_plan_in_one_message():
     data["alpha"] = 0
     data["modules"]["m0"]["rank"] = -1
     data["modules"]["m1"] |= {"scale": math.nan, "sensitivity": -1.0, "in_features": 10**400}
-    faults = r"'alpha'.*'rank' of m0.*'in_features' of m1.*'scale' of m1.*'sensitivity' of m1"
+    data["modules"]["m2"] = data["modules"]["m0"] | {"rank": 2**31}  # too large for MLX's shapes
+    faults = r"'alpha'.*'rank' of m0.*'in_features' of m1.*'scale' of m1.*'sensitivity' of m1.*m2"
     with pytest.raises(ValueError, match=faults):
         RankPlan.from_dict(data)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Of a dimension in MLX.
+MAX_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class ModulePlan:
@@ -76,7 +79,7 @@ class RankPlan:
             return ["it has no table 'modules'"]
         faults = []
         if not _is_whole(data.get("rank"), 1):
-            faults.append("'rank' is not a whole number of at least 1")
+            faults.append(f"'rank' is not a whole number from 1 to {MAX_SIZE}")
         if not _is_number(data.get("alpha")) or data["alpha"] <= 0:
             faults.append("'alpha' is not a number above 0")
         for name, module in data["modules"].items():
@@ -84,7 +87,7 @@ class RankPlan:
                 faults.append(f"{name} is not a table")
                 continue
             faults += [
-                f"'{key}' of {name} is not a whole number of at least {least}"
+                f"'{key}' of {name} is not a whole number from {least} to {MAX_SIZE}"
                 for key, least in (("rank", 0), ("out_features", 1), ("in_features", 1))
                 if not _is_whole(module.get(key), least)
             ]
@@ -96,7 +99,7 @@ class RankPlan:
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least and _is_number(value)
+    return type(value) is int and least <= value <= MAX_SIZE
 
 
 def _is_number(value: Any) -> bool:
