@@ -1,8 +1,8 @@
 """Recurrences forwards and backwards: in chunks, as mlx-lm computes them, with MLX's own function.
 
-The gated delta rule (Qwen3-Next, Kimi Linear) and Mamba-2, for one layer's heads: random inputs,
-float32, one sample. Each way and length runs in a process of its own; the exponent is the slope of
-log time against log length.
+The gated delta rule (Qwen3-Next, Kimi Linear) and Mamba-2, for one layer's heads, and a whole block
+of Mamba: random inputs, float32, one sample. Each way and length runs in a process of its own; the
+exponent is the slope of log time against log length.
 
     python scripts/benchmark_gated_delta.py --tokens 128 256 512 1024 2048 4096
 """
@@ -18,13 +18,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from measuring import in_own_process, machine, mlx_blas, table_head, table_row
-from mlx_lm.models import gated_delta, ssm
+from mlx_lm.models import gated_delta, mamba, ssm
 
+from tlora_mlx.models.differentiable import differentiable_operations
 from tlora_mlx.models.gated_delta import gated_delta_update
 from tlora_mlx.models.state_space import ssm_update
 
 HEADS, WIDTH = 4, 128
 STATE_HEADS, STATE_WIDTH, STATES = 8, 64, 128
+MAMBA = mamba.ModelArgs("mamba", 32, 1024, 2048, 16, 1, 4, False, True, 64)
 
 
 def with_mlx(
@@ -53,6 +55,18 @@ def state_inputs(tokens: int) -> list[mx.array]:
     return [x, a_log, b, c, d, mx.random.normal((1, tokens, STATE_HEADS)), dt_bias]
 
 
+def mamba_block(x: mx.array) -> list[mx.array]:
+    """A block of Mamba; its weights are the same each time."""
+    mx.random.seed(1)
+    return [mamba.MambaBlock(MAMBA)(x, None)]
+
+
+def mamba_in_segments(x: mx.array) -> list[mx.array]:
+    """The same block as we differentiate it."""
+    with differentiable_operations():
+        return mamba_block(x)
+
+
 def loop(*arrays: mx.array) -> tuple[mx.array, mx.array]:
     """mlx-lm's loop over tokens."""
     return gated_delta.gated_delta_update(*arrays, use_kernel=False)
@@ -67,6 +81,10 @@ RULES: dict[str, tuple[Callable[[int], list[mx.array]], dict[str, Way]]] = {
     "delta, a gate for each dimension": (
         lambda tokens: delta_inputs(tokens, (HEADS, WIDTH)),
         {"mlx-lm": loop, "chunks": gated_delta_update},
+    ),
+    "Mamba, a block": (
+        lambda tokens: [mx.random.normal((1, tokens, MAMBA.hidden_size))],
+        {"mlx-lm": mamba_block, "chunks": mamba_in_segments},
     ),
     "Mamba-2": (state_inputs, {"mlx-lm": ssm.ssm_update, "chunks": ssm_update}),
 }

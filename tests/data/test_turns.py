@@ -196,12 +196,11 @@ def test_an_assistant_that_begins_does_not_make_the_prompt_count(tmp_path):
     assert texts[0].endswith("</tool_call><|im_end|>")
 
 
-def test_an_empty_thinking_block_is_the_templates(tmp_path):
+@pytest.mark.parametrize("space", ["\n", ""])
+def test_an_empty_thinking_block_is_the_templates(tmp_path, space):
     """GLM-4.5 and Nemotron put one where thoughts of earlier turns were."""
-    template = CHATML.replace(
-        "m['content'] + '<|im_end|>",
-        "('<think></think>\n' if m['role'] == 'assistant' else '') + m['content'] + '<|im_end|>",
-    )
+    block = f"('<think></think>{space}' if m['role'] == 'assistant' else '')"
+    template = CHATML.replace("m['content'] + '<|im_end|>", f"{block} + m['content'] + '<|im_end|>")
     assert template != CHATML
     messages = [USER("a"), {**ASSISTANT("b"), "reasoning_content": "r"}, USER("c"), ASSISTANT("d")]
     texts = learnt(tmp_path, {"messages": messages}, tokenizer_of(template))

@@ -9,6 +9,7 @@ import pytest
 from helpers.adapters import make_run, without_effect, zero_one_cap
 from helpers.commands import assert_one_sentence
 from helpers.corruption import finds_every_wrong_write
+from helpers.families import VARIANTS
 from helpers.llama_cpp import LlamaCpp, convert, rarely
 from helpers.logits import TOKENS, mlx_logits
 from helpers.models import save_model
@@ -140,6 +141,26 @@ def test_gpt2_goes_to_llama_cpp_merged(tmp_path):
     found = {r.reader: r for r in readings(read_adapter(tmp_path / "peft"), "gpt2")}
     fault, remedy = found["llama.cpp"].fault, found["llama.cpp"].remedy
     assert (fault, remedy) == ("loads no adapters for gpt2", "--format merged")
+
+
+@rarely
+def test_multimodal_names_in_llama_cpp(tmp_path):
+    """Its converter takes the names of the whole model; of Mistral 3 it writes the base instead."""
+    model_path = save_model(tmp_path / "model", "qwen3_vl")
+    run = read_run(make_run(tmp_path / "run", model_path, zero_one_cap))
+    tlora_mlx.export_peft(run, tmp_path / "peft")
+    convert("base", model_path, tmp_path / "base.gguf")
+    convert("lora", tmp_path / "peft", model_path, tmp_path / "lora.gguf")
+    adapted = LlamaCpp(tmp_path / "base.gguf", tmp_path / "lora.gguf")
+    assert difference(adapted, mlx_logits(run)) < 1e-4
+    model_path = save_model(tmp_path / "mistral", "mistral3", **VARIANTS["mistral3"])
+    run = read_run(make_run(tmp_path / "mistral-run", model_path, zero_one_cap))
+    tlora_mlx.export_peft(run, tmp_path / "mistral-peft")
+    convert("lora", tmp_path / "mistral-peft", model_path, tmp_path / "mistral.gguf")
+    written = gguf.GGUFReader(tmp_path / "mistral.gguf")
+    assert "token_embd.weight" in {tensor.name for tensor in written.tensors}
+    found = {r.reader: r for r in readings(read_adapter(tmp_path / "mistral-peft"), "mistral3")}
+    assert found["llama.cpp"].fault == "loads no adapters for mistral3"
 
 
 @rarely

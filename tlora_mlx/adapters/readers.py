@@ -131,7 +131,9 @@ READERS = (
         "ggml-org/llama.cpp convert_lora_to_gguf.py, src/llama-adapter.h",
         over_tensor=True,
         rslora=False,
-        without=frozenset({"gpt2"}),  # its converter transposes A and B with the weight
+        # Its converter transposes A and B with gpt2's weights; the class for Mistral 3 writes the
+        # base model instead of the adapter (conversion/mistral3.py).
+        without=frozenset({"gpt2", "ministral3", "mistral3"}),
         experts="refuses experts",
     ),
     Reader(
