@@ -82,6 +82,27 @@ def test_better_than_nearest(settings, monkeypatch):
     assert all(map(np.array_equal, best.parts, again.parts))
 
 
+def test_the_best_of_the_candidates_is_stored():
+    """Nearest where Δ outgrows W's scales; else scales and biases that fit the levels found."""
+    random = np.random.default_rng(5)
+    shape = (24, 128)
+    parts, grid = quantized(random, AFFINE[2], shape)
+    start = grid.take_apart(parts)
+    factors = Curvature(mx.array(factor(random, shape[1])), mx.array(factor(random, shape[0])))
+
+    def stored(delta):
+        target = mx.array(start.dense() + delta).astype(mx.bfloat16)
+        nearest = mx.quantize(target, **AFFINE[2])
+        found = round_module(parts, nearest, delta.astype(np.float32), grid, factors).parts
+        return found, [np.array(part.view(mx.uint8)) for part in nearest]
+
+    assert all(map(np.array_equal, *stored(30 * random.normal(size=shape))))
+    found, nearest = stored(0.3 * np.abs(start.scales).mean() * random.normal(size=shape))
+    for i in (1, 2):
+        assert not np.array_equal(found[i], nearest[i])
+        assert not np.array_equal(found[i], np.array(parts[i].view(mx.uint8)))
+
+
 def test_a_delta_that_nearest_rounding_loses_is_kept():
     random = np.random.default_rng(2)
     parts, grid = quantized(random, AFFINE[2], (48, 256))
