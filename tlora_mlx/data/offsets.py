@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,8 +44,11 @@ def encode_with_offsets(
 
 def intervals(counts: Sequence[bool]) -> list[tuple[int, int]]:
     """The runs of True as (first, one past the last)."""
-    edges = [i for i, (a, b) in enumerate(pairwise([False, *counts, False])) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    flags, found, stop = bytes([*counts, False]), [], 0
+    while (start := flags.find(1, stop)) >= 0:
+        stop = flags.find(0, start)
+        found.append((start, stop))
+    return found
 
 
 def inside(tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

@@ -70,11 +70,11 @@ class Split:
 
     def add(self, sample: Sample, max_seq_length: int) -> None:
         """Take a sample in, cut to the maximal length; one with nothing to learn is left out."""
-        cut = sample.cut(max_seq_length)
-        if not cut.counts().any():
+        cut = sample.cut(max_seq_length) if len(sample.tokens) > max_seq_length else sample
+        if len(cut.tokens) - cut.first_target <= sum(stop - first for first, stop in cut.gaps):
             self.left_out.append(sample.row)
             return
-        if len(cut.tokens) < len(sample.tokens):
+        if cut is not sample:
             self.truncated.append(sample.row)
         self.samples.append(cut)
 

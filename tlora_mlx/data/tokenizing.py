@@ -45,6 +45,9 @@ class RowTokenizer:
     ):
         self.tokenizer, self._max_seq_length = tokenizer, max_seq_length
         self._mask_prompt, self._embeddings = mask_prompt, embeddings
+        # Looked up once: through the wrapper it takes as long as a row's few tokens.
+        self._plain = tokenizer._tokenizer
+        self._begin, self._end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._template = ChatTemplate(tokenizer) if tokenizer.has_chat_template else None
 
     def split(
@@ -96,7 +99,7 @@ class RowTokenizer:
             ends |= set(made.ends)
             for sentence in dict.fromkeys(made.unseen):
                 unseen.setdefault(sentence, []).append(number)
-            made = _stopped(made, self.tokenizer)
+            made = self._stopped(made)
             split.add(_sample(made, number, mask_prompt), self._max_seq_length)
         faults.raise_if_any()
         split.warnings.extend(_warnings(ends, self._template, self.tokenizer))
@@ -108,7 +111,7 @@ class RowTokenizer:
     def _process(self, keys: tuple[str, ...]) -> _Process:
         """What tokenizes a row with these keys."""
         if keys == ("text",):
-            return lambda row: _text(row["text"], self.tokenizer)
+            return self._text
         template = self._template
         if template is not None:
             return lambda row: template.tokenize(conversation_of(row))
@@ -117,13 +120,48 @@ class RowTokenizer:
                 "rows with 'messages' need a tokenizer with a chat template, and the model has "
                 "none; use rows with 'prompt' and 'completion' or a chat model"
             )
-        return lambda row: _joined(row, self.tokenizer)
+        return self._joined
+
+    def _text(self, row: dict[str, Any]) -> Tokenized:
+        """A text, all of it learnt, with the beginning token and the end token once each."""
+        if not row["text"]:
+            return Tokenized([], [], [])
+        tokens = self._once(self._plain.encode(row["text"]))
+        if self._end is not None and tokens[-1:] != [self._end]:
+            tokens = [*tokens, self._end]
+        return Tokenized(tokens, [True] * len(tokens), [])
+
+    def _joined(self, row: dict[str, Any]) -> Tokenized:
+        """Prompt, completion and end token, where there is no chat template (mlx-lm raises there).
+
+        The two are tokenized apart, as they are when the model is asked: the prompt alone, and what
+        follows grows token by token.
+        """
+        prompt = self._once(self._plain.encode(row["prompt"]))
+        if prompt and prompt[-1] == self._end:
+            prompt = prompt[:-1]
+        completion = self._plain.encode(row["completion"], add_special_tokens=False)
+        completion = completion + ([] if self._end is None else [self._end])
+        counts = [False] * len(prompt) + [True] * len(completion)
+        return Tokenized(prompt + completion, counts, [])
+
+    def _once(self, tokens: list[int]) -> list[int]:
+        """Without a second beginning token, where the text began with one already."""
+        begin = self._begin
+        return tokens[1:] if begin is not None and tokens[:2] == [begin, begin] else tokens
+
+    def _stopped(self, made: Tokenized) -> Tokenized:
+        """With the end token after the last answer, where the template ends it with no token."""
+        end = self._end
+        if end is None or not made.ends or made.ends[-1] or not made.counts[-1]:
+            return made
+        return Tokenized([*made.tokens, end], [*made.counts, True], made.ends)
 
     def _unknown_token(self, made: Tokenized) -> str | None:
         """What is wrong with a row that has a token beyond the model's embeddings."""
         known = self._embeddings
-        beyond = next((t for t in made.tokens if known is not None and t >= known), None)
-        if beyond is None:
+        beyond = max(made.tokens, default=0)
+        if known is None or beyond < known:
             return None
         text = self.tokenizer._tokenizer.convert_ids_to_tokens(beyond)
         return (
@@ -200,38 +238,6 @@ def _template_fault(row: dict[str, Any], error: Exception) -> str:
     return said
 
 
-def _text(text: str, tokenizer: TokenizerWrapper) -> Tokenized:
-    """A text and the end token, all of it learnt; the beginning token once, the end token too."""
-    if not text:
-        return Tokenized([], [], [])
-    tokens, end = _once(tokenizer.encode(text), tokenizer), tokenizer.eos_token_id
-    if end is not None and tokens[-1:] != [end]:
-        tokens = [*tokens, end]
-    return Tokenized(tokens, [True] * len(tokens), [])
-
-
-def _joined(row: dict[str, Any], tokenizer: TokenizerWrapper) -> Tokenized:
-    """Prompt, completion and end token, where there is no chat template (mlx-lm raises there).
-
-    The two are tokenized apart, as they are when the model is asked: the prompt alone, and what
-    follows grows token by token.
-    """
-    end = tokenizer.eos_token_id
-    prompt = _once(tokenizer.encode(row["prompt"]), tokenizer)
-    if prompt and prompt[-1] == end:
-        prompt = prompt[:-1]
-    completion = tokenizer.encode(row["completion"], add_special_tokens=False)
-    completion = completion + ([] if end is None else [end])
-    counts = [False] * len(prompt) + [True] * len(completion)
-    return Tokenized(prompt + completion, counts, [])
-
-
-def _once(tokens: list[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """Without a second beginning token, where the text began with one already."""
-    begin = tokenizer.bos_token_id
-    return tokens[1:] if begin is not None and tokens[:2] == [begin, begin] else tokens
-
-
 def _sample(made: Tokenized, row: int, mask_prompt: bool) -> Sample:
     """What is learnt as a sample has it: from the first token that counts, but for gaps."""
     if not mask_prompt:
@@ -243,14 +249,6 @@ def _sample(made: Tokenized, row: int, mask_prompt: bool) -> Sample:
     starts = [start for start, _ in learnt[1:]] + [len(made.tokens)]
     gaps = tuple(gap for gap in zip(ends, starts, strict=True) if gap[0] < gap[1])
     return Sample(made.tokens, learnt[0][0], row, gaps)
-
-
-def _stopped(made: Tokenized, tokenizer: TokenizerWrapper) -> Tokenized:
-    """With the end token after the last answer, where the template ends it with no token."""
-    end = tokenizer.eos_token_id
-    if end is None or not made.ends or made.ends[-1] or not made.counts[-1]:
-        return made
-    return Tokenized([*made.tokens, end], [*made.counts, True], made.ends)
 
 
 def _warnings(
