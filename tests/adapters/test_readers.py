@@ -8,6 +8,7 @@ from helpers.adapters import edit, make_run, mlx_lm_adapter, peft_adapter, zero_
 from helpers.commands import assert_one_sentence, tlora
 from helpers.exports import export_peft
 from helpers.models import path_for_mlx, save_model
+from safetensors.torch import load_file, save_file
 
 from tlora_mlx import read_adapter, read_run
 from tlora_mlx.adapters.readers import readings
@@ -166,6 +167,20 @@ def test_what_a_family_cannot_be_given_as(family, experts, wrong, tlora_here, tm
     assert f"warning: {everyone} would not read this adapter as intended; {merged}" in out
     out = tlora_here("inspect", run).stdout
     assert f"but for {everyone}: python -m tlora_mlx export {run} --format merged" in out
+
+
+def test_names_of_another_class_are_told(model_path, tlora_here, tmp_path):
+    """vLLM 0.32.0, run with such an adapter, serves the base model and says nothing."""
+    peft_adapter(model_path, tmp_path / "peft", target_modules=["q_proj", "o_proj"])
+    assert "warning" not in tlora_here("inspect", tmp_path / "peft").stdout
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    wrapped = {
+        k.replace("model.layers", "model.language_model.layers"): v
+        for k, v in load_file(file).items()
+    }
+    save_file(wrapped, file)
+    told = "4 of 4 modules are named as in a multimodal model (model.language_model.layers.0."
+    assert told in tlora_here("inspect", tmp_path / "peft").stdout
 
 
 def test_mlx_lm(model_path, tlora_here, tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import NamedTuple
 
 from tlora_mlx.models.families import FAMILIES, REFUSED, Family
+
+# Where the blocks of a multimodal model's language model are: in vLLM and in transformers before
+# 4.52, and in later ones.
+_WRAPPED_BLOCKS = ("language_model.model.layers", "model.language_model.layers")
 
 
 class Rows(NamedTuple):
@@ -145,6 +149,15 @@ def mlx_parts(model_type: str, hf_module: str) -> list[MLXPart]:
     return parts
 
 
+def named_as_multimodal(model_type: str | None, names: Iterable[str]) -> list[str]:
+    """Those of a multimodal model's names, if the family is known and not multimodal."""
+    family = FAMILIES.get(model_type)
+    if family is None or family.is_multimodal:
+        return []
+    wrapped = tuple(f"{blocks}." for blocks in _WRAPPED_BLOCKS)
+    return [n for n in names if n.startswith(wrapped) and not _match_block(family, n)]
+
+
 def respelled(model_type: str | None, hf_module: str, text: bool) -> str:
     """A module's name in the multimodal model, or (``text``) in its language model alone.
 
@@ -160,8 +173,7 @@ def _match_block(family: Family, hf_module: str) -> re.Match[str] | None:
     """The block's number and the path inside it, whichever class's name this is."""
     spellings = {family.hf_blocks, family.in_file}
     if family.is_multimodal:
-        # Of the language model alone; of vLLM and, before 4.52, transformers; and of later ones.
-        spellings |= {"model.layers", "language_model.model.layers", "model.language_model.layers"}
+        spellings |= {"model.layers", *_WRAPPED_BLOCKS}
     return re.fullmatch(rf"(?:{'|'.join(map(re.escape, spellings))})\.(\d+)\.(.+)", hf_module)
 
 

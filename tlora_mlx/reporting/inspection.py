@@ -20,7 +20,7 @@ from tlora_mlx.adapters.readers import (
 from tlora_mlx.adapters.registry import FORMATS
 from tlora_mlx.invocation import suggested
 from tlora_mlx.models.model_directory import family_here
-from tlora_mlx.models.names import unexportable
+from tlora_mlx.models.names import named_as_multimodal, unexportable
 
 
 def described(adapter: Adapter) -> list[str]:
@@ -87,7 +87,15 @@ def advice(adapter: Adapter, found: Sequence[Reading]) -> list[str]:
         for remedy, readers in _by_remedy(found).items()
     ]
     if is_peft:
-        if base_family(adapter) is None:
+        family = base_family(adapter)
+        if strange := named_as_multimodal(family, adapter.plan.adapted()):
+            # vLLM 0.32.0 then serves the base model without a word; PEFT warns of missing keys.
+            lines.append(
+                f"warning: {len(strange)} of {len(adapter.plan.adapted())} modules are named as "
+                f"in a multimodal model ({strange[0]}), and the base model, a {family}, is none: "
+                "PEFT, transformers and vLLM bind nothing to them"
+            )
+        if family is None:
             lines.append(
                 "the base model's config.json is not on this machine, so what depends on its "
                 "family is not checked"
