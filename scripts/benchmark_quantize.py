@@ -4,7 +4,7 @@ The model is converted as mlx-lm does it (bfloat16 scales, the embeddings too), 
 trained on it at each rate, and merged: by mlx_lm.fuse, by ours to nearest, and by ours with
 compensation. Losses are those of the validation and test rows together, which nothing is trained or
 rounded by. On a CPU, training and losses use the dequantized weights in float32: the same model,
-much faster.
+much faster. --work DIR keeps what is finished, so that the same command goes on after a stop.
 
     python scripts/benchmark_quantize.py --model examples/model --data examples/data --group-size 32
 """
@@ -16,6 +16,8 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,18 +47,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--calibration-samples", type=int, default=128)
     parser.add_argument("--max-seq-length", type=int, default=2048)
+    parser.add_argument("--work", help="keep models, runs and figures here, and go on from them")
     args = parser.parse_args()
     print(f"{machine()}; MLX {mx.__version__}, {mlx_blas()}\n")
     heading = ["group", "rate", "base", "adapter", "mlx_lm.fuse", "nearest", "compensated"]
     print(table_head([*heading, "training s", "rounding s"]), flush=True)
-    for group_size in args.group_size:
-        with tempfile.TemporaryDirectory() as place:
-            work = Path(place)
-            settings = {"q_bits": args.bits, "q_group_size": group_size, "dtype": "bfloat16"}
-            mlx_lm.convert(args.model, str(work / "quantized"), quantize=True, **settings)
-            write_dense(work / "quantized", work / "dense")
+    with tempfile.TemporaryDirectory() as temporary:
+        for group_size in args.group_size:
+            work = Path(args.work or temporary) / str(group_size)
+            if not (work / "dense/model.safetensors").exists():
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+                settings = {"q_bits": args.bits, "q_group_size": group_size, "dtype": "bfloat16"}
+                mlx_lm.convert(args.model, str(work / "quantized"), quantize=True, **settings)
+                write_dense(work / "quantized", work / "dense")
             for rate in args.rates:
-                found = measure(work, rate, args)
+                found = Measurement(work, rate, args).row()
                 print(table_row([group_size, f"{rate:g}", *found]), flush=True)
 
 
@@ -81,56 +87,86 @@ def write_dense(quantized: Path, output: Path) -> None:
     mx.save_safetensors(str(output / "model.safetensors"), dense, {"format": "mlx"})
 
 
-def measure(work: Path, rate: float, args: argparse.Namespace) -> list[str]:
-    """One adapter's cells: losses, the shares that three ways of merging keep, and seconds."""
-    run = work / f"run-{rate:g}"
-    start = time.perf_counter()
-    tlora_mlx.train(
-        model=str(work / "dense"),
-        data=args.data,
-        adapter_path=str(run),
-        iters=args.iters,
-        batch_size=args.batch_size,
-        calibration_samples=args.calibration_samples,
-        max_seq_length=args.max_seq_length,
-        learning_rate=rate,
-        steps_per_eval=args.iters,
-        val_batches=1,
-        quiet=True,
-    )
-    training = time.perf_counter() - start
-    quantized = str(work / "quantized")
-    config = json.loads((run / "adapter_config.json").read_text())
-    (run / "adapter_config.json").write_text(json.dumps(config | {"model": quantized}))
-    data = DataConfig(model=quantized, data=args.data, max_seq_length=args.max_seq_length)
-    splits, _ = read_data(data)
-    samples = splits["valid"].samples + splits["test"].samples
+class Measurement:
+    """One adapter, and its losses; figures that are in its file already are not measured again."""
 
-    def loss(model: nn.Module) -> float:
-        make_dense(model)
-        return mean_loss(model, batches_in_order(samples, args.batch_size, args.max_seq_length))
+    def __init__(self, work: Path, rate: float, args: argparse.Namespace):
+        self._work, self._rate, self._args = work, rate, args
+        self._quantized, self._run = str(work / "quantized"), work / f"run-{rate:g}"
+        self._file = work / f"figures-{rate:g}.json"
+        self._figures = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    adapted = tlora_mlx.load_adapter(run).model
-    after = loss(adapted)
-    with adapters_off(adapted):
-        before = loss(adapted)
-    fused = mlx_lm.load(quantized, adapter_path=str(run))[0]
-    layers = [(name, m.fuse()) for name, m in fused.named_modules() if hasattr(m, "fuse")]
-    fused.update_modules(tree_unflatten(layers))
+    def row(self) -> list[str]:
+        """Losses, the shares that three ways of merging keep, and seconds."""
+        training = self._figure("training", self._train)
+        data = DataConfig(
+            model=self._quantized, data=self._args.data, max_seq_length=self._args.max_seq_length
+        )
+        splits, _ = read_data(data)
+        self._samples = splits["valid"].samples + splits["test"].samples
+        before, after = (self._figure(name, self._unmerged) for name in ("base", "adapter"))
+        fused = self._figure("fused", self._fused)
+        nearest, compensated = (
+            self._figure(rounding, self._exported) for rounding in ("nearest", "compensated")
+        )
+        merged = fused, nearest, compensated
+        shares = [f"{(before - found) / (before - after):.3f}" for found in merged]
+        seconds = training, self._figures["compensated seconds"]
+        return [f"{before:.4f}", f"{after:.4f}", *shares, *(f"{s:.0f}" for s in seconds)]
 
-    def exported(rounding: str) -> float:
-        output = work / f"{rounding}-{rate:g}"
+    def _figure(self, name: str, measure: Callable[[str], float]) -> float:
+        if name not in self._figures:
+            self._figures[name] = measure(name)
+            self._file.write_text(json.dumps(self._figures, indent=1))
+        return self._figures[name]
+
+    def _train(self, _: str) -> float:
+        """Seconds."""
+        shutil.rmtree(self._run, ignore_errors=True)
+        start = time.perf_counter()
+        tlora_mlx.train(
+            model=str(self._work / "dense"),
+            data=self._args.data,
+            adapter_path=str(self._run),
+            iters=self._args.iters,
+            batch_size=self._args.batch_size,
+            calibration_samples=self._args.calibration_samples,
+            max_seq_length=self._args.max_seq_length,
+            learning_rate=self._rate,
+            steps_per_eval=self._args.iters,
+            val_batches=1,
+            quiet=True,
+        )
+        seconds = time.perf_counter() - start
+        config = json.loads((self._run / "adapter_config.json").read_text())
+        config["model"] = self._quantized
+        (self._run / "adapter_config.json").write_text(json.dumps(config))
+        return seconds
+
+    def _unmerged(self, name: str) -> float:
+        model = tlora_mlx.load_adapter(self._run).model
+        with adapters_off(model) if name == "base" else nullcontext():
+            return self._loss(model)
+
+    def _fused(self, _: str) -> float:
+        fused = mlx_lm.load(self._quantized, adapter_path=str(self._run))[0]
+        layers = [(name, m.fuse()) for name, m in fused.named_modules() if hasattr(m, "fuse")]
+        fused.update_modules(tree_unflatten(layers))
+        return self._loss(fused)
+
+    def _exported(self, rounding: str) -> float:
+        output = self._work / f"{rounding}-{self._rate:g}"
+        shutil.rmtree(output, ignore_errors=True)
         options = {"format": "merged", "quantize": True, "rounding": rounding, "quiet": True}
-        tlora_mlx.export(run=str(run), output=str(output), **options)
-        return loss(tlora_mlx.load_base_model(str(output)).model)
+        start = time.perf_counter()
+        tlora_mlx.export(run=str(self._run), output=str(output), **options)
+        self._figures[f"{rounding} seconds"] = time.perf_counter() - start
+        return self._loss(tlora_mlx.load_base_model(str(output)).model)
 
-    nearest = exported("nearest")
-    start = time.perf_counter()
-    compensated = exported("compensated")
-    seconds = time.perf_counter() - start
-    merged = loss(fused), nearest, compensated
-    shares = [f"{(before - found) / (before - after):.3f}" for found in merged]
-    return [f"{before:.4f}", f"{after:.4f}", *shares, f"{training:.0f}", f"{seconds:.0f}"]
+    def _loss(self, model: nn.Module) -> float:
+        make_dense(model)
+        size, length = self._args.batch_size, self._args.max_seq_length
+        return mean_loss(model, batches_in_order(self._samples, size, length))
 
 
 if __name__ == "__main__":

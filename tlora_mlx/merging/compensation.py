@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from tlora_mlx.merging.adjusting import Stiffness
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.merging.refitting import refitted, weighted_error
 from tlora_mlx.merging.rounding import compensated
@@ -45,10 +46,12 @@ class Rounded(NamedTuple):
     Attributes:
         parts: the rows of bytes of its parts, in the file's order.
         outputs: its outputs' errors.
+        stiffness: of its scales and biases; None in a mode that has no biases.
     """
 
     parts: list[np.ndarray]
     outputs: OutputErrors
+    stiffness: Stiffness | None
 
 
 def round_module(
@@ -88,4 +91,5 @@ def round_module(
     best = int(np.argmin(errors))
     stored = grid.put_together(*candidates[best])
     at_stake = weighted_error(delta, inputs, outputs)
-    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake))
+    stiffness = Stiffness.of(candidates[best][0], grid, curvature) if grid.is_affine else None
+    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake), stiffness)

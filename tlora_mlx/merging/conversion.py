@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -77,10 +77,20 @@ class StoredWeight:
 
     def dense(self, files: Mapping[str, TensorFile], start: int, stop: int) -> np.ndarray:
         """Some rows, (stop - start, in) float32; the files are given by tensor name."""
-        parts = [files[part].rows(part, start, stop) for part in self.parts]
+        return float32(self.dequantized(self.read(files, start, stop)))
+
+    def read(
+        self, files: Mapping[str, TensorFile], start: int = 0, stop: int | None = None
+    ) -> list[mx.array]:
+        """Some rows of the parts, or all; the files are given by tensor name."""
+        stop = self.rows if stop is None else stop
+        return [files[part].rows(part, start, stop) for part in self.parts]
+
+    def dequantized(self, parts: Sequence[mx.array]) -> mx.array:
+        """What parts of this weight stand for: float32 if it is quantized, or itself."""
         if not self._settings:
-            return float32(parts[0])
-        return float32(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
+            return parts[0]
+        return mx.dequantize(*parts, **self._settings, dtype=mx.float32)
 
     def nearest(self, values: np.ndarray) -> list[mx.array]:
         """The parts that store these rows: cast, and quantized with the same settings."""

@@ -50,7 +50,7 @@ class Grid:
             self._levels, self._codes = codes.astype(np.float32), codes
         else:
             rows = np.resize(codes, (1, 256))
-            levels = self._units(mx.array(self._packed(rows)))[0, : len(codes)]
+            levels = np.array(self.levels(mx.array(self._packed(rows))))[0, : len(codes)]
             self._codes = np.argsort(levels, kind="stable")
             self._codes = self._codes[np.isfinite(levels[self._codes])]
             self._levels = levels[self._codes]
@@ -74,9 +74,9 @@ class Grid:
             found = [np.array(part.astype(mx.float32)) for part in values]
         else:
             ones = np.full((weight.shape[0], scales.shape[1] * self.group_size), 1.0)
-            dense = self._dequantized(mx.array(self._pack_levels(ones)), scales)
+            dense = np.array(self._dequantized(mx.array(self._pack_levels(ones)), scales))
             found = [dense[:, :: self.group_size], np.zeros(scales.shape, np.float32)]
-        return Grouped(self._units(weight), *found)
+        return Grouped(np.array(self.levels(weight)), *found)
 
     def put_together(self, grouped: Grouped, scales: mx.array) -> list[np.ndarray]:
         """The bytes of a matrix's parts; in FP modes, those of ``scales`` as they are stored."""
@@ -92,16 +92,16 @@ class Grid:
         """Scales or biases as the file's dtype rounds them, float32."""
         return np.array(mx.array(values).astype(self._dtype).astype(mx.float32))
 
-    def _units(self, weight: mx.array) -> np.ndarray:
-        """A packed weight's levels, (out, in)."""
+    def levels(self, weight: mx.array) -> mx.array:
+        """A packed weight's levels, (out, in) float32; they are not evaluated."""
         shape = weight.shape[0], weight.shape[1] * 32 // self.bits // self.group_size
         if self.is_affine:
             return self._dequantized(weight, mx.ones(shape), mx.zeros(shape))
         unit = _UNIT_SCALES[self._settings["mode"]]
         return self._dequantized(weight, mx.full(shape, unit, dtype=mx.uint8))
 
-    def _dequantized(self, *parts: mx.array) -> np.ndarray:
-        return np.array(mx.dequantize(*parts, **self._settings, dtype=mx.float32))
+    def _dequantized(self, *parts: mx.array) -> mx.array:
+        return mx.dequantize(*parts, **self._settings, dtype=mx.float32)
 
     def _pack_levels(self, levels: np.ndarray) -> np.ndarray:
         if not self.is_affine:

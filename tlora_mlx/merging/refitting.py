@@ -43,11 +43,7 @@ def refitted(
         by_entry = (outputs @ error @ inputs).reshape(rows, groups, size)
         return [(by_entry * levels).sum(-1), by_entry.sum(-1)]
 
-    own = mx.diagonal(inputs.reshape(groups, size, groups, size), axis1=0, axis2=2)
-    own = own.transpose(2, 0, 1)  # (groups, size, size)
-    weights = mx.diagonal(outputs)[:, None]
-    by_level = (levels.transpose(1, 0, 2) @ own).transpose(1, 0, 2)
-    diagonal = [(by_level * levels).sum(-1) * weights, own.sum((1, 2))[None] * weights]
+    diagonal = by_group(levels, inputs, outputs)[:2]
     floor = 1e-6 * mx.maximum(diagonal[0].max(), diagonal[1].max())
     diagonal = [part + floor for part in diagonal]
 
@@ -74,6 +70,31 @@ def refitted(
     scales, biases = map(np.array, solution)
     return found._replace(
         scales=grid.stored(found.scales + scales), biases=grid.stored(found.biases + biases)
+    )
+
+
+def by_group(
+    levels: mx.array, inputs: mx.array, outputs: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """tr(O·E·I·Eᵀ) as a form in the scale and the bias of one group, for each group alone.
+
+    Args:
+        levels: (out, groups, size) float32.
+        inputs: I (in, in) float32.
+        outputs: O (out, out) float32.
+
+    Returns:
+        The coefficients (out, groups) of scale², of bias² and, halved, of scale · bias.
+    """
+    groups, size = levels.shape[1:]
+    own = mx.diagonal(inputs.reshape(groups, size, groups, size), axis1=0, axis2=2)
+    own = own.transpose(2, 0, 1)  # (groups, size, size)
+    weights = mx.diagonal(outputs)[:, None]
+    by_level = (levels.transpose(1, 0, 2) @ own).transpose(1, 0, 2)
+    return (
+        (by_level * levels).sum(-1) * weights,
+        own.sum((1, 2))[None] * weights,
+        by_level.sum(-1) * weights,
     )
 
 

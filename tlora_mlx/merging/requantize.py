@@ -17,6 +17,7 @@ from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import RunError, UserError, counted
+from tlora_mlx.merging.adjusting import Stiffness, adjusted
 from tlora_mlx.merging.compensation import OutputErrors, round_module
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.weights import ModelWeights
@@ -75,18 +76,25 @@ def export_requantized(
         with ExitStack() as stack:
             out = {n: stack.enter_context(OpenFile(staging / n, patch=True)) for n in base.files}
             digests: dict[str, list[str]] = {}
+            stiffness: dict[str, Stiffness] = {}
             if task:
                 by_task = {n: w for n, w in weights.items() if w.can_be_compensated}
-                proof.outputs, digests = _compensate(adapter, base, by_task, task, out, observer)
+                proof.outputs, digests, stiffness = _compensate(
+                    adapter, base, by_task, task, out, observer
+                )
             others = [weight for name, weight in weights.items() if name not in digests]
             with observer.stage("quantizing", len(others)) as advance:
                 for weight in others:
                     _requantize(adapter, base, weight, out)
                     advance()
+            written = {name: TensorFile(staging / name, "what was written") for name in base.files}
+            in_files = {part: written[file.path.name] for part, file in base.file_of.items()}
+            if task:
+                task.merge(weights, in_files)
+                for name, parts in adjusted(task, weights, stiffness, in_files).items():
+                    digests[name] = _overwrite(base, weights[name], 0, _bytes(parts), out)
             for file in out.values():
                 file.sync()
-        written = {name: TensorFile(staging / name, "what was written") for name in base.files}
-        in_files = {part: written[file.path.name] for part, file in base.file_of.items()}
         with observer.stage("reading back", len(weights)) as advance:
             for weight in weights.values():
                 _prove_requantized(adapter, base, weight, in_files, digests, proof)
@@ -95,7 +103,9 @@ def export_requantized(
         for name, file in base.files.items():
             _prove_copies(file, written[name], touched)
         if task:
-            proof.losses = task.losses(weights, in_files)
+            for weight in weights.values():
+                task.place(weight, weight.read(in_files))
+            proof.losses = task.losses()
             write_json(staging / SURVIVAL, proof.to_dict())
     return proof
 
@@ -169,19 +179,20 @@ def _compensate(
     task: AdaptedTask,
     out: Mapping[str, OpenFile],
     observer: Observer,
-) -> tuple[dict[str, OutputErrors], dict[str, list[str]]]:
+) -> tuple[dict[str, OutputErrors], dict[str, list[str]], dict[str, Stiffness]]:
     """Overwrite some weights' parts in the copy, rounded so that the task's loss notices least.
 
     Returns:
-        For each of them the errors of its outputs, and its parts' digests.
+        For each of them the errors of its outputs, its parts' digests and, if it has scales and
+        biases to move, how stiff they are.
     """
-    errors, digests = {}, {}
+    errors, digests, stiffness = {}, {}, {}
     for group in _groups(weights, task.memory):
         curvatures = task.curvatures(group)
         with observer.stage("rounding", len(group)) as advance:
             for name in group:
                 weight, delta = weights[name], adapter_delta(adapter, name).product()
-                parts = [base.file_of[part].rows(part, 0, weight.rows) for part in weight.parts]
+                parts = weight.read(base.file_of)
                 dense = weight.dense(base.file_of, 0, weight.rows)
                 nearest = weight.nearest(dense + delta)
                 try:
@@ -190,11 +201,12 @@ def _compensate(
                     )
                 except ValueError as error:
                     raise RunError(f"rounding {name} failed: {error}") from None
-                _overwrite(base, weight, 0, rounded.parts, out)
+                digests[name] = _overwrite(base, weight, 0, rounded.parts, out)
                 errors[name] = rounded.outputs
-                digests[name] = [sha256(data).hexdigest() for data in rounded.parts]
+                if rounded.stiffness:
+                    stiffness[name] = rounded.stiffness
                 advance()
-    return errors, digests
+    return errors, digests, stiffness
 
 
 def _requantize(
@@ -215,12 +227,13 @@ def _overwrite(
     start: int,
     parts: Sequence[np.ndarray],
     out: Mapping[str, OpenFile],
-) -> None:
-    """Write some rows of a weight's parts, from row ``start`` on."""
+) -> list[str]:
+    """Write some rows of a weight's parts, from row ``start`` on; returns the parts' digests."""
     for part, data in zip(weight.parts, parts, strict=True):
         file = base.file_of[part]
         place = file.entries[part].start + start * data.shape[1]
         out[file.path.name].write(place, np.ascontiguousarray(data))
+    return [sha256(data).hexdigest() for data in parts]
 
 
 def _bytes(parts: Sequence[mx.array]) -> list[np.ndarray]:
@@ -242,7 +255,7 @@ def _prove_requantized(
     """
 
     def stored(files: Mapping[str, TensorFile], start: int, stop: int) -> list[np.ndarray]:
-        return _bytes([files[part].rows(part, start, stop) for part in weight.parts])
+        return _bytes(weight.read(files, start, stop))
 
     for first, last, name in weight.pieces():
         factors = adapter_delta(adapter, name) if name else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +19,8 @@ from tlora_mlx.data.samples import Sample, draw_samples
 from tlora_mlx.errors import RunError, UserError
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.method.batch import Batch
-from tlora_mlx.method.curvature import Curvature, curvatures
+from tlora_mlx.method.curvature import Curvature, curvatures, slopes
 from tlora_mlx.method.layers import (
-    adapters_off,
     dense_weight,
     detach,
     linear_shape,
@@ -34,6 +33,8 @@ from tlora_mlx.training.memory import end_stage
 from tlora_mlx.training.planning import allowed_memory
 from tlora_mlx.training.setup import enable_grad_checkpoint, read_data
 from tlora_mlx.training.validation import mean_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class AdaptedTask:
 
     Attributes:
         memory: bytes that the modules' curvatures may take.
+        goal: the adapter's loss on the calibration samples, once it is merged.
 
     Args:
         base: the model with the adapter attached.
@@ -115,18 +117,10 @@ class AdaptedTask:
             name: (found[name], linear_shape(getattr(found[name], "linear", found[name])))
             for name in names
         }
-        with self._observer.stage("curvature", len(self._calibration)) as advance:
-            try:
-                curved = curvatures(self._model, modules, self._batches(self._calibration), advance)
-            except ValueError as error:
-                raise RunError(f"rounding failed: {error}") from None
-        end_stage()
-        return curved
+        return self._observed("curvature", curvatures, modules)
 
-    def losses(
-        self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]
-    ) -> TaskLosses:
-        """Measure the base model, the adapter, and the model with the written weights.
+    def merge(self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]) -> None:
+        """Measure the base model and the adapter, and put the written weights in its place.
 
         The adapter is taken off the model for good.
 
@@ -135,27 +129,71 @@ class AdaptedTask:
             written: the file of each tensor that was written, by its name.
         """
         with self._observer.stage("measuring", 3) as advance:
-            adapter = self._loss()
+            self.goal = self.calibration_loss()
             advance()
-            with adapters_off(self._model):
-                base = self._loss()
+            self._adapter = self._loss(self._measured)
             advance()
             detach(self._model)
-            modules = dict(self._model.named_modules())
-            for name, weight in weights.items():
-                if "scales" in modules[name]:
-                    parts = [(part, written[part][part]) for part in weight.parts]
-                else:
-                    dense = weight.dense(written, 0, weight.rows).reshape(weight.shape)
-                    parts = [(f"{name}.weight", mx.array(dense))]
-                self._model.load_weights(parts, strict=False)
-            merged = self._loss()
+            self._base = self._loss(self._measured)
             advance()
+        for weight in weights.values():
+            self.place(weight, weight.read(written))
         end_stage()
-        return TaskLosses(base, adapter, merged, len(self._measured), self._split)
 
-    def _loss(self) -> float:
-        return mean_loss(self._model, self._batches(self._measured))
+    def place(self, weight: StoredWeight, parts: Sequence[mx.array]) -> None:
+        """Give the model a weight as it is stored, by its parts."""
+        module = dict(self._model.named_modules())[weight.name]
+        named = dict(zip(weight.parts, parts, strict=True))
+        if "scales" not in module:
+            dense = weight.dequantized(parts).astype(module.weight.dtype)
+            named = {f"{weight.name}.weight": dense}
+        shaped = [(name, part.reshape(*weight.shape[:-1], -1)) for name, part in named.items()]
+        self._model.load_weights(shaped, strict=False)
+
+    def calibration_loss(self) -> float:
+        """The loss per counted token on the calibration samples, as the model is now."""
+        return self._loss(self._calibration)
+
+    def slopes(
+        self, weights: Mapping[str, StoredWeight], files: Mapping[str, TensorFile]
+    ) -> dict[str, list[mx.array]]:
+        """The gradient of ``calibration_loss`` by scales and biases of the merged model.
+
+        Args:
+            weights: whose, by name.
+            files: the file of each of their tensors, by its name.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        found = dict(self._model.named_modules())
+        modules = {}
+        for name, weight in weights.items():
+            packed, scales, _ = weight.read(files)
+            modules[name] = found[name], weight.grid().levels(packed), scales.shape[1]
+        batches = self._batches(self._calibration)
+        tokens = sum(batch.counts[:, 1:].sum().item() for batch in batches)
+        gradients = self._observed("adjusting", slopes, modules)
+        return {name: [part / tokens for part in parts] for name, parts in gradients.items()}
+
+    def losses(self) -> TaskLosses:
+        """Measure the model as it is now; the others have been measured by ``merge``."""
+        merged = self._loss(self._measured)
+        end_stage()
+        return TaskLosses(self._base, self._adapter, merged, len(self._measured), self._split)
+
+    def _observed(self, stage: str, measure: Callable[..., T], modules: Mapping[str, Any]) -> T:
+        """What ``measure`` finds at some modules on the calibration samples."""
+        with self._observer.stage(stage, len(self._calibration)) as advance:
+            try:
+                found = measure(self._model, modules, self._batches(self._calibration), advance)
+            except ValueError as error:
+                raise RunError(f"rounding failed: {error}") from None
+        end_stage()
+        return found
+
+    def _loss(self, samples: Sequence[Sample]) -> float:
+        return mean_loss(self._model, self._batches(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[Batch]:
         size, length = self._config.batch_size, self._config.max_seq_length

@@ -1,4 +1,4 @@
-"""The curvature of the loss at each module's weights, as two factors: of its inputs and outputs.
+"""The loss around each module's weights: its curvature, as two factors, and its slopes.
 
 To second order, an error E in a module's weights W raises the loss by tr(O·E·I·Eᵀ)/2 (Kronecker
 factors of the empirical Fisher information). Like sensitivities, the factors come out of the
@@ -7,7 +7,7 @@ backward pass as the "gradients" of parameters of a probe (``method.calibration`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -49,35 +49,89 @@ class Curvature(NamedTuple):
         return Curvature(*found), divisor
 
 
-class _CurvatureProbe(nn.Module):
-    """Computes what ``module`` computes, and the factors' strips in the backward pass."""
+class Tap(NamedTuple):
+    """What a backward pass sums up at one module.
 
-    def __init__(self, module: nn.Module, shape: tuple[int, int], lengths: list[int]):
+    Attributes:
+        module: computes y (batch, T, out) from x (batch, T, in).
+        zeros: the sums to start from.
+        reduce: what a batch adds to them, given x (N, in) and δ (N, out) of all its tokens,
+            float32.
+    """
+
+    module: nn.Module
+    zeros: list[mx.array]
+    reduce: Callable[[mx.array, mx.array], list[mx.array]]
+
+
+class _Probe(nn.Module):
+    """Computes what a tapped module computes, and its sums in the backward pass."""
+
+    def __init__(self, tap: Tap, lengths: list[int]):
         super().__init__()
-        self.module = module
-        self.outputs, self.inputs = (zero_strips(size) for size in shape)
-        self._lengths = lengths
+        self.module, self.sums = tap.module, tap.zeros
+        self._lengths, self._reduce = lengths, tap.reduce
         self.module.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         lengths = self._lengths
 
         @mx.custom_function
-        def tap(y, x, *strips):
+        def tap(y, x, *sums):
             return y
 
         @tap.vjp
         def _(primals, delta, _output):
             x = primals[1]
-            ds, xs = (
+            tokens = (
                 mx.concatenate([part[n, :t] for n, t in enumerate(lengths)]).astype(mx.float32)
-                for part in (delta, x)
+                for part in (x, delta)
             )
-            weighted = xs * mx.sqrt((ds * ds).sum(axis=1, keepdims=True))
-            return delta, mx.zeros_like(x), *gram_strips(weighted), *gram_strips(ds)
+            return delta, mx.zeros_like(x), *self._reduce(*tokens)
 
-        y = self.module(x)
-        return tap(y, mx.stop_gradient(x), *self.inputs, *self.outputs)
+        return tap(self.module(x), mx.stop_gradient(x), *self.sums)
+
+
+def summed(
+    model: nn.Module,
+    taps: Mapping[str, Tap],
+    batches: Iterable[Batch],
+    advance: Advance = no_advance,
+) -> dict[str, list[mx.array]]:
+    """Run the samples through the model once, forwards and backwards; weights stay untouched.
+
+    Args:
+        model: the model, adapters and all; it is frozen on return.
+        taps: what is summed up, by the modules' full names.
+        batches: as for ``calibrate``.
+        advance: called with each finished batch's number of samples.
+
+    Returns:
+        Each module's sums over all samples' tokens, evaluated.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+    sums: dict[str, list[mx.array]] = {}
+    plain = {name: tap.module for name, tap in taps.items()}
+    samples, training = 0, model.training
+    model.freeze()
+    separable = has_separable_output(model, plain)
+    try:
+        for batch in batches:
+            lengths = batch.lengths.tolist()
+            replace_modules(model, {name: _Probe(tap, lengths) for name, tap in taps.items()})
+            gradients = backward(model, batch, samples, separable)
+            for name in reversed(taps):
+                found = [gradients.pop(f"{name}.sums.{i}") for i in range(len(taps[name].zeros))]
+                sums[name] = tree_map(mx.add, sums[name], found) if name in sums else found
+                mx.eval(sums[name])
+            samples += len(lengths)
+            advance(len(lengths))
+    finally:
+        replace_modules(model, plain)
+        model.train(training)
+    return sums
 
 
 def curvatures(
@@ -86,52 +140,60 @@ def curvatures(
     batches: Iterable[Batch],
     advance: Advance = no_advance,
 ) -> dict[str, Curvature]:
-    """Run the samples through the model once, forwards and backwards; weights stay untouched.
+    """Each module's factors, evaluated; the arguments are those of ``summed``.
 
     Args:
-        model: the model, adapters and all; it is frozen on return.
         modules: what is measured, by full name, with (out, in).
-        batches: as for ``calibrate``.
-        advance: called with each finished batch's number of samples.
-
-    Returns:
-        Each module's factors, evaluated, summed over all samples' tokens.
 
     Raises:
         ValueError: a loss is not finite.
     """
-    sums: dict[str, dict[str, list[mx.array]]] = {}
-    plain = {name: module for name, (module, _) in modules.items()}
-    samples, training = 0, model.training
-    model.freeze()
-    separable = has_separable_output(model, plain)
-    try:
-        for batch in batches:
-            lengths = batch.lengths.tolist()
-            probes = {
-                name: _CurvatureProbe(module, shape, lengths)
-                for name, (module, shape) in modules.items()
-            }
-            replace_modules(model, probes)
-            gradients = backward(model, batch, samples, separable)
-            for name in reversed(probes):
-                found = {
-                    part: [
-                        gradients.pop(f"{name}.{part}.{i}")
-                        for i in range(len(getattr(probes[name], part)))
-                    ]
-                    for part in ("inputs", "outputs")
-                }
-                sums[name] = tree_map(mx.add, sums[name], found) if name in sums else found
-                mx.eval(sums[name])
-            samples += len(lengths)
-            advance(len(lengths))
-    finally:
-        replace_modules(model, plain)
-        model.train(training)
+
+    def reduce(x: mx.array, delta: mx.array) -> list[mx.array]:
+        weighted = x * mx.sqrt((delta * delta).sum(axis=1, keepdims=True))
+        return [*gram_strips(weighted), *gram_strips(delta)]
+
+    taps = {
+        name: Tap(module, [*zero_strips(shape[1]), *zero_strips(shape[0])], reduce)
+        for name, (module, shape) in modules.items()
+    }
+    sums = summed(model, taps, batches, advance)
     factors = {}
     for name in list(sums):
-        parts = sums.pop(name)
-        factors[name] = Curvature(from_strips(parts["inputs"]), from_strips(parts["outputs"]))
+        strips, of_inputs = sums.pop(name), len(zero_strips(modules[name][1][1]))
+        factors[name] = Curvature(from_strips(strips[:of_inputs]), from_strips(strips[of_inputs:]))
         mx.eval(factors[name])
     return factors
+
+
+def slopes(
+    model: nn.Module,
+    modules: Mapping[str, tuple[nn.Module, mx.array, int]],
+    batches: Iterable[Batch],
+    advance: Advance = no_advance,
+) -> dict[str, list[mx.array]]:
+    """The loss's gradient by each module's scales and biases, where W = level · scale + bias.
+
+    The other arguments are those of ``summed``.
+
+    Args:
+        modules: by full name, with its levels (out, in) and the number of groups in a row.
+
+    Returns:
+        By scales and by biases, (out, groups) float32, of the loss summed over all tokens.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+
+    def tap(module: nn.Module, levels: mx.array, groups: int) -> Tap:
+        shape = levels.shape[0], groups
+
+        def reduce(x: mx.array, delta: mx.array) -> list[mx.array]:
+            by_weight = (delta.T @ x).reshape(*shape, -1)
+            return [(by_weight * levels.reshape(by_weight.shape)).sum(-1), by_weight.sum(-1)]
+
+        return Tap(module, [mx.zeros(shape)] * 2, reduce)
+
+    taps = {name: tap(*found) for name, found in modules.items()}
+    return summed(model, taps, batches, advance)
