@@ -11,10 +11,10 @@ import pytest
 from helpers.commands import assert_one_sentence, quick_train
 from helpers.models import ROWS, save_model, write_jsonl
 
-from tlora_mlx import load_base_model, target_linears
+from tlora_mlx import load_adapter, load_base_model, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
-from tlora_mlx.merging import rounding, task
+from tlora_mlx.merging import requantize, rounding, task
 from tlora_mlx.merging.compensation import round_module
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.refitting import refitted, weighted_error
@@ -282,19 +282,36 @@ def test_the_command(trained, tmp_path, tlora_here):
     assert (tmp_path / "ours/config.json").read_text() == (place / "4bit/config.json").read_text()
 
 
-def loss_of(base, place):
-    """The mean loss per counted token on the validation rows."""
+def loss_of(base, place, split="valid"):
+    """The mean loss per counted token on the rows of a split."""
     from tlora_mlx.config.data_options import DataConfig
     from tlora_mlx.training.setup import read_data
     from tlora_mlx.training.validation import mean_loss
 
     data, _ = read_data(DataConfig(model=str(place / "4bit"), data=str(place / "data")))
-    return mean_loss(base.model, batches_in_order(data["valid"].samples, 4, 2048))
+    return mean_loss(base.model, batches_in_order(data[split].samples, 4, 2048))
 
 
 def target_weights(path):
     targets = target_linears(load_base_model(str(path)).model)
     return {name: np.array(dense_weight(linear)) for name, linear in targets.items()}
+
+
+def test_adjusting(trained, tmp_path, tlora_here, monkeypatch):
+    """It takes the loss on the samples to round by towards the adapter's, changing scales only."""
+    run, place = trained
+    goal = loss_of(load_adapter(run), place, "train")
+    assert export(tlora_here, run, tmp_path / "adjusted").returncode == 0
+    monkeypatch.setattr(requantize, "adjusted", lambda *_: {})
+    assert export(tlora_here, run, tmp_path / "rounded").returncode == 0
+    files = [str(tmp_path / name) for name in ("rounded", "adjusted")]
+    rounded, adjusted = (loss_of(load_base_model(file), place, "train") for file in files)
+    assert rounded > goal
+    assert abs(adjusted - goal) < 0.3 * (rounded - goal)
+    before, after = (mx.load(f"{file}/model.safetensors") for file in files)
+    changed = {name for name in before if not mx.array_equal(before[name], after[name])}
+    assert changed
+    assert {name.rsplit(".", 1)[1] for name in changed} <= {"scales", "biases"}
 
 
 def test_without_the_data(trained, tmp_path, tlora_here):

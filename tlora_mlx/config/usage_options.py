@@ -110,6 +110,9 @@ class ReportCommand(Config):
         0, "also show how base model and adapter continue N validation prompts", at_least=0
     )
     max_tokens: int = option(120, "at most N tokens per sample", at_least=1)
+    merged: str | None = option(
+        None, "also show what is left of the adapter in this model, made by export --quantize"
+    )
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
 

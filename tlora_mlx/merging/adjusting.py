@@ -1,15 +1,17 @@
-"""Scales and biases moved once more, until the loss is what it was with the adapter.
+"""Scales and biases moved once more, towards the adapted model and its loss.
 
-What rounding leaves of an error is small in the metric of the loss, but while the adapter could
-still learn, the loss falls along its deltas, so that losing a tenth of them costs a tenth of what
-was learnt. One step of gradient descent on the rounded model's scales and biases makes up for it.
+First back: along the difference of the loss's gradients at the rounded and at the adapted model,
+down to where the loss without its slope at the adapted model is least; that is how far apart the
+two are, whatever the loss itself. Then on: while an adapter could still learn, the loss falls along
+its deltas, so that the little that is lost of them costs as much of what was learnt. One step
+against the gradient at the adapted model makes up for it, until the loss is the adapter's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -26,6 +28,10 @@ if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
 # As a share of the factors' mean diagonals: the step goes far, so little is left to directions in
 # which the samples happen to show no curvature.
 DAMPING = 1.0
+# The first length to try of the step back; each group's own curvature is a small part of what is
+# between all of them, so the whole length is far too long.
+FIRST = 0.1
+TRIES = 3
 
 
 class Stiffness(NamedTuple):
@@ -74,78 +80,120 @@ class Stiffness(NamedTuple):
 def adjusted(
     task: AdaptedTask,
     weights: Mapping[str, StoredWeight],
-    stiffness: Mapping[str, Stiffness],
+    stiffness: dict[str, Stiffness],
     files: Mapping[str, TensorFile],
 ) -> dict[str, list[mx.array]]:
-    """One step of scales and biases from the merged model to the adapter's loss.
+    """Merge the rounded weights, and move their scales and biases towards the adapted model.
 
     Args:
-        task: merged (``AdaptedTask.merge``); its model is changed.
-        weights: the weights by name.
-        stiffness: of those whose scales and biases move.
+        task: with the adapter attached; on return its model is merged.
+        weights: the adapted weights by name.
+        stiffness: of those whose scales and biases move; it is emptied.
         files: the file of each stored tensor, by its name.
 
     Returns:
-        The parts of those weights, in the file's order; empty if there is nothing to gain.
+        The parts of the weights that have moved, in the file's order; empty if none has.
 
     Raises:
         RunError: the loss is not finite.
     """
     moved = {name: weights[name] for name in stiffness}
-    loss, goal = task.calibration_loss(), task.goal
-    if not (moved and loss > goal):
-        return {}
-    gradients = task.slopes(moved, files)
-    steps = {name: stiffness[name].step(*gradients[name]) for name in moved}
-    slope = sum(
-        (gradient * step).sum().item()
-        for name in moved
-        for gradient, step in zip(gradients.pop(name), steps[name], strict=True)
-    )
+    wanted = task.slopes(moved, files) if moved else {}
+    task.merge(weights, files)
+    found = task.slopes(moved, files) if moved else {}
+    back, on, slope, tilt, fall = {}, {}, 0.0, 0.0, 0.0
+    for name in moved:
+        stiff, to, at = stiffness.pop(name), wanted.pop(name), found.pop(name)
+        back[name] = stiff.step(*(x - y for x, y in zip(at, to, strict=True)))
+        on[name] = stiff.step(*to)
+        mx.eval(back[name], on[name])
+        tilt += _product(to, back[name]) / task.tokens
+        slope += _product(at, back[name]) / task.tokens
+        fall += _product(to, on[name]) / task.tokens
 
-    def at(length: float) -> dict[str, list[mx.array]]:
-        found = {}
+    def parts_at(backward: float, onward: float) -> dict[str, list[mx.array]]:
+        parts = {}
         for name, weight in moved.items():
-            levels, *others = weight.read(files)
-            found[name] = [levels, *map(partial(_moved, length), others, steps[name])]
-        return found
+            levels, *values = weight.read(files)
+            for i, steps in enumerate(zip(back[name], on[name], strict=True)):
+                change = backward * steps[0] + onward * steps[1]
+                values[i] = (values[i].astype(mx.float32) + change).astype(values[i].dtype)
+            parts[name] = [levels, *values]
+        return parts
 
-    def loss_at(length: float) -> float:
-        for name, parts in at(length).items():
+    @cache
+    def loss_at(backward: float, onward: float) -> float:
+        for name, parts in parts_at(backward, onward).items():
             task.place(weights[name], parts)
         return task.calibration_loss()
 
-    length = length_to(goal, loss, slope, loss_at)
-    return at(length) if length else {}
+    def tilted(length: float) -> float:
+        return loss_at(length, 0.0) - length * tilt
+
+    backward = lowest(tilted(0.0), slope - tilt, tilted, FIRST) if moved else 0.0
+    onward = 0.0
+    if moved and (loss := loss_at(backward, 0.0)) > task.goal and fall < 0:
+        guess = (task.goal - loss) / fall
+        onward = reaching(task.goal, loss, partial(loss_at, backward), guess)
+    return parts_at(backward, onward) if backward or onward else {}
 
 
-def _moved(length: float, values: mx.array, step: mx.array) -> mx.array:
-    """Scales or biases some way along their step, rounded to their dtype."""
-    return (values.astype(mx.float32) + length * step).astype(values.dtype)
+def _product(gradients: Sequence[mx.array], steps: Sequence[mx.array]) -> float:
+    """The derivative of the loss along a step."""
+    return sum((g * s).sum().item() for g, s in zip(gradients, steps, strict=True))
 
 
-def length_to(goal: float, loss: float, slope: float, loss_at: Callable[[float], float]) -> float:
-    """How far to go along a step until the loss has fallen to ``goal``, or as far as it falls.
+def lowest(loss: float, slope: float, loss_at: Callable[[float], float], length: float) -> float:
+    """How far to go along a step for the lowest loss: where parabolas have their lowest points.
 
-    The first guess is by the slope, the second by the parabola through the first; the one closer to
-    the goal is taken, if the loss is lower there than at the start.
+    Args:
+        loss: at the start.
+        slope: its derivative by the length there.
+        loss_at: computes the loss.
+        length: the first guess.
+
+    Returns:
+        The best of the lengths tried, or 0.
+    """
+    tried = {0.0: loss}
+    for _ in range(TRIES):
+        tried[length] = loss_at(length)
+        bend = (tried[length] - loss - slope * length) / length**2
+        if not (slope < 0 < bend):
+            break
+        length = -slope / (2 * bend)
+        if length in tried:
+            break
+    return min(tried, key=lambda x: tried[x] if tried[x] <= loss else math.inf)
+
+
+def reaching(goal: float, loss: float, loss_at: Callable[[float], float], length: float) -> float:
+    """How far to go along a step until the loss has fallen to ``goal``.
+
+    Small steps may do less than the slope says, since scales are rounded to their dtype: after the
+    first guess twice as far, and from a try that is beyond the goal back to where it should be.
 
     Args:
         goal: a lower loss.
         loss: at the start.
-        slope: its derivative by the length.
         loss_at: computes the loss.
+        length: the first guess.
+
+    Returns:
+        The length of those tried whose loss is closest to the goal, and not above ``loss``; or 0.
     """
     tried = {0.0: loss}
-    length = (goal - loss) / slope if slope < 0 else 0.0
-    for _ in range(2):
-        if length in tried or not math.isfinite(length):
-            break
+    for _ in range(TRIES):
+        before = min(tried.values())
         tried[length] = loss_at(length)
-        bend = (tried[length] - loss - slope * length) / length**2
-        if not bend > 0:
+        if beyond := [x for x in tried if tried[x] < goal]:
+            right = min(beyond)
+            left = max(x for x in tried if x < right)
+            share = (tried[left] - goal) / (tried[left] - tried[right])
+            length = left + share * (right - left)
+        elif tried[length] < before:
+            length *= 2
+        else:
             break
-        beyond = slope**2 - 4 * bend * (loss - goal)
-        length = (-slope - math.sqrt(max(beyond, 0.0))) / (2 * bend)
-    lower = [length for length in tried if tried[length] <= loss]
-    return min(lower, key=lambda length: abs(tried[length] - goal))
+    lower = [x for x in tried if tried[x] <= loss]
+    return min(lower, key=lambda x: abs(tried[x] - goal))

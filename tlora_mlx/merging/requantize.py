@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -17,20 +16,18 @@ from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import RunError, UserError, counted
+from tlora_mlx.evaluation.survival import Survival, TaskLosses
 from tlora_mlx.merging.adjusting import Stiffness, adjusted
 from tlora_mlx.merging.compensation import OutputErrors, round_module
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.storage.blocks import OpenFile, blocks, segments
-from tlora_mlx.storage.files import Finish, copy_file, new_directory, write_json
+from tlora_mlx.storage.files import Finish, copy_file, new_directory
 from tlora_mlx.storage.safetensors import TensorFile
 
 if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
-    from tlora_mlx.merging.task import AdaptedTask, TaskLosses
-
-# What was measured, in the directory of an export that was rounded by the task.
-SURVIVAL = "survival.json"
+    from tlora_mlx.merging.task import AdaptedTask
 
 
 def export_requantized(
@@ -90,7 +87,6 @@ def export_requantized(
             written = {name: TensorFile(staging / name, "what was written") for name in base.files}
             in_files = {part: written[file.path.name] for part, file in base.file_of.items()}
             if task:
-                task.merge(weights, in_files)
                 for name, parts in adjusted(task, weights, stiffness, in_files).items():
                     digests[name] = _overwrite(base, weights[name], 0, _bytes(parts), out)
             for file in out.values():
@@ -106,7 +102,7 @@ def export_requantized(
             for weight in weights.values():
                 task.place(weight, weight.read(in_files))
             proof.losses = task.losses()
-            write_json(staging / SURVIVAL, proof.to_dict())
+            proof.survival().write(staging)
     return proof
 
 
@@ -150,12 +146,10 @@ class QuantizedProof(Proof):
             f"{self.outputs[worst].relative:.2g} in {worst}{others}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """What ``survival.json`` holds."""
-        return {
-            "losses": asdict(self.losses) | {"kept": self.losses.kept},
-            "relative_output_errors": {n: e.relative for n, e in self.outputs.items()},
-        }
+    def survival(self) -> Survival:
+        """What ``survival.json`` holds; the losses must have been measured."""
+        errors = {name: found.relative for name, found in self.outputs.items()}
+        return Survival(self.losses, errors, sorted(self.modules.keys() - errors.keys()))
 
 
 def _groups(weights: Mapping[str, StoredWeight], memory: int) -> Iterator[list[str]]:

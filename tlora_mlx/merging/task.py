@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from tlora_mlx.config.training_options import PlanConfig, TrainConfig
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample, draw_samples
 from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.evaluation.survival import TaskLosses
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.curvature import Curvature, curvatures, slopes
@@ -37,47 +38,13 @@ from tlora_mlx.training.validation import mean_loss
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class TaskLosses:
-    """What is left of an adapter's effect, in nats per counted token of the same samples.
-
-    Attributes:
-        base: the loss without the adapter.
-        adapter: with it, in full precision.
-        merged: of what was written.
-        samples: how many samples were measured.
-        split: of which split they are.
-    """
-
-    base: float
-    adapter: float
-    merged: float
-    samples: int
-    split: str
-
-    @property
-    def kept(self) -> float | None:
-        """The share of the improvement that is left; None if the adapter improves nothing."""
-        gained = self.base - self.adapter
-        return (self.base - self.merged) / gained if gained > 0 else None
-
-    def summary(self) -> str:
-        """For the user, without a full stop."""
-        losses = (
-            f"loss {self.base:.4f} without the adapter, {self.adapter:.4f} with it, "
-            f"{self.merged:.4f} merged, on {self.samples} {self.split} samples"
-        )
-        if self.kept is None:
-            return f"the adapter does not improve the {losses}"
-        return f"{self.kept:.1%} of the adapter's improvement is left ({losses})"
-
-
 class AdaptedTask:
     """An adapter on its quantized model, and the samples that say what matters.
 
     Attributes:
         memory: bytes that the modules' curvatures may take.
-        goal: the adapter's loss on the calibration samples, once it is merged.
+        tokens: how many of the calibration samples' tokens count.
+        goal: the adapter's loss per token on them, once it is merged.
 
     Args:
         base: the model with the adapter attached.
@@ -105,6 +72,8 @@ class AdaptedTask:
         self._is_dense = mx.default_device() == mx.Device(mx.cpu)
         if self._is_dense:
             make_dense(self._model)
+        batches = self._batches(calibration)
+        self.tokens = sum(int(batch.counts[:, 1:].sum().item()) for batch in batches)
 
     def curvatures(self, names: Collection[str]) -> dict[str, Curvature]:
         """The curvature of the loss at some modules of the adapted model.
@@ -157,7 +126,10 @@ class AdaptedTask:
     def slopes(
         self, weights: Mapping[str, StoredWeight], files: Mapping[str, TensorFile]
     ) -> dict[str, list[mx.array]]:
-        """The gradient of ``calibration_loss`` by scales and biases of the merged model.
+        """The gradient by scales and biases, as the model is now, of the calibration samples' loss.
+
+        It is summed over their ``tokens``. With the adapter, it is that of the model whose
+        difference from the stored weights is constant.
 
         Args:
             weights: whose, by name.
@@ -171,10 +143,7 @@ class AdaptedTask:
         for name, weight in weights.items():
             packed, scales, _ = weight.read(files)
             modules[name] = found[name], weight.grid().levels(packed), scales.shape[1]
-        batches = self._batches(self._calibration)
-        tokens = sum(batch.counts[:, 1:].sum().item() for batch in batches)
-        gradients = self._observed("adjusting", slopes, modules)
-        return {name: [part / tokens for part in parts] for name, parts in gradients.items()}
+        return self._observed("adjusting", slopes, modules)
 
     def losses(self) -> TaskLosses:
         """Measure the model as it is now; the others have been measured by ``merge``."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.data.sources import names_of
-from tlora_mlx.merging.requantize import SURVIVAL
+from tlora_mlx.errors import counted
+from tlora_mlx.evaluation.survival import read_survival
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.models.model_directory import front_matter
 from tlora_mlx.publishing.instructions import EXPORTS, Export
@@ -16,7 +17,7 @@ from tlora_mlx.reporting.charts import is_finite
 from tlora_mlx.reporting.plan_grid import experts_summed, plan_cell, plan_grid
 from tlora_mlx.runs.metrics import read_lines
 from tlora_mlx.runs.run_directory import METRICS
-from tlora_mlx.storage.files import read_json, write_text
+from tlora_mlx.storage.files import write_text
 from tlora_mlx.storage.foreign import file_in
 from tlora_mlx.storage.hub_names import is_repository
 
@@ -153,32 +154,36 @@ def _plan(plan: RankPlan) -> list[str]:
 
 def _survival(directory: Path) -> list[str]:
     """What is left of the adapter in a model that was rounded by the task; empty for others."""
-    if not (directory / SURVIVAL).exists():
+    survival = read_survival(directory)
+    if survival is None:
         return []
-    measured = read_json(directory / SURVIVAL, "what the export keeps")
-    losses, errors = measured["losses"], measured["relative_output_errors"]
-    kept = "" if losses["kept"] is None else f"{losses['kept']:.1%} of the improvement is left. "
-    worst = sorted(errors, key=errors.get, reverse=True)[:5]
-    return [
+    losses, errors = survival.losses, survival.output_errors
+    kept = "" if losses.kept is None else f"{losses.kept:.1%} of the improvement is left. "
+    losses_of = {
+        "without the adapter": losses.base,
+        "with the adapter, in full precision": losses.adapter,
+        "this model": losses.merged,
+    }
+    parts = [
         "## What is left of the adapter\n",
         f"{kept}The weights are quantized, with errors that make up for each other where the "
-        f"task's loss depends on them. Measured on {losses['samples']} {losses['split']} samples, "
+        f"task's loss depends on them. Measured on {losses.samples} {losses.split} samples, "
         "in nats per token:\n",
-        _table(
-            ["model", "loss"],
-            [
-                [name, f"{losses[key]:.4f}"]
-                for name, key in (
-                    ("without the adapter", "base"),
-                    ("with the adapter, in full precision", "adapter"),
-                    ("this model", "merged"),
-                )
-            ],
-        ),
-        "The modules with the largest errors of their outputs, relative to what the adapter "
-        "changes in them and weighted by what the loss depends on:\n",
-        _table(["module", "error"], [[f"`{name}`", f"{errors[name]:.3f}"] for name in worst]),
+        _table(["model", "loss"], [[name, f"{loss:.4f}"] for name, loss in losses_of.items()]),
     ]
+    if plain := len(survival.rounded_to_nearest):
+        every = plain + len(errors)
+        parts.append(
+            f"Rounded to nearest, not by the task: {plain} of {counted(every, 'module')} (experts, "
+            "or not quantized).\n"
+        )
+    if worst := sorted(errors, key=errors.get, reverse=True)[:5]:
+        parts += [
+            "The modules in whose outputs rounding made the largest errors, relative to what the "
+            "adapter changes in them and weighted by what the loss depends on:\n",
+            _table(["module", "error"], [[f"`{name}`", f"{errors[name]:.3f}"] for name in worst]),
+        ]
+    return parts
 
 
 def _is_derived(adapter: Adapter) -> bool:
@@ -215,8 +220,8 @@ def _training(adapter: Adapter) -> list[str]:
     if data:
         counts = [r["trained_tokens"] for r in reports if is_finite(r.get("trained_tokens"))]
         tokens = max(counts, default=0)
-        counted = f"; {tokens:,} tokens counted in the loss" if tokens else ""
-        parts.append(f"Data: {', '.join(map(_data_link, data))}{counted}.\n")
+        learnt = f"; {tokens:,} tokens counted in the loss" if tokens else ""
+        parts.append(f"Data: {', '.join(map(_data_link, data))}{learnt}.\n")
     if losses := _losses(reports):
         parts.append(_table(["loss (nats per token)", "iteration", "value"], losses))
     settings = [

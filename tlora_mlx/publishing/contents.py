@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tlora_mlx.merging.requantize import SURVIVAL
+from tlora_mlx.evaluation.survival import SURVIVAL
 from tlora_mlx.models.model_directory import MODEL_FILES
 from tlora_mlx.publishing.card import CARD, PICTURE
 from tlora_mlx.storage.foreign import file_in

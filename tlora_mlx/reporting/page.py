@@ -22,6 +22,7 @@ from tlora_mlx.runs.rates import RateSearch
 
 if TYPE_CHECKING:
     from tlora_mlx.adapters.adapter import Adapter
+    from tlora_mlx.evaluation.survival import Survival
     from tlora_mlx.method.energy import CapturedEnergy
 
 Reports = Sequence[Mapping[str, Any]]
@@ -44,6 +45,7 @@ def page(
     evaluations: Sequence[Evaluation],
     samples: Sequence[Completion],
     rates: RateSearch | None = None,
+    survival: Survival | None = None,
 ) -> str:
     """Write the whole page.
 
@@ -54,6 +56,7 @@ def page(
         evaluations: what to show under "Evaluation", with the samples of each.
         samples: prompts from the run's own data.
         rates: how the learning rate was found, if it was not given.
+        survival: what is left of the adapter in a quantized export; None: leave it out.
 
     Returns:
         HTML in which everything from the run is escaped.
@@ -65,9 +68,9 @@ def page(
         name=adapter.directory.resolve().name,
         model=_without_place(adapter.model),
         data=", ".join(map(_without_place, names_of(adapter.config.get("data")))) or "unknown data",
-        cards=_cards(adapter, reports),
+        cards=_cards(adapter, reports) + _survival_cards(survival),
         energies_known=bool(energies),
-        heat_maps=_heat_maps(adapter, energies),
+        heat_maps=_heat_maps(adapter, energies, survival),
         charts=_charts(reports) + _rate_charts(rates),
         metrics=metric_rows(evaluations) if evaluations else None,
         watched=_watched(reports),
@@ -131,6 +134,21 @@ def _cards(adapter: Adapter, reports: Reports) -> list[_Card]:
     return cards
 
 
+def _survival_cards(survival: Survival | None) -> list[_Card]:
+    if survival is None:
+        return []
+    losses = survival.losses
+    kept = "–" if losses.kept is None else f"{losses.kept:.1%}"
+    return [
+        _Card(kept, "of the improvement left, quantized again"),
+        _Card(
+            f"{losses.base:.3f} → {losses.merged:.3f}",
+            f"loss on {losses.samples} {losses.split} samples, base → quantized again; "
+            f"adapter {losses.adapter:.3f}",
+        ),
+    ]
+
+
 def loss_chart(reports: Reports) -> Markup | None:
     """Training and validation loss over iterations; None if there are none."""
     losses = {
@@ -165,7 +183,9 @@ def _rate_charts(rates: RateSearch | None) -> list[Markup]:
     return [line_chart({label: tried}, "learning rate, as a power of ten", label)]
 
 
-def _heat_maps(adapter: Adapter, energies: Mapping[str, CapturedEnergy]) -> list[Markup]:
+def _heat_maps(
+    adapter: Adapter, energies: Mapping[str, CapturedEnergy], survival: Survival | None
+) -> list[Markup]:
     plan = adapter.plan
     rows, columns, names = plan_grid(plan)
 
@@ -190,6 +210,10 @@ def _heat_maps(adapter: Adapter, energies: Mapping[str, CapturedEnergy]) -> list
         if found is None or found.beyond is None:
             return None
         return found.beyond, f"{found.beyond:.1%}" + f" ({found.leading})" * (found.leading > 0)
+
+    def output_error(name: str, module: ModulePlan) -> tuple[float, str] | None:
+        error = survival.output_errors.get(name)
+        return None if error is None else (error, f"{error:.2f}")
 
     def drawn(
         title: str,
@@ -218,6 +242,9 @@ def _heat_maps(adapter: Adapter, energies: Mapping[str, CapturedEnergy]) -> list
     if any(found.leading for found in energies.values()):
         title = "of the energy behind the leading directions (their number) of W·C, what A captures"
         maps.append(drawn(title, beyond))
+    if survival:
+        title = "quantized again: error of the outputs by rounding, of what the adapter changes"
+        maps.append(drawn(title, output_error))
     return maps
 
 

@@ -15,6 +15,7 @@ from tlora_mlx.data.reading import read_rows, tokenize_rows
 from tlora_mlx.errors import UserError, first_line
 from tlora_mlx.evaluation.evaluate import RESULTS, SUMMARY
 from tlora_mlx.evaluation.subject import Subject
+from tlora_mlx.evaluation.survival import SURVIVAL, Survival, read_survival
 from tlora_mlx.method.energy import CapturedEnergy
 from tlora_mlx.method.layers import adapters_off
 from tlora_mlx.observer import SILENT, Observer
@@ -53,8 +54,20 @@ def report(config: ReportCommand, observer: Observer = SILENT) -> Path:
     evaluations = read_evaluations(run.directory)
     samples = generated(run, config, observer) if config.samples else []
     rates = read_rates(run.directory / RATES)
-    write_text(output, page(run, reports, energies, evaluations, samples, rates))
+    survival = _read_survival(user_path(config.merged)) if config.merged else None
+    write_text(output, page(run, reports, energies, evaluations, samples, rates, survival))
     return output
+
+
+def _read_survival(directory: Path) -> Survival:
+    """What a quantized export keeps."""
+    survival = read_survival(directory)
+    if survival is None:
+        raise UserError(
+            f"--merged {directory} has no {SURVIVAL}: it must be what export --format merged "
+            "--quantize wrote, rounded by the task"
+        )
+    return survival
 
 
 def _read_energies(path: Path) -> dict[str, CapturedEnergy]:

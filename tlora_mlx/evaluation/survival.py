@@ -1,0 +1,98 @@
+"""What is left of an adapter in a model that was quantized again: measured, and kept in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tlora_mlx.errors import UserError
+from tlora_mlx.storage.files import read_json, write_json
+from tlora_mlx.storage.foreign import file_in
+
+# In the directory of an export that was rounded by the task.
+SURVIVAL = "survival.json"
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """What is left of an adapter's effect, in nats per counted token of the same samples.
+
+    Attributes:
+        base: the loss without the adapter.
+        adapter: with it, in full precision.
+        merged: of what was written.
+        samples: how many samples were measured.
+        split: of which split they are.
+    """
+
+    base: float
+    adapter: float
+    merged: float
+    samples: int
+    split: str
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the improvement that is left; None if the adapter improves nothing."""
+        gained = self.base - self.adapter
+        return (self.base - self.merged) / gained if gained > 0 else None
+
+    def summary(self) -> str:
+        """For the user, without a full stop."""
+        losses = (
+            f"loss {self.base:.4f} without the adapter, {self.adapter:.4f} with it, "
+            f"{self.merged:.4f} merged, on {self.samples} {self.split} samples"
+        )
+        if self.kept is None:
+            return f"the adapter does not improve the {losses}"
+        return f"{self.kept:.1%} of the adapter's improvement is left ({losses})"
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The content of ``survival.json``.
+
+    Attributes:
+        losses: the task's losses.
+        output_errors: for each module that was rounded by the task, the error of its outputs that
+            rounding made, relative to what the adapter changes in them.
+        rounded_to_nearest: the other modules: experts, and weights that are not quantized.
+    """
+
+    losses: TaskLosses
+    output_errors: dict[str, float]
+    rounded_to_nearest: Sequence[str] = field(default_factory=list)
+
+    def write(self, directory: Path) -> None:
+        """Write the file."""
+        content = asdict(self) | {"relative_output_errors": self.output_errors}
+        del content["output_errors"]
+        content["losses"]["kept"] = self.losses.kept
+        write_json(directory / SURVIVAL, content)
+
+
+def read_survival(directory: Path) -> Survival | None:
+    """What ``Survival.write`` wrote; None if the directory has no such file.
+
+    Raises:
+        UserError: it is damaged, or a link to elsewhere.
+    """
+    path = file_in(directory, SURVIVAL)
+    if not path.exists():
+        return None
+    found = read_json(path, "what the export keeps")
+    try:
+        losses = {key: value for key, value in found["losses"].items() if key != "kept"}
+        survival = Survival(
+            TaskLosses(**losses), found["relative_output_errors"], found["rounded_to_nearest"]
+        )
+        numbers = [losses[key] for key in ("base", "adapter", "merged")]
+        if not all(map(math.isfinite, [*numbers, *survival.output_errors.values()])):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(
+            f"{path} does not say what the export keeps; delete it or export again"
+        ) from None
+    return survival
