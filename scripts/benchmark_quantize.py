@@ -97,7 +97,7 @@ class Measurement:
         self._figures = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def row(self) -> list[str]:
-        """Losses, the shares that three ways of merging keep, and seconds."""
+        """Losses, the shares that three ways of merging keep, and seconds of the processor."""
         training = self._figure("training", self._train)
         data = DataConfig(
             model=self._quantized, data=self._args.data, max_seq_length=self._args.max_seq_length
@@ -121,9 +121,9 @@ class Measurement:
         return self._figures[name]
 
     def _train(self, _: str) -> float:
-        """Seconds."""
+        """Seconds of the processor."""
         shutil.rmtree(self._run, ignore_errors=True)
-        start = time.perf_counter()
+        start = time.process_time()
         tlora_mlx.train(
             model=str(self._work / "dense"),
             data=self._args.data,
@@ -137,7 +137,7 @@ class Measurement:
             val_batches=1,
             quiet=True,
         )
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         config = json.loads((self._run / "adapter_config.json").read_text())
         config["model"] = self._quantized
         (self._run / "adapter_config.json").write_text(json.dumps(config))
@@ -158,9 +158,9 @@ class Measurement:
         output = self._work / f"{rounding}-{self._rate:g}"
         shutil.rmtree(output, ignore_errors=True)
         options = {"format": "merged", "quantize": True, "rounding": rounding, "quiet": True}
-        start = time.perf_counter()
+        start = time.process_time()
         tlora_mlx.export(run=str(self._run), output=str(output), **options)
-        self._figures[f"{rounding} seconds"] = time.perf_counter() - start
+        self._figures[f"{rounding} seconds"] = time.process_time() - start
         return self._loss(tlora_mlx.load_base_model(str(output)).model)
 
     def _loss(self, model: nn.Module) -> float:

@@ -302,7 +302,8 @@ def test_adjusting(trained, tmp_path, tlora_here, monkeypatch):
     run, place = trained
     goal = loss_of(load_adapter(run), place, "train")
     assert export(tlora_here, run, tmp_path / "adjusted").returncode == 0
-    monkeypatch.setattr(requantize, "adjusted", lambda *_: {})
+    plain = lambda task, weights, _, files: task.merge(weights, files) or {}  # noqa: E731
+    monkeypatch.setattr(requantize, "adjusted", plain)
     assert export(tlora_here, run, tmp_path / "rounded").returncode == 0
     files = [str(tmp_path / name) for name in ("rounded", "adjusted")]
     rounded, adjusted = (loss_of(load_base_model(file), place, "train") for file in files)
