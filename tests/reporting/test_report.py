@@ -8,6 +8,7 @@ from helpers.commands import val_losses
 from helpers.models import write_jsonl
 
 from tlora_mlx import read_run
+from tlora_mlx.evaluation.survival import Survival, TaskLosses
 
 VOID = {"meta", "line", "polyline"}
 
@@ -75,6 +76,32 @@ def test_the_page(run, tlora_here, tmp_path):
     assert page.text.count("expected") == 2 + 3
     assert "Add 4 and" in page.text  # a validation prompt
     assert "PeftModel.from_pretrained" in page.text
+
+
+def test_what_is_left_in_a_quantized_export(run, tlora_here, tmp_path):
+    first, second = list(read_run(run).plan.adapted())[:2]
+    losses = TaskLosses(base=3.0, adapter=1.0, merged=1.1, samples=48, split="validation")
+    Survival(losses, {first: 0.4567}, [second]).write(tmp_path)
+    assert tlora_here("report", run, "--merged", tmp_path).returncode == 0
+    page = Page((run / "report.html").read_text())
+    for shown in ("95.0%", "3.000 → 1.100", "48 validation samples", "0.46", "quantized again"):
+        assert shown in page.text
+    assert tlora_here("report", run).returncode == 0
+    assert "quantized again" not in Page((run / "report.html").read_text()).text
+    file = tmp_path / "survival.json"
+    whole = json.loads(file.read_text())
+    for damage in (
+        {"losses": {}},
+        {"losses": whole["losses"] | {"merged": None}},
+        {"relative_output_errors": {first: "x"}},
+        {"relative_output_errors": []},
+    ):
+        file.write_text(json.dumps(whole | damage))
+        refused = tlora_here("report", run, "--merged", tmp_path)
+        assert (refused.returncode, "does not say what" in refused.stderr) == (2, True), damage
+    file.unlink()
+    refused = tlora_here("report", run, "--merged", tmp_path)
+    assert (refused.returncode, "has no survival.json" in refused.stderr) == (2, True)
 
 
 def test_a_run_without_reports_and_energies(run, tlora_here, tmp_path):
