@@ -11,7 +11,7 @@ import pytest
 from helpers.commands import assert_one_sentence, quick_train
 from helpers.models import ROWS, save_model, write_jsonl
 
-from tlora_mlx import load_adapter, load_base_model, target_linears
+from tlora_mlx import load_adapter, load_base_model, read_run, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.merging import requantize, rounding, task
@@ -361,3 +361,32 @@ def test_as_on_a_gpu(trained, tmp_path, tlora_here, monkeypatch):
     )
     for key in ("base", "adapter", "merged"):
         assert one[key] == pytest.approx(other[key], rel=1e-3), key
+
+
+def test_experts_are_rounded_to_nearest_and_said_so(tmp_path, tlora_here):
+    """What is not a stack of experts is rounded by the task; of mxfp4, no scale moves."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    original = save_model(tmp_path / "original", "qwen3_moe", **sizes)
+    config = json.loads((original / "config.json").read_text())
+    config |= {"num_experts": 4, "rope_theta": 1e4}  # where mlx-lm looks for them
+    (original / "config.json").write_text(json.dumps(config))
+    settings = {"quantize": True, "q_bits": 4, "q_group_size": 32, "q_mode": "mxfp4"}
+    mlx_lm.convert(str(original), str(tmp_path / "4bit"), **settings)
+    write_jsonl(tmp_path / "data/train.jsonl", ROWS[:4])
+    options = {"target_experts": True, "target_modules": ["v_proj", "down_proj"], "iters": 2}
+    run = quick_train(tmp_path / "4bit", tmp_path / "data", tmp_path / "run", **options)
+    done = export(tlora_here, run, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "out/survival.json").read_text())
+    adapted = read_run(run).plan.adapted()
+    experts = sorted(name for name in adapted if "switch_mlp" in name)
+    assert experts
+    assert measured["rounded_to_nearest"] == experts
+    assert set(measured["relative_output_errors"]) == adapted.keys() - set(experts)
+    said = " ".join(done.stdout.split())
+    assert f"; {len(experts)} modules rounded to nearest (expert, or not quantized)" in said
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"not by the task: {len(experts)} of {len(adapted)} modules" in card
+    # A pass of its own over the same rows, through the stacks as they were written.
+    merged = loss_of(load_base_model(str(tmp_path / "out")), tmp_path, "train")
+    assert merged == pytest.approx(measured["losses"]["merged"], rel=1e-3)
