@@ -259,7 +259,7 @@ def test_the_command(trained, tmp_path, tlora_here):
     losses = measured["losses"]
     said = " ".join(done.stdout.split())
     assert f"{losses['kept']:.1%} of the adapter's improvement is left" in said
-    assert "; 1 module rounded to nearest (expert, or not quantized)" in said
+    assert "; 1 module rounded to nearest (expert, not quantized, or without" in said
     assert 0.9 < losses["kept"] < 1.1
     # A pass of their own over the same rows, with mlx-lm's model.
     base = load_base_model(str(tmp_path / "ours"))
@@ -349,6 +349,19 @@ def test_without_the_data(trained, tmp_path, tlora_here):
     assert_one_sentence(refused, 2, "--data is for --quantize")
 
 
+def test_modules_on_which_no_loss_depends(trained, tmp_path, tlora_here):
+    """With one token to attend to, queries and keys change nothing."""
+    run, _ = trained
+    write_jsonl(tmp_path / "data/train.jsonl", [{"text": "a"}])
+    done = export(tlora_here, run, tmp_path / "out", "--data", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "out/survival.json").read_text())
+    plain, by_task = measured["rounded_to_nearest"], measured["relative_output_errors"]
+    adapted = read_run(run).plan.adapted()
+    assert set(plain) == {n for n in adapted if n.endswith(("q_proj", "k_proj"))}
+    assert set(by_task) == adapted.keys() - set(plain)
+
+
 def test_as_on_a_gpu(trained, tmp_path, tlora_here, monkeypatch):
     """Through quantized products, as on a Mac: the same rounding, nearly, and the same losses."""
     run, _ = trained
@@ -384,7 +397,7 @@ def test_experts_are_rounded_to_nearest_and_said_so(tmp_path, tlora_here):
     assert measured["rounded_to_nearest"] == experts
     assert set(measured["relative_output_errors"]) == adapted.keys() - set(experts)
     said = " ".join(done.stdout.split())
-    assert f"; {len(experts)} modules rounded to nearest (expert, or not quantized)" in said
+    assert f"; {len(experts)} modules rounded to nearest (expert, " in said
     card = (tmp_path / "out/README.md").read_text()
     assert f"not by the task: {len(experts)} of {len(adapted)} modules" in card
     # A pass of its own over the same rows, through the stacks as they were written.

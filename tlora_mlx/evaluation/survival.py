@@ -58,7 +58,8 @@ class Survival:
         losses: the task's losses.
         output_errors: for each module that was rounded by the task, the error of its outputs that
             rounding made, relative to what the adapter changes in them.
-        rounded_to_nearest: the other modules: experts, and weights that are not quantized.
+        rounded_to_nearest: the other modules: experts, weights that are not quantized, and those
+            on which the samples' loss does not depend.
     """
 
     losses: TaskLosses

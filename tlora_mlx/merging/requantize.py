@@ -135,7 +135,10 @@ class QuantizedProof(Proof):
     def _outputs(self) -> str:
         """How far the outputs are off, and how many modules could not be rounded by the task."""
         plain = len(self.modules.keys() - self.outputs.keys())
-        others = f"; {counted(plain, 'module')} rounded to nearest (expert, or not quantized)"
+        others = (
+            f"; {counted(plain, 'module')} rounded to nearest (expert, not quantized, or without "
+            "effect on the loss)"
+        )
         others = others if plain else ""
         if not self.outputs:
             return others
@@ -185,21 +188,22 @@ def _compensate(
         curvatures = task.curvatures(group)
         with observer.stage("rounding", len(group)) as advance:
             for name in group:
+                advance()
+                curvature = curvatures.pop(name)
+                if not mx.any(curvature.outputs).item():
+                    continue  # the loss does not depend on it on any sample: nearest will do
                 weight, delta = weights[name], adapter_delta(adapter, name).product()
                 parts = weight.read(base.file_of)
                 dense = weight.dense(base.file_of, 0, weight.rows)
                 nearest = weight.nearest(dense + delta)
                 try:
-                    rounded = round_module(
-                        parts, nearest, delta, weight.grid(), curvatures.pop(name)
-                    )
+                    rounded = round_module(parts, nearest, delta, weight.grid(), curvature)
                 except ValueError as error:
                     raise RunError(f"rounding {name} failed: {error}") from None
                 digests[name] = _overwrite(base, weight, 0, rounded.parts, out)
                 errors[name] = rounded.outputs
                 if rounded.stiffness:
                     stiffness[name] = rounded.stiffness
-                advance()
     return errors, digests, stiffness
 
 

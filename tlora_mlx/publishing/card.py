@@ -175,7 +175,7 @@ def _survival(directory: Path) -> list[str]:
         every = plain + len(errors)
         parts.append(
             f"Rounded to nearest, not by the task: {plain} of {counted(every, 'module')} (experts, "
-            "or not quantized).\n"
+            "not quantized, or without effect on the loss).\n"
         )
     if worst := sorted(errors, key=errors.get, reverse=True)[:5]:
         parts += [
