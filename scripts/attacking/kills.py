@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import resource
 import shutil
@@ -202,10 +204,14 @@ def attack_disk(place: Place, number: int, deadline: float) -> Iterator[dict[str
             _prepare(operation)
 
             def limited(operation: Operation = operation, size: int = size) -> int:
+                said = io.StringIO()  # its own output goes to a file, too
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-                code = tlora(*operation.command(operation.output, False))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-                return code
+                try:
+                    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                        return tlora(*operation.command(operation.output, False))
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+                    print(said.getvalue(), file=sys.stderr, flush=True)
 
             ending = place.fork(limited)
             found["attempts"] += 1
