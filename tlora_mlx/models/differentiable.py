@@ -34,8 +34,8 @@ def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) 
     return [y.astype(t) for y, t in zip((mx.stack(ys, axis=1), state), output_dtypes, strict=True)]
 
 
-# By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; the methods
-# are by the names of their class and their own.
+# By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; methods by
+# their class's name and their own.
 _DIFFERENTIABLE = {
     "gated_delta_update": gated_delta_update,
     "ssm_update": ssm_update,

@@ -37,32 +37,19 @@ def qk_norm(
 
 
 def qk_norm_rope(
-    qkvg: mx.array,
-    *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    eps: float,
-    query_scale: float,
-    rope_base: float,
-    offset: int | mx.array,
+    qkvg: mx.array, *, rope_base: float, offset: int | mx.array, **settings: int | float
 ) -> list[mx.array]:
-    """``qk_norm``, rotated; the first token is at ``offset``, of each row if it is an array."""
-    normed = qk_norm(
-        qkvg,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        eps=eps,
-        query_scale=query_scale,
-    )
+    """``qk_norm``, which takes the settings, rotated.
+
+    The first token is at ``offset``, of each row if it is an array.
+    """
 
     def rotated(x: mx.array) -> mx.array:
-        x = x.swapaxes(1, 2)
-        x = mx.fast.rope(x, head_dim, traditional=True, base=rope_base, scale=1.0, offset=offset)
+        width, x = x.shape[-1], x.swapaxes(1, 2)
+        x = mx.fast.rope(x, width, traditional=True, base=rope_base, scale=1.0, offset=offset)
         return x.swapaxes(1, 2)
 
-    return [rotated(x) for x in normed]
+    return [rotated(x) for x in qk_norm(qkvg, **settings)]
 
 
 def rms_norm_sigmoid_gate(x: mx.array, gate: mx.array, *, eps: float) -> mx.array:
