@@ -163,7 +163,7 @@ class RowTokenizer:
         beyond = max(made.tokens, default=0)
         if known is None or beyond < known:
             return None
-        text = self.tokenizer._tokenizer.convert_ids_to_tokens(beyond)
+        text = self._plain.convert_ids_to_tokens(beyond)
         return (
             f": token {text!r} has id {beyond}, and the model has {known} embeddings; use the "
             "model's own tokenizer"

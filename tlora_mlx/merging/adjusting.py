@@ -98,9 +98,12 @@ def adjusted(
         RunError: the loss is not finite.
     """
     moved = {name: weights[name] for name in stiffness}
-    wanted = task.slopes(moved, files) if moved else {}
+    if not moved:
+        task.merge(weights, files)
+        return {}
+    wanted = task.slopes(moved, files)
     task.merge(weights, files)
-    found = task.slopes(moved, files) if moved else {}
+    found = task.slopes(moved, files)
     back, on, slope, tilt, fall = {}, {}, 0.0, 0.0, 0.0
     for name in moved:
         stiff, to, at = stiffness.pop(name), wanted.pop(name), found.pop(name)
@@ -130,9 +133,8 @@ def adjusted(
     def tilted(length: float) -> float:
         return loss_at(length, 0.0) - length * tilt
 
-    backward = lowest(tilted(0.0), slope - tilt, tilted, FIRST) if moved else 0.0
-    onward = 0.0
-    if moved and (loss := loss_at(backward, 0.0)) > task.goal and fall < 0:
+    backward, onward = lowest(tilted(0.0), slope - tilt, tilted, FIRST), 0.0
+    if (loss := loss_at(backward, 0.0)) > task.goal and fall < 0:
         guess = (task.goal - loss) / fall
         onward = reaching(task.goal, loss, partial(loss_at, backward), guess)
     return parts_at(backward, onward) if backward or onward else {}

@@ -138,8 +138,9 @@ class QuantizedProof(Proof):
         others = (
             f"; {counted(plain, 'module')} rounded to nearest (expert, not quantized, or without "
             "effect on the loss)"
+            if plain
+            else ""
         )
-        others = others if plain else ""
         if not self.outputs:
             return others
         worst = max(self.outputs, key=lambda name: self.outputs[name].relative)

@@ -89,7 +89,7 @@ class AdaptedTask:
         return self._observed("curvature", curvatures, modules)
 
     def merge(self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]) -> None:
-        """Measure the base model and the adapter, and put the written weights in its place.
+        """Measure the base model and the adapter, and put the written weights into the model.
 
         The adapter is taken off the model for good.
 
@@ -103,6 +103,7 @@ class AdaptedTask:
             self._adapter = self._loss(self._measured)
             advance()
             detach(self._model)
+            self._modules = dict(self._model.named_modules())
             self._base = self._loss(self._measured)
             advance()
         for weight in weights.values():
@@ -110,8 +111,8 @@ class AdaptedTask:
         end_stage()
 
     def place(self, weight: StoredWeight, parts: Sequence[mx.array]) -> None:
-        """Give the model a weight as it is stored, by its parts."""
-        module = dict(self._model.named_modules())[weight.name]
+        """Give the merged model a weight as it is stored, by its parts."""
+        module = self._modules[weight.name]
         named = dict(zip(weight.parts, parts, strict=True))
         if "scales" not in module:
             dense = weight.dequantized(parts).astype(module.weight.dtype)
