@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tlora_mlx.errors import UserError
+from tlora_mlx.errors import UserError, counted
 from tlora_mlx.storage.files import read_json, write_json
 from tlora_mlx.storage.foreign import file_in
 
@@ -34,6 +34,11 @@ class TaskLosses:
     split: str
 
     @property
+    def measured(self) -> str:
+        """On what: "32 validation samples"."""
+        return counted(self.samples, f"{self.split} sample")
+
+    @property
     def kept(self) -> float | None:
         """The share of the improvement that is left; None if the adapter improves nothing."""
         gained = self.base - self.adapter
@@ -43,7 +48,7 @@ class TaskLosses:
         """For the user, without a full stop."""
         losses = (
             f"loss {self.base:.4f} without the adapter, {self.adapter:.4f} with it, "
-            f"{self.merged:.4f} merged, on {self.samples} {self.split} samples"
+            f"{self.merged:.4f} merged, on {self.measured}"
         )
         if self.kept is None:
             return f"the adapter does not improve the {losses}"

@@ -167,7 +167,7 @@ def _survival(directory: Path) -> list[str]:
     parts = [
         "## What is left of the adapter\n",
         f"{kept}The weights are quantized, with errors that make up for each other where the "
-        f"task's loss depends on them. Measured on {losses.samples} {losses.split} samples, "
+        f"task's loss depends on them. Measured on {losses.measured}, "
         "in nats per token:\n",
         _table(["model", "loss"], [[name, f"{loss:.4f}"] for name, loss in losses_of.items()]),
     ]

@@ -92,8 +92,8 @@ def advice(adapter: Adapter, found: Sequence[Reading]) -> list[str]:
             # vLLM 0.32.0 then serves the base model without a word; PEFT warns of missing keys.
             lines.append(
                 f"warning: {len(strange)} of {len(adapter.plan.adapted())} modules are named as "
-                f"in a multimodal model ({strange[0]}), and the base model, a {family}, is none: "
-                "PEFT, transformers and vLLM bind nothing to them"
+                f"in a multimodal model ({strange[0]}), but the base model ('{family}') is not "
+                "one: PEFT, transformers and vLLM load none of them"
             )
         if family is None:
             lines.append(

@@ -143,8 +143,7 @@ def _survival_cards(survival: Survival | None) -> list[_Card]:
         _Card(kept, "of the improvement left, quantized again"),
         _Card(
             f"{losses.base:.3f} → {losses.merged:.3f}",
-            f"loss on {losses.samples} {losses.split} samples, base → quantized again; "
-            f"adapter {losses.adapter:.3f}",
+            f"loss on {losses.measured}, base → quantized again; adapter {losses.adapter:.3f}",
         ),
     ]
 
