@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--task", default="task")
     parser.add_argument("--iters", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=8, help="base rank; name the task by it")
     parser.add_argument("--calibration-samples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--all-rates", action="store_true", help="do not stop where the loss rises")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-RANK = 8
 # What the others are compared with, seed by seed.
 REFERENCE = "LoRA (equal parameters)"
 # The rows of the model without an adapter.
@@ -29,9 +28,9 @@ class Method:
         train_a: A is trained too.
         floor: this share of the ranks is the same for all, the rest is by sensitivity.
         whitened: A's rows are scaled so that each gives A x the same variance on the samples.
-        rank: the base rank.
-        equal_parameters: the base rank is chosen instead, for as many trained parameters as B has
-            at uniform ranks of ``RANK``.
+        rank: the base rank, instead of the comparison's.
+        equal_parameters: the rank is chosen instead, for as many trained parameters as B has
+            at the base rank everywhere.
     """
 
     a: str = "task"
@@ -41,7 +40,7 @@ class Method:
     train_a: bool = False
     floor: float = 0.0
     whitened: bool = False
-    rank: int = RANK
+    rank: int | None = None
     equal_parameters: bool = False
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from comparison.methods import BASE, METHODS, RANK, Method
+from comparison.methods import BASE, METHODS, Method
 from comparison.results import append, read
 from comparison.starts import Starts, trained_parameters
 from tlora_mlx.config.training_options import TrainConfig
@@ -47,7 +47,6 @@ class Bench:
             iters=iters,
             steps_per_report=iters,
             save_every=iters + 1,
-            rank=RANK,
             **options,
         )
         self._setup = prepare(self._config)
@@ -146,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         for row in read(args.results)
         if task.items() <= row.items()
     }
-    options = {name: getattr(args, name) for name in ("batch_size", "calibration_samples")}
+    options = {name: getattr(args, name) for name in ("rank", "batch_size", "calibration_samples")}
     bench = Bench(args.model, args.data, args.iters, **options)
 
     def validation_loss(name: str, rate: float, seed: int) -> float:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from comparison.methods import RANK, Method
+from comparison.methods import Method
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.method import linalg
 from tlora_mlx.method.allocation import RankPlan, plan_ranks
@@ -47,9 +47,9 @@ class Starts:
     def plan(self, method: Method, seed: int) -> RankPlan:
         """The method's rank plan."""
         if not method.equal_parameters:
-            return self._plan_of_rank(method, seed, method.rank)
-        wanted = RANK * sum(out_features for out_features, _ in self._shapes.values())
-        plans = [self._plan_of_rank(method, seed, rank) for rank in range(1, 4 * RANK)]
+            return self._plan_of_rank(method, seed, method.rank or self._config.rank)
+        wanted = self._config.rank * sum(out_features for out_features, _ in self._shapes.values())
+        plans = [self._plan_of_rank(method, seed, rank) for rank in range(1, 4 * self._config.rank)]
         return min(plans, key=lambda plan: abs(trained_parameters(method, plan) - wanted))
 
     def _plan_of_rank(self, method: Method, seed: int, rank: int) -> RankPlan:

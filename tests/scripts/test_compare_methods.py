@@ -88,11 +88,14 @@ def test_a_finished_comparison_trains_nothing_and_prints_tables(run):
     assert (path.parent / "compare_methods_task.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_single_rate_and_a_table_without_its_reference(model_path, data_path, tmp_path):
+def test_a_single_rate_at_another_rank_and_a_table_without_its_reference(
+    model_path, data_path, tmp_path
+):
     path = tmp_path / "results.jsonl"
     arguments = ["--model", model_path, "--data", data_path, "--results", path, "--iters", 1]
-    compare("run", *arguments, "--seeds", 1, "--rates", 1e-3, "--methods", "TLoRA")
+    compare("run", *arguments, "--seeds", 1, "--rates", 1e-3, "--methods", "TLoRA", "--rank", 4)
     assert [(row["rate"], row["seed"]) for row in rows_of(path)] == [(0, 0), (1e-3, 0)]
+    assert rows_of(path)[1]["rank"] == 4
     refused = compare("table", "--results", path, code=1)
     assert refused.strip() == (
         "task, 1 updates: run 'LoRA (equal parameters)', which the others are compared with"
