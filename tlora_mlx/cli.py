@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
+from tlora_mlx.config.mlx_lm_options import command_line
 from tlora_mlx.errors import (
     Interrupted,
     RunError,
@@ -42,8 +44,8 @@ COMMANDS = {
 # mlx-lm's commands, and what a user of theirs looks for here.
 COUNTERPARTS = {
     "lora": "train",
-    "fuse": "export --format merged",
-    "perplexity": "evaluate --task perplexity",
+    "fuse": "export RUN --format merged",
+    "perplexity": "evaluate RUN --task perplexity",
     "push": "upload",
     "finetune": "train",
     "fine-tune": "train",
@@ -75,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments in ([], ["-h"], ["--help"], ["--help-all"], ["help"]):
         print(_usage())
         return 0
-    if "--train" in arguments and arguments[0].startswith("-"):  # as mlx_lm.lora is called
-        arguments = ["train", *arguments]
+    if arguments[0].startswith("-") and (theirs := command_line(arguments)):
+        if theirs[0] != "train":
+            announce(f"mlx-lm's options, translated: tlora {shlex.join(theirs)}")
+        arguments = theirs
     if arguments[0] in COMMANDS:
         return import_module(f"tlora_mlx.{arguments[0]}").main(arguments[1:])
     print(f"error: {visible(_unknown(arguments[0]))}", file=sys.stderr)

@@ -19,7 +19,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from tlora_mlx.adapters.serving import server_arguments
 
-    arguments = server_arguments(config.run)
+    arguments = server_arguments(config.run, config.base_model)
     address = ["--host", config.host, "--port", str(config.port)]
     print(f"mlx_lm.server on http://{config.host}:{config.port}/v1; Ctrl-C ends it", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "mlx_lm", "server", *arguments, *address])

@@ -1,15 +1,25 @@
 """mlx-lm's configuration files and flags: translated, told in one line, or refused all at once."""
 
+import inspect
 import json
 import re
+from dataclasses import fields
+from importlib import import_module
 
 import pytest
 from helpers.commands import assert_one_sentence
 from helpers.models import ROWS, write_jsonl
+from helpers.paths import ROOT
 
+from tlora_mlx import cli
+from tlora_mlx.config.commands import OPTIONS_OF
+from tlora_mlx.config.mlx_lm_options import command_line
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.errors import UserError
+from tlora_mlx.training.schedule import learning_rate
+
+DOCUMENT = (ROOT / "docs/FROM_MLX_LM.md").read_text()
 
 # The settings of ml-explore/mlx-lm d78bf58, mlx_lm/examples/lora_config.yaml, with all that is
 # commented out there.
@@ -201,7 +211,78 @@ def test_training_as_mlx_lm_documents_it(model_path, tmp_path, tlora_here, monke
     plan = json.loads((tmp_path / "run/rank_plan.json").read_text())
     scales = {m["scale"] for m in plan["modules"].values()}
     assert scales == {20.0}
+    tested = [*map(str, flags[:2]), "--adapter-path", str(tmp_path / "run"), "--test"]
+    write_jsonl(data.with_name("test.jsonl"), [{"text": ROWS[0]["completion"]}])
+    assert cli.main([*tested, "--data", str(data.parent), "--test-batches", "4"]) == 0
+    summary = json.loads((tmp_path / "run/evaluations/perplexity-data/summary.json").read_text())
+    assert (summary["rows"], summary["model"]) == (1, str(model_path))
     result = tlora_here("train", *flags, "--fine-tune-type", "full")
     assert_one_sentence(
         result, 2, "mlx-lm's options ask for what tlora does not have: fine_tune_ty"
     )
+
+
+def test_the_command_line_of_mlx_lm():
+    given = ["--model", "m", "--data", "d", "--test", "--test-batches", "3", "--batch-size", "2"]
+    evaluated = ["evaluate", "adapters", "--task", "perplexity", "--data", "d"]
+    assert command_line(given) == [*evaluated, "--base-model", "m", "--batch-size", "2"]
+    for more in (["--train"], ["--config", "x.yaml"], ["-c", "x.yaml"]):
+        assert command_line([*given, *more]) == ["train", *given, *more]
+    assert command_line(["--model", "m"]) is None
+    assert command_line(["--test", "--data"]) == evaluated[:-2]
+
+
+def test_every_command_in_the_tables_is_one():
+    """Its flags are; those that the code blocks have too."""
+    counts = {"mlx_lm": 0, "tlora": 0}
+    for text in re.findall(r"(?:`|^)((?:mlx_lm\.|tlora )[^`#\n]+)", DOCUMENT, re.MULTILINE):
+        program, *words = text.split()
+        if program == "tlora":
+            words = command_line(words) if words[0].startswith("-") else words
+            known = {f"--{item.name.replace('_', '-')}" for item in fields(OPTIONS_OF[words[0]])}
+            known |= {"-c", "--train"}
+        else:
+            known = {*re.findall(r'"(--?\w[\w-]*)"', inspect.getsource(import_module(program)))}
+        flags = {word for word in words if word.startswith("-")}
+        assert flags <= known, text
+        counts[program.partition(".")[0]] += len(flags)
+    assert min(counts.values()) > 15
+
+
+def test_every_option_is_in_the_tables_or_the_same():
+    """What mlx_lm.lora knows is named or has the same name here; what is named is there."""
+    from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
+
+    theirs = {action.dest for action in build_parser()._actions} | {*CONFIG_DEFAULTS}
+    theirs |= {"hf_dataset", "prompt_feature", "completion_feature", "chat_feature", "text_feature"}
+    ours = {item.name for item in fields(TrainConfig)}
+    _, text, back = re.split("## Options|And back, what", DOCUMENT)
+    (_, _, *rows), (_, _, *rows_back) = (
+        [line.split(" | ") for line in part.splitlines() if line.startswith("|")]
+        for part in (text, back)
+    )
+    named = {*re.findall(r"\w+", "".join(left for left, _ in rows).replace("-", "_"))}
+    assert theirs - ours - {"help", "config"} <= named
+    flags = re.findall(r"--[a-z-]+", "".join(right for _, right in rows))
+    flags += re.findall(r"--[a-z-]+", "".join(left for left, _ in rows_back))
+    assert len(flags) > 25
+    assert {flag[2:].replace("-", "_") for flag in flags} <= ours
+    keys = {*re.findall(r"(\w+)`?:", "".join(right for _, right in rows_back))}
+    assert keys <= theirs | {"scale", "name", "arguments", "warmup", "warmup_init"}
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_the_schedule_back_in_mlx_lm_is_the_same(name):
+    """The table's row, filled in: 100 updates, 10 of them warm-up."""
+    from mlx_lm.tuner.utils import build_schedule
+
+    rate, iters, warmup = 1e-3, 100, 10
+    arguments = {
+        "cosine": ("cosine_decay", [rate, iters - warmup]),
+        "linear": ("linear_schedule", [rate, 0, iters - warmup]),
+    }
+    kind, arguments = arguments[name]
+    config = {"name": kind, "arguments": arguments, "warmup": warmup - 1}
+    schedule = build_schedule({**config, "warmup_init": rate / warmup})
+    expected = [learning_rate(i, iters, rate, name, warmup / iters) for i in range(iters)]
+    assert [float(schedule(i)) for i in range(iters)] == pytest.approx(expected, rel=1e-3)

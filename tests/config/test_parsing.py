@@ -260,7 +260,7 @@ def test_the_console_script(capsys):
     for word, advice in (
         ("trian", "did you mean train? The commands are check, train, plan, export, inspect, "),
         ("nothing-like-it", "choose one of check, train, plan, export, inspect, upload, "),
-        ("fuse", "tlora export --format merged does that"),
+        ("fuse", "tlora export RUN --format merged does that"),
         ("--rank", "'--rank' comes before a command"),
     ):
         code, out, error = tlora_script(word)

@@ -3,11 +3,12 @@ import json
 import mlx.core as mx
 import pytest
 import torch
-from helpers.commands import quick_train, val_losses
+from helpers.commands import assert_one_sentence, quick_train, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tlora_mlx import load_adapter
+from tlora_mlx import UserError, load_adapter
+from tlora_mlx.adapters.serving import server_arguments
 from tlora_mlx.evaluation.subject import Subject
 from tlora_mlx.method.layers import adapters_off
 
@@ -172,6 +173,27 @@ def test_perplexity_equals_that_of_validation(evaluate, run_path):
         mx.exp(mx.array(losses[0])).item(), rel=1e-3
     )
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_base_model_and_a_run_that_were_moved(data_path, tmp_path, tlora_here):
+    """Every command that loads the model says how to name its new place, and takes it."""
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    quick_train(model, data_path, tmp_path / "run", iters=1)
+    run, moved = ((tmp_path / name).rename(tmp_path / f"my {name}") for name in ("run", "model"))
+    commands = {
+        "evaluate": ["--task", "perplexity", "--data", data_path],
+        "report": ["--samples", 1, "--max-tokens", 2],
+        "generate": ["--prompt", "x", "--max-tokens", 2],
+    }
+    for command, flags in commands.items():
+        result = tlora_here(command, run, *flags)
+        message = f"the base model of {run}: model directory {model} does not exist; see --base-m"
+        assert_one_sentence(result, 2, message)
+        assert tlora_here(command, run, *flags, "--base-model", moved).returncode == 0
+    assert (run / "evaluations" / f"perplexity-{data_path.name}").is_dir()
+    assert server_arguments(str(run), str(moved))[:2] == ["--model", str(moved)]
+    with pytest.raises(UserError, match="see --base-model"):
+        server_arguments(str(run))
 
 
 def test_the_chat_template_is_used_if_there_is_one(data_path, tmp_path, evaluate):

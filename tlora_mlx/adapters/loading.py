@@ -34,7 +34,12 @@ def load_adapter(
         UserError: the adapter or its base model cannot be loaded, or they do not fit together.
     """
     adapter = resolve_adapter(adapter, base_model)
-    base = load_base_model(base_model or adapter.model, trust_remote_code)
+    try:
+        base = load_base_model(base_model or adapter.model, trust_remote_code)
+    except UserError as error:
+        if base_model is not None:
+            raise
+        raise UserError(f"the base model of {adapter.label}: {error}; see --base-model") from None
     try:
         attach(base.model, adapter.plan, adapter.tensors)
     except ValueError as error:

@@ -12,6 +12,7 @@ from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.adapters.format import AdapterFormat
 from tlora_mlx.adapters.proof import Proof, cast_finite, prove_adapter
 from tlora_mlx.errors import UserError
+from tlora_mlx.invocation import suggested
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.method.layers import adapter_faults
 from tlora_mlx.runs.padded import PADDED, Unpadded, lora_parameters, padded
@@ -120,5 +121,9 @@ def read_run(path: str | Path) -> Adapter:
         raise UserError(f"run directory {path} does not exist")
     config = read_json(file_in(path, CONFIG), "the run's configuration")
     if not isinstance(config, dict) or not RUN.recognises(config):
-        raise UserError(f"{path} is not a run of tlora_mlx.train: its {CONFIG} is another tool's")
+        made = suggested("export", path, "--format", "run")
+        raise UserError(
+            f"{path} is not a run of tlora_mlx.train: its {CONFIG} is another tool's; if it is an "
+            f"adapter, this makes a run of it: {made}"
+        )
     return RUN.read(path, config)

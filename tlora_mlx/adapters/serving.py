@@ -9,8 +9,8 @@ from tlora_mlx.models.compatibility import mlx_lm_warning
 from tlora_mlx.models.model_directory import find_model, read_model_config
 
 
-def server_arguments(run: str) -> list[str]:
-    """The arguments of ``mlx_lm.server`` for a run and its base model.
+def server_arguments(run: str, base_model: str | None = None) -> list[str]:
+    """The arguments of ``mlx_lm.server`` for a run and its base model, which may be elsewhere now.
 
     Raises:
         UserError: it is no run, is stored in the form of an earlier build, or mlx-lm would compute
@@ -20,7 +20,10 @@ def server_arguments(run: str) -> list[str]:
     if "lora_parameters" not in adapter.config:
         again = suggested("export", run, "--format", "run")
         raise UserError(f"{run} was written by an earlier build; write it anew with: {again}")
-    name, path = find_model(adapter.model)
+    try:
+        name, path = find_model(base_model or adapter.model)
+    except UserError as error:
+        raise UserError(f"the base model of {adapter.label}: {error}; see --base-model") from None
     if warning := mlx_lm_warning(name, read_model_config(path, name)):
         raise UserError(warning.removeprefix("warning: "))
     return ["--model", name, "--adapter-path", str(adapter.directory)]

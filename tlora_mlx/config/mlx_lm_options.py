@@ -7,8 +7,9 @@ Source: ml-explore/mlx-lm d78bf58: ``mlx_lm/lora.py`` (the options and their def
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tlora_mlx.errors import UserError, shown
 ONLY_MLX_LM = (
     "train", "fine_tune_type", "optimizer_config", "resume_adapter_file", "test_batches",
     "clear_cache_threshold", "lora_parameters", "hf_dataset", "prompt_feature",
-    "completion_feature", "chat_feature", "text_feature",
+    "completion_feature", "chat_feature", "text_feature", "wandb",
 )  # fmt: skip
 # Those of them that are flags of ``mlx_lm.lora``, with argparse's arguments.
 MLX_LM_FLAGS: dict[str, dict[str, Any]] = {
@@ -27,6 +28,7 @@ MLX_LM_FLAGS: dict[str, dict[str, Any]] = {
     "resume_adapter_file": {},
     "test_batches": {},
     "clear_cache_threshold": {},
+    "wandb": {},  # in LORA.md, and in the parser until October 2025
 }
 # Options of the same name that may be null there, which means the default.
 _MAY_BE_NULL = (
@@ -46,6 +48,27 @@ _FEATURES = {
 _ITERS = 1000
 _OPTIMIZERS = ("adam", "adamw")
 _SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+
+
+def command_line(arguments: Sequence[str]) -> list[str] | None:
+    """The command, and its arguments, that ``mlx_lm.lora`` with these arguments is here.
+
+    ``train``, or ``evaluate`` if they only test; None if they are not those of ``mlx_lm.lora``.
+    """
+    if not {"--train", "--test", "-c", "--config"} & {*arguments}:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--train", "--test"):
+        parser.add_argument(name, action="store_true")
+    for name in ("--config", "--model", "--data", "--adapter-path", "--test-batches"):
+        parser.add_argument(name, *(["-c"] if name == "--config" else []), nargs="?")
+    given, others = parser.parse_known_args(arguments)
+    if given.train or given.config:
+        return ["train", *arguments]
+    named = {"--data": given.data, "--base-model": given.model}
+    flags = [part for name, value in named.items() if value for part in (name, value)]
+    run = given.adapter_path or "adapters"
+    return ["evaluate", run, "--task", "perplexity", *flags, *others]
 
 
 class Translation:
@@ -107,6 +130,9 @@ class Translation:
             self._refused.append(f"fine_tune_type: {kind}")
         if "test_batches" in given:
             self._ignored.append("test_batches (all test data is used)")
+        if "wandb" in given:
+            self._set("report_to", "wandb", "wandb")
+            self._set("project_name", given["wandb"], "wandb")
         if "clear_cache_threshold" in given:
             self._ignored.append("clear_cache_threshold (the cache is always bounded)")
 
@@ -194,7 +220,8 @@ class Translation:
         if found is not None:
             entries = found if isinstance(found, list) else [found]
             self.values["data"] = [_hub_source(i, entry) for i, entry in enumerate(entries, 1)]
-            self._translated.append("hf_dataset → data")
+            if "data" not in self._flags:
+                self._translated.append("hf_dataset → data")
             return
         for feature, column in _FEATURES.items():
             if feature in self._given:

@@ -128,11 +128,13 @@ def _typed(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        given = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        near = difflib.get_close_matches(given[1], known, n=1) if given else []
-        meant = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-        raise UserError(f"{message}{meant}")
+        given = re.findall(r"--([\w-]+)", message) if message.startswith("unrecognized") else []
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(given[0], known, n=1) if given else []
+        meant = f"did you mean --{near[0]}?" if near else f"see {self.prog} --help"
+        if "adapter-path" in given:  # as mlx-lm's commands have it
+            meant = f"it is {self.usage}"
+        raise UserError(f"{message}; {meant}")
 
 
 def make_parser(

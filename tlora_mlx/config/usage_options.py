@@ -44,6 +44,7 @@ class ServeCommand(Config):
     run: str = option(MISSING, RUN, positional=True)
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on", at_least=1, at_most=65535)
+    base_model: str | None = option(None, BASE_MODEL)
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,8 @@ class EvaluateCommand(Config):
     )
     data: str = option(
         MISSING,
-        "the rows: a file with a JSON object per line, or a Hub data set, whose test split is used",
+        "the rows: a file with a JSON object per line; or a directory with test.jsonl; or a Hub "
+        "data set, whose test split is used",
     )
     format: str | None = option(
         None, "the format of raw rows; default: as in the run's training", choices=tuple(FORMATS)
@@ -86,6 +88,7 @@ class EvaluateCommand(Config):
         "in a sandbox where there is one (bubblewrap or namespaces on Linux, sandbox-exec on "
         "macOS): the output says which, docs/EVALUATION.md what it covers",
     )
+    base_model: str | None = option(None, BASE_MODEL)
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
     def __post_init__(self) -> None:
@@ -113,6 +116,7 @@ class ReportCommand(Config):
     merged: str | None = option(
         None, "also show what is left of the adapter in this model, made by export --quantize"
     )
+    base_model: str | None = option(None, BASE_MODEL)
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
 

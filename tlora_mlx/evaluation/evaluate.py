@@ -64,10 +64,12 @@ def evaluate(config: EvaluateCommand, observer: Observer = SILENT) -> Evaluation
     run = read_run(config.run)
     task = TASKS[config.task](config, run.config)
     rows = read_rows(config.data, config.max_samples)
-    name = Path(config.data).stem.replace(":", "-")
+    name = user_path(config.data).resolve().stem.replace(":", "-")
     output = user_path(config.output or run.directory / EVALUATIONS / f"{config.task}-{name}")
     with new_directory(output) as staging:
-        base = load_adapter(run, trust_remote_code=config.trust_remote_code)
+        base = load_adapter(
+            run, base_model=config.base_model, trust_remote_code=config.trust_remote_code
+        )
         format = config.format or run.config.get("format")
         subject = Subject(
             base, "base model", format, config.batch_size, config.max_tokens, observer

@@ -61,27 +61,25 @@ def read_rows(data: str, limit: int | None = None) -> list[Row]:
     """The first rows, at most ``limit``, of a file or of a Hub data set.
 
     Args:
-        data: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``); or a Hub data set as
-            NAME or NAME:CONFIGURATION, whose test split is read, or its validation split if
-            there is no test split with labels.
+        data: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``); or a directory with
+            ``test.jsonl``, or a Hub data set as NAME or NAME:CONFIGURATION, whose test split is
+            read, or its validation split if there is no test split with labels.
 
     Raises:
         UserError: there is no such data, it has no rows, or a row is not a JSON object.
     """
     path = user_path(data)
-    if path.is_dir():
-        raise UserError(f"--data {path} is a directory; give the file to evaluate on")
-    if path.exists():
-        numbered, what = read_row_file(path, any_name=True), numbered_in(path).rsplit(" ", 1)[-1]
+    if path.is_file():
+        numbered, what = read_row_file(path, any_name=True), numbered_in(path)
     elif path.suffix in (".json", ".jsonl"):
         raise UserError(f"--data {path} does not exist; give a file of JSON lines")
     else:
         splits = read_splits(DataSource(data), ("test", "valid"))
         split = "test" if splits["test"] else "valid"
-        numbered, what = splits[split].numbered, f"split {split}, row"
+        numbered, what = splits[split]
     rows = []
     for number, columns in numbered[:limit]:
-        where = f"{data}, {what} {number}"
+        where = f"{what} {number}"
         if not isinstance(columns, Mapping):
             raise UserError(f"{where} is not a JSON object")
         rows.append(Row(number, where, columns))

@@ -138,7 +138,9 @@ def generated(run: Adapter, config: ReportCommand, observer: Observer) -> list[C
 
     They are from the validation data or, if there is none, from the training data.
     """
-    base = load_adapter(run, trust_remote_code=config.trust_remote_code)
+    base = load_adapter(
+        run, base_model=config.base_model, trust_remote_code=config.trust_remote_code
+    )
     names = {item.name for item in fields(DataConfig)} & run.config.keys()
     options = DataConfig(**{name: run.config[name] for name in names})
     data = tokenize_rows(
