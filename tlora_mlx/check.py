@@ -9,7 +9,10 @@ from tlora_mlx.cli import announce, run_command
 from tlora_mlx.config.check_options import CheckCommand
 from tlora_mlx.config.parsing import parse
 
-DESCRIPTION = "Look at your data as the model will see it; only its tokenizer is needed."
+DESCRIPTION = (
+    "Look at your data as the model will see it. Only its tokenizer is loaded, unless --fit or "
+    "--find-rate asks for more."
+)
 
 
 def command(argv: Sequence[str] | None) -> None:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from tlora_mlx.cli import COMMANDS, run_command
+from tlora_mlx.config.arguments import make_parser
 from tlora_mlx.config.commands import OPTIONS_OF, PATHS
-from tlora_mlx.config.parsing import make_parser, parse
+from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import CompletionCommand
 from tlora_mlx.errors import UserError
 
@@ -30,7 +31,7 @@ def script(shell: str) -> str:
     for name, text in COMMANDS.items():
         options = make_parser(OPTIONS_OF[name], f"tlora {name}", text, show_all=True)
         for action in options._actions:
-            if action.dest in PATHS:
+            if action.dest in PATHS and action.nargs != 0:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         commands.add_parser(name, parents=[options], add_help=False, help=text)
     return shtab.complete(parser, shell)

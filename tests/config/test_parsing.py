@@ -8,11 +8,12 @@ import pytest
 from helpers.commands import tlora
 
 from tlora_mlx.cli import COMMANDS, main
+from tlora_mlx.config.arguments import make_parser
 from tlora_mlx.config.commands import OPTIONS_OF
 from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.config.help_groups import FEW, grouped
 from tlora_mlx.config.option import flag
-from tlora_mlx.config.parsing import make_parser, parse
+from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.training_options import PlanCommand, TrainConfig
 from tlora_mlx.errors import UserError
 
@@ -154,6 +155,7 @@ def test_help_shows_what_matters_first_and_help_all_everything(config_class):
     assert len(first) <= FEW
     assert ("--help-all" in short) == (len(groups) > 1)
     assert {"run", "format", "output", "push_to"} <= set(first) or config_class != ExportCommand
+    assert ("resume" in first) == (config_class is TrainConfig)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -163,6 +165,7 @@ def test_help_fits_into_80_columns(command, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"usage: tlora {command}" in shown
     assert not [line for line in shown.splitlines() if len(line) > 80]
+    assert not [line for line in shown.splitlines() if line.endswith(("-", "(default:"))]
 
 
 def positional(config_class, name):

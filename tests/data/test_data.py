@@ -97,6 +97,10 @@ def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_pat
             '[{"text": "a"}]',
             r"train\.jsonl is a JSON array, or part of one; give one",
         ),
+        (
+            '{\n    "text": "a"\n}\n',
+            r"train\.jsonl has its first object on several lines; give each",
+        ),
         ('{"txt": "a"}\n', r"line 1 has 'txt'; it needs 'text', or 'prompt' and 'completion'"),
         ("{}\n", r"line 1 has nothing; it needs"),
         ('{"text": "a"}\n\n{"body": "b"}\n', r"line 3 has no 'text' \(it has 'body'\)"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from tlora_mlx.config.help_groups import CHECK, Groups
 from tlora_mlx.config.option import option
 from tlora_mlx.config.training_options import TrainConfig
 
@@ -19,6 +21,8 @@ class CheckCommand(TrainConfig):
     Raises:
         UserError: a value is not allowed for its option.
     """
+
+    groups: ClassVar[Groups] = CHECK
 
     rows: int = option(3, "show N samples of the training data", at_least=0)
     json: str | None = option(

@@ -35,5 +35,5 @@ OPTIONS_OF: dict[str, type[Config]] = {
 PATHS = {
     "config", "model", "data", "adapter_path", "plan", "from_adapter", "run", "path", "directory",
     "output", "sensitivities", "base_model", "json", "adapter", "resume_adapter_file",
-    "sample_prompts",
+    "sample_prompts", "merged",
 }  # fmt: skip

@@ -40,12 +40,12 @@ class DataConfig(Config):
         None, "name of the column that holds the text, if it is not 'text'"
     )
     max_samples: int | None = option(
-        None, "use only the first N rows of the training data", at_least=1
+        None, "use only the first N rows of the training data; default: all", at_least=1
     )
     val_split: float | None = option(
         None,
         "share of the training rows to hold out for validation, drawn with --seed, if the data has "
-        "no validation split",
+        "no validation split; default: none",
         above=0.0,
         below=1.0,
     )

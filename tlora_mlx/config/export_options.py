@@ -52,7 +52,7 @@ class AdapterOptions(Config):
         choices=COMBINATIONS,
     )
     density: float | None = option(
-        None, "share of the entries that ties and dare_… keep", above=0.0, at_most=1.0
+        None, "share of the entries that ties and dare_… keep; they need it", above=0.0, at_most=1.0
     )
     svd_rank: int | None = option(
         None, "rank that svd and …_svd cut to; default: the adapters' largest rank", at_least=1
@@ -148,7 +148,7 @@ class ExportCommand(AdapterOptions):
         None,
         "how --quantize rounds: compensated: by the run's data, so that errors make up for each "
         "other where the loss depends on them; nearest: without data; default: compensated, if "
-        "data are known",
+        "there is data to go by",
         choices=("compensated", "nearest"),
     )
     data: str | None = option(

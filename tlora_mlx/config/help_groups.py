@@ -14,7 +14,7 @@ Groups = Mapping[str, tuple[str, ...]]
 TRAINING: Groups = {
     FIRST: (
         "model", "data", "adapter_path", "rank", "learning_rate", "epochs", "iters", "batch_size",
-        "max_seq_length", "resume", "rows", "json", "fit", "find_rate", "output", "sensitivities",
+        "max_seq_length", "resume", "output", "sensitivities",
     ),
     "data": (
         "format", "prompt_column", "completion_column", "messages_column", "text_column",
@@ -33,7 +33,22 @@ TRAINING: Groups = {
         "sample_prompts", "report_to", "project_name",
     ),
     "checkpoints": ("save_every", "keep_checkpoints"),
-    "memory and trust": ("grad_checkpoint", "trust_remote_code", "allow_unexportable"),
+    "memory and permissions": ("grad_checkpoint", "trust_remote_code", "allow_unexportable"),
+}  # fmt: skip
+_WITHOUT_EFFECT_IN_CHECK = (
+    "adapter_path", "resume", "steps_per_report", "early_stop", "skip_nonfinite", "sample_prompts",
+    "report_to", "project_name", "save_every", "keep_checkpoints",
+)  # fmt: skip
+CHECK: Groups = {
+    FIRST: ("model", "data", "max_seq_length", "rows", "json", "fit", "find_rate"),
+    "the run that --fit and --find-rate try out": (
+        "rank", "learning_rate", "epochs", "iters", "batch_size",
+    ),
+    **{
+        title: tuple(name for name in names if name not in _WITHOUT_EFFECT_IN_CHECK)
+        for title, names in TRAINING.items() if title != FIRST
+    },
+    "taken from train's command line, without effect here": _WITHOUT_EFFECT_IN_CHECK,
 }  # fmt: skip
 EXPORT: Groups = {
     FIRST: ("run", "format", "output", "base_model", "merged", "push_to"),

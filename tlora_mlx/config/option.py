@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any, ClassVar
@@ -49,6 +50,24 @@ def option(
 def flag(name: str) -> str:
     """An option's name on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def kind_of(hint: Any) -> Any:
+    """The type inside a union: int for ``int | None``, float for ``float | Literal["auto"]``."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)]
+    return options[0] if options and typing.get_origin(hint) is not list else hint
+
+
+def words_of(hint: Any) -> tuple[str, ...]:
+    """What may stand in place of a number: auto for ``float | Literal["auto"]``."""
+    literals = (h for h in typing.get_args(hint) if typing.get_origin(h) is typing.Literal)
+    return tuple(word for literal in literals for word in typing.get_args(literal))
+
+
+def may_be_list(hint: Any) -> bool:
+    """Whether an option is one text or a list whose entries its configuration checks."""
+    options = typing.get_args(hint)
+    return str in options and any(typing.get_origin(option) is list for option in options)
 
 
 class Config:

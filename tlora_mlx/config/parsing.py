@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import difflib
 import math
-import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from tlora_mlx.config.commands import PATHS
+from tlora_mlx.config.arguments import make_parser, shown_name
 from tlora_mlx.config.data_options import DataConfig
-from tlora_mlx.config.help_groups import grouped
 from tlora_mlx.config.mlx_lm_options import MLX_LM_FLAGS, ONLY_MLX_LM, Translation
-from tlora_mlx.config.option import Config, flag
+from tlora_mlx.config.option import Config, flag, kind_of, may_be_list, words_of
 from tlora_mlx.errors import UserError, shown
 from tlora_mlx.storage.files import read_yaml, user_path
-from tlora_mlx.version import __version__
 
 C = TypeVar("C", bound=Config)
-
-# The longest name of a value that the help shows, in columns: with the flag it fits into a line.
-WIDEST = 56
 
 
 def parse(
@@ -116,7 +108,7 @@ def _made(config_class: type[C], values: dict[str, Any]) -> C:
     """
     missing = [f for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
-        raise UserError(f"missing: {', '.join(_shown(f) for f in missing)}; see --help")
+        raise UserError(f"missing: {', '.join(shown_name(f) for f in missing)}; see --help")
     return config_class(**_typed(values, config_class))
 
 
@@ -126,131 +118,20 @@ def _typed(values: dict[str, Any], config_class: type) -> dict[str, Any]:
     return {name: _convert(value, hints[name], flag(name)) for name, value in values.items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        given = re.findall(r"--([\w-]+)", message) if message.startswith("unrecognized") else []
-        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
-        near = difflib.get_close_matches(given[0], known, n=1) if given else []
-        meant = f"did you mean --{near[0]}?" if near else f"see {self.prog} --help"
-        if "adapter-path" in given:  # as mlx-lm's commands have it
-            meant = f"it is {self.usage}"
-        raise UserError(f"{message}; {meant}")
-
-
-def make_parser(
-    config_class: type[Config], prog: str, description: str, show_all: bool = False
-) -> argparse.ArgumentParser:
-    """The parser of a command; its help has the options in groups.
-
-    Args:
-        config_class: a subclass of ``Config``.
-        prog: the command's name in the help.
-        description: its first line.
-        show_all: have ``--help`` show all groups, not only the first.
-    """
-    items, hints = {f.name: f for f in fields(config_class)}, typing.get_type_hints(config_class)
-    groups = grouped(items, config_class.groups)
-    required = [i for i in items.values() if i.default is MISSING or i.metadata["positional"]]
-    needed = [
-        _shown(i) if i.metadata["positional"] else f"{_shown(i)} {_shown(i)[2:].upper()}"
-        for i in required
-    ]
-    parser = _Parser(
-        prog=prog,
-        usage=" ".join([prog, *needed, "[options]"]),
-        description=description,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    for number, (title, names) in enumerate(groups.items()):
-        hidden = number > 0 and not show_all
-        group = parser.add_argument_group(title)
-        for name in names:
-            _add_argument(group, items[name], hints[name], hidden)
-    others = parser.add_argument_group("help and files" if len(groups) > 1 else "other")
-    if issubclass(config_class, DataConfig):
-        for name in (n for n in items if hints[n] is bool):  # off, where the file says on
-            arguments = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
-            others.add_argument(f"--no-{flag(name)[2:]}", dest=name, **arguments)
-        text = "YAML file with the same options, or mlx-lm's; flags win"
-        others.add_argument("-c", "--config", metavar="FILE", help=text)
-        for name, arguments in MLX_LM_FLAGS.items():
-            others.add_argument(flag(name), help=argparse.SUPPRESS, **arguments)
-    text = "show this help"
-    if len(groups) > 1:
-        text += f"; --help-all: all {len(items)} options"
-    others.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
-    others.add_argument("-h", "--help", action="help", help=text)
-    version = f"tlora_mlx {__version__}"
-    others.add_argument("--version", action="version", version=version, help="show the version")
-    return parser
-
-
-def _shown(item: dataclasses.Field) -> str:
-    return item.name.upper() if item.metadata["positional"] else flag(item.name)
-
-
-def _kind(hint: Any) -> Any:
-    """The type inside a union: int for ``int | None``, float for ``float | Literal["auto"]``."""
-    options = [h for h in typing.get_args(hint) if h is not type(None)]
-    return options[0] if options and typing.get_origin(hint) is not list else hint
-
-
-def _words(hint: Any) -> tuple[str, ...]:
-    """What may stand in place of a number: auto for ``float | Literal["auto"]``."""
-    literals = (h for h in typing.get_args(hint) if typing.get_origin(h) is typing.Literal)
-    return tuple(word for literal in literals for word in typing.get_args(literal))
-
-
-def _may_be_list(hint: Any) -> bool:
-    """Whether an option is one text or a list whose entries its configuration checks."""
-    options = typing.get_args(hint)
-    return str in options and any(typing.get_origin(option) is list for option in options)
-
-
-def _add_argument(
-    parser: argparse._ArgumentGroup, item: dataclasses.Field, hint: Any, hidden: bool
-) -> None:
-    """Values arrive as text (True or False for a flag); ``_convert`` converts them."""
-    text = item.metadata["help"].replace("%", "%%")
-    if item.default is not MISSING and item.default is not None and item.default is not False:
-        text += f" (default: {item.default})"
-    choices = "|".join(item.metadata["choices"])
-    if len(choices) > WIDEST:
-        text += f"; TYPE is one of {', '.join(item.metadata['choices'])}"
-        choices = "TYPE"
-    text = argparse.SUPPRESS if hidden else text
-    kind, is_path = _kind(hint), item.name in PATHS
-    if item.metadata["positional"]:
-        parser.add_argument(item.name, nargs="?", metavar=item.name.upper(), help=text)
-    elif kind is bool:
-        action = "store_true" if hint is bool else argparse.BooleanOptionalAction
-        parser.add_argument(flag(item.name), action=action, default=None, help=text)
-    elif _may_be_list(hint):
-        parser.add_argument(flag(item.name), action="append", metavar="PATH", help=text)
-    elif typing.get_origin(kind) is list:
-        name = "PATH" if is_path else "NAME"
-        parser.add_argument(flag(item.name), nargs="+", action="extend", metavar=name, help=text)
-    else:
-        name = {int: "N", float: "X"}.get(kind, "PATH" if is_path else "TEXT")
-        metavar = choices or "|".join((name, *_words(hint)))
-        parser.add_argument(flag(item.name), metavar=metavar, help=text)
-
-
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Convert ``value``, from a flag (text) or YAML (text or typed), to the option's type.
 
     PyYAML reads 1e-4 as text, so numbers are accepted as text from both.
     """
-    kind = _kind(hint)
+    kind = kind_of(hint)
     if value is None:
         if type(None) not in typing.get_args(hint):
             raise UserError(f"{name} must have a value")
         return None
-    words = _words(hint)
+    words = words_of(hint)
     if value in words:
         return value
-    if _may_be_list(hint) and isinstance(value, (list, dict)):
+    if may_be_list(hint) and isinstance(value, (list, dict)):
         entries = value if isinstance(value, list) else [value]
         return entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
     if typing.get_origin(kind) is list:

@@ -22,11 +22,13 @@ class PlanConfig(DataConfig):
     alpha: float | None = option(
         None,
         "base alpha: a module's scale is alpha / rank or more; default: the rank, as in the paper, "
-        "so that scales start at 1 (mlx-lm: 20 for every module)",
+        "so that scales start at 1 (mlx-lm: a scale of 20 for every module)",
         above=0.0,
     )
     max_rank: int | None = option(
-        None, "highest rank of a module; what exceeds it goes to the others", at_least=1
+        None,
+        "highest rank of a module; what exceeds it goes to the others; default: no limit",
+        at_least=1,
     )
     target_modules: list[str] | None = option(
         None,
@@ -153,7 +155,7 @@ class TrainConfig(PlanConfig):
         None, "train for N passes over the data, instead of --iters", at_least=1
     )
     optimizer: str = option(
-        "adamw", "optimizer, with bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
+        "adamw", "both have bias correction, unlike mlx-lm's adam", choices=("adam", "adamw")
     )
     learning_rate: float | Literal["auto"] = option(
         3e-4,
@@ -164,8 +166,8 @@ class TrainConfig(PlanConfig):
     )
     lr_schedule: str = option(
         "cosine",
-        "how the learning rate falls after the warm-up; the paper uses cosine or linear (mlx-lm: "
-        "constant)",
+        "how the learning rate falls after the warm-up (constant: not at all); the paper uses "
+        "cosine or linear, mlx-lm constant",
         choices=("cosine", "linear", "constant"),
     )
     warmup: float = option(
@@ -194,7 +196,7 @@ class TrainConfig(PlanConfig):
     steps_per_eval: int = option(200, "updates between validations", at_least=1)
     early_stop: int | None = option(
         None,
-        "stop after N consecutive validations without improvement",
+        "stop after N consecutive validations without improvement; default: never",
         at_least=1,
     )
     save_every: int = option(100, "updates between checkpoints", at_least=1)
@@ -202,7 +204,7 @@ class TrainConfig(PlanConfig):
     report_to: str | None = option(
         None,
         "also report to wandb or swanlab (both through mlx-lm), tensorboard or trackio, or to "
-        "several: wandb,tensorboard",
+        "several: wandb,tensorboard; default: only metrics.jsonl",
     )
     project_name: str = option("tlora_mlx", "name of the project that --report-to reports to")
     sample_prompts: str | None = option(

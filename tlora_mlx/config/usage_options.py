@@ -79,7 +79,7 @@ class EvaluateCommand(Config):
         None, "the format of raw rows; default: as in the run's training", choices=tuple(FORMATS)
     )
     output: str | None = option(None, "directory to create; default: RUN/evaluations/TASK-FILE")
-    max_samples: int | None = option(None, "use only the first N rows", at_least=1)
+    max_samples: int | None = option(None, "use only the first N rows; default: all", at_least=1)
     batch_size: int = option(8, "prompts or choices per batch", at_least=1)
     max_tokens: int = option(512, "at most N tokens per answer", at_least=1)
     execute: bool = option(

@@ -130,6 +130,10 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
                         f"{path} is a JSON array, or part of one; give one object a line without "
                         "commas between them, or a whole array as .json"
                     )
+                if number == 1 and line.strip() == "{":
+                    raise UserError(
+                        f"{path} has its first object on several lines; give each object one line"
+                    )
                 if line.strip():
                     try:
                         row = json.loads(line)
