@@ -254,7 +254,7 @@ def report(rounds: dict[str, list[dict[str, float]]], baseline: float) -> None:
         print(table_row(cells))
     parts = ", ".join(f"{stage} {reference[stage]:.2f} s" for stage in STAGES)
     share = middle["cp"]["work"] / reference["work"]
-    print(f"\nours: {parts} (fsync is within merging); {share:.0%} of cp's speed, ", end="")
+    print(f"\nours: {parts} (fsync beside both); {share:.0%} of cp's speed, ", end="")
     print(f"{middle['cp']['work'] / reference['merging']:.0%} by the merging alone")
     spread = {s: [round(r["work"], 2) for r in found] for s, found in rounds.items()}
     print(f"without imports, every round: {spread}")

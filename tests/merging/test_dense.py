@@ -16,7 +16,7 @@ from helpers.models import save_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from tlora_mlx import UserError, load_adapter, read_run
+from tlora_mlx import RunError, UserError, load_adapter, read_run
 from tlora_mlx.merging import dense as merge
 from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.models.names import HFWeight
@@ -261,6 +261,20 @@ def test_a_delta_that_overflows_the_dtype(tmp_path):
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.* is not finite in float16"):
         export_merged(read_run(run), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_disk_that_fails_when_files_are_synced(model_path, tmp_path, monkeypatch):
+    """Files are synced in the background; none may be lost without a word."""
+    run = make_run(tmp_path / "run", model_path, lambda i, shape: 2)
+
+    def failing(file):
+        assert file.name == "model.safetensors"
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(merge, "sync", failing)
+    with pytest.raises(RunError, match="merged: Input/output error"):
+        export_merged(read_run(run), tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 INDEXES = {

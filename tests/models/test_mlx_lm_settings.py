@@ -1,6 +1,9 @@
 """Checkpoints of transformers 5 in plain mlx-lm, which does not read all of their settings."""
 
+import importlib
+import inspect
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -12,7 +15,8 @@ from helpers.logits import TOKENS, base_model, logits_of, mlx_logits
 from helpers.models import save_model, write_jsonl
 
 from tlora_mlx import read_run
-from tlora_mlx.models.compatibility import missed_settings
+from tlora_mlx.models import compatibility
+from tlora_mlx.models.compatibility import OLDER_NAMES, missed_settings, shared_config
 
 SETTINGS = {"rope_parameters": {"rope_type": "default", "rope_theta": 200.0}}
 
@@ -67,3 +71,24 @@ def test_settings_that_are_read_anyway_are_left_alone(model_path, tmp_path):
     run = make_run(tmp_path / "run", model_path, lambda i, shape: 2)
     out = export_merged(read_run(run), tmp_path / "merged")
     assert (out / "config.json").read_bytes() == (model_path / "config.json").read_bytes()
+
+
+def test_mlx_lm_is_asked_only_about_settings_that_it_may_read(tmp_path, monkeypatch):
+    """Its source tells, without the seconds that loading it takes: no field of it is overlooked."""
+    names = {*OLDER_NAMES, "rope_theta", "partial_rotary_factor", "sliding_window_pattern"}
+    read = 0
+    for path in sorted(Path(mlx_lm.__file__).with_name("models").glob("*.py")):
+        if path.stem == "olmo":  # it asks for another package
+            continue
+        module = importlib.import_module(f"mlx_lm.models.{path.stem}")
+        if hasattr(module, "ModelArgs"):
+            for name in names & inspect.signature(module.ModelArgs).parameters.keys():
+                assert compatibility._may_read(path.stem, [name]), (path.stem, name)
+                read += 1
+    assert read > 100
+    monkeypatch.setattr(compatibility, "_shared_config", None)  # it would be called
+    config = {"model_type": "llama", "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+    assert shared_config(config, tmp_path) is None
+    for other in ("gpt2", "mistral"):  # it reads one of them, and is found under another name
+        with pytest.raises(TypeError):
+            shared_config({**config, "model_type": other}, tmp_path)

@@ -46,7 +46,7 @@ class Errors:
         error, delta = error.reshape(-1), delta.reshape(-1)
         squares = float(delta @ delta)
         along = squares + float(error @ delta)
-        return Errors(float(max(error.max(), -error.min())), float(error @ error), squares, along)
+        return Errors(_largest(error), float(error @ error), squares, along)
 
     def __add__(self, other: Errors) -> Errors:
         return Errors(
@@ -170,7 +170,7 @@ def compare_merged(
 
     Args:
         name: the weight's name.
-        weight: W, float32; this and the next two arrays are overwritten.
+        weight: W, float32; this array and the next are overwritten.
         merged: what was written, as float32.
         delta: Δ.
         dtype: that of the written weight.
@@ -184,17 +184,23 @@ def compare_merged(
         error = np.subtract(merged, weight, out=weight)
         error -= delta
         errors = Errors.of(error, delta)
-        np.abs(merged, out=merged)
-        floor = NOISE * (merged.max() + np.abs(delta, out=delta).max()) + least
+        floor = NOISE * (_largest(merged) + _largest(delta)) + least
         if not np.isfinite(floor) or not np.isfinite(errors.squares):
             raise UserError(
                 f"{name} with its delta is not finite in {dtype}: the delta is too large for it, "
                 "or the base model's weight is damaged"
             )
-        merged *= unit * (1 + 2 * unit)
-        if np.subtract(np.abs(error, out=error), merged, out=error).max() > floor:
-            raise mismatch_error(name)
+        if errors.largest > floor:  # what rounding may add grows with the value
+            np.abs(merged, out=merged)
+            merged *= unit * (1 + 2 * unit)
+            if np.subtract(np.abs(error, out=error), merged, out=error).max() > floor:
+                raise mismatch_error(name)
     return errors
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest absolute value."""
+    return float(max(values.max(), -values.min()))
 
 
 def cast_finite(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:

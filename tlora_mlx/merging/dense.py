@@ -21,7 +21,7 @@ from tlora_mlx.models.names import HFWeight, hf_weight
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
 from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, decode, encode, segments
-from tlora_mlx.storage.files import Finish, new_directory
+from tlora_mlx.storage.files import Finish, new_directory, sync
 from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile
 
 
@@ -71,15 +71,19 @@ def export_merged(
         )
     count, targets = len(adapter.adapted()), merge_targets(adapter, base)
     proof = Proof(output)
-    with new_directory(output, finish) as staging:
+    with new_directory(output, finish) as staging, ThreadPoolExecutor(1) as waiting:
         base.copy_other_files(staging)
         base.copy_index(staging)
+        synced = []  # the disk is awaited while the processors work on
         with observer.stage("merging", count) as advance:
             for name, file in base.files.items():
                 _write(file, staging / name, adapter, targets, advance)
+                synced.append(waiting.submit(sync, staging / name))
         with observer.stage("reading back", count) as advance:
             for name, file in base.files.items():
                 _prove(file, staging / name, adapter, targets, proof, advance)
+        for file in synced:
+            file.result()
     return proof
 
 
@@ -218,11 +222,7 @@ def _merged(segment: list[_Block]) -> int:
 
 
 def _write(
-    file: TensorFile,
-    target: Path,
-    adapter: Adapter,
-    targets: MergeTargets,
-    advance: Advance,
+    file: TensorFile, target: Path, adapter: Adapter, targets: MergeTargets, advance: Advance
 ) -> None:
     """Write one weight file of the merged model."""
     # The pool is closed first: its threads finish before the files close.
@@ -232,7 +232,6 @@ def _write(
             for _ in pool.map(work, segment):
                 pass
             advance(_merged(segment))
-        out.sync()
 
 
 def _prove(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +143,7 @@ def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: that process failed.
     """
-    if not older_settings(config):
+    if not _may_read(config.get("model_type"), older_settings(config)):
         return None
     if {"mlx_lm", "transformers"} <= sys.modules.keys():
         return _shared_config(config, path)
@@ -158,6 +161,28 @@ def shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
         reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RunError(f"cannot tell how mlx-lm reads {path / 'config.json'}: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _may_read(model_type: Any, names: Collection[str]) -> bool:
+    """Whether mlx-lm's model of this type may read one of these settings.
+
+    To import its code takes seconds; so it and the neighbours that it imports are searched for
+    fields of these names. True where there is no such file: mlx-lm has another name for the type.
+    """
+    if not names:
+        return False
+    package = importlib.util.find_spec("mlx_lm").submodule_search_locations[0]
+    sources = {path.stem: path for path in Path(package, "models").glob("*.py")}
+    field = re.compile(rf"^ +({'|'.join(names)}) *:", re.MULTILINE)
+    modules = [str(model_type)]
+    for module in modules:  # it grows on the way
+        code = sources[module].read_text() if module in sources else ""
+        if not code or field.search(code):
+            return True
+        for imported in re.findall(r"^from \.(?:(\w+)| import ([\w, ]+))", code, re.MULTILINE):
+            siblings = re.findall(r"\w+", " ".join(imported))
+            modules += [name for name in siblings if name in sources and name not in modules]
+    return False
 
 
 def _shared_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:

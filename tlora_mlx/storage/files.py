@@ -69,7 +69,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(descriptor)
             os.replace(staging, path)
         staging = None
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise RunError(f"cannot write {path}: {reason}; any existing file is unchanged") from None
@@ -120,7 +120,7 @@ def new_directory(path: Path, finish: Finish | None = None) -> Iterator[Path]:
             finish(staging)
         os.fsync(descriptor)
         os.replace(staging, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -173,7 +173,8 @@ def sweep(directory: Path, name: str) -> None:
                 os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
