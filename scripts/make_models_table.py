@@ -58,8 +58,9 @@ those without it. The other families of mlx-lm are refused when training starts,
   `examples/model` the log-probabilities of all 2,048 tokens at 72 generated positions are MLX's
   within 1.4e-5, in the portable and the compact layout alike, with adapters that move logits by up
   to 11; on SmolLM2-135M-Instruct, with adapters for GSM8K and BoolQ, those of the 50 likeliest
-  tokens at 36 positions within 2.3e-4. Greedy tokens are equal, also in batches that mix two
-  adapters. On a CPU, a request for the base model in such a batch is answered with an adapter
+  tokens at 36 positions within 2.3e-4. `use_rslora` gives PEFT's log-probabilities within 1.6e-5,
+  also where ranks and alphas differ per module. Greedy tokens are equal, also in batches that mix
+  two adapters. On a CPU, a request for the base model in such a batch is answered with an adapter
   (probably by an index of -1 in `vllm/lora/ops/torch_ops`); alone it is right. `LoRA rank 64 is
   greater than max_lora_rank 32.` and `vLLM does not yet support DoRA.` come with the first request;
   in the compact layout the largest rank counts. Where an adapter for a llama had a multimodal
@@ -94,8 +95,11 @@ those without it. The other families of mlx-lm are refused when training starts,
   qwen3_5_moe, qwen3_vl_moe). gpt_oss is released in MXFP4, which is not merged into: merge into a
   checkpoint in bfloat16, or into the MLX model that the run was trained on (`--dequantize`,
   `--quantize`). As adapters, experts are read by PEFT and transformers, and by vLLM in gpt_oss,
-  qwen3_5_moe and qwen3_vl_moe (in others with `--enable-mixed-moe-lora-format`); for llama.cpp,
-  SGLang and TGI, merge.
+  qwen3_5_moe and qwen3_vl_moe. In the others vLLM refuses them, unless it is served with
+  `--enable-mixed-moe-lora-format` and the adapter is named as
+  `--lora-modules '{{"name": "mine", "path": "my-adapter", "is_3d_lora_weight": true}}'`: so its
+  refusal says, which 0.32.0 gives for a qwen3_moe. What vLLM computes with experts was not tried:
+  on a CPU it has no such kernels. For llama.cpp, SGLang and TGI, merge.
 - **The other MLPs of mixtures**: in many of these families PEFT (as of 0.21) takes `gate_proj`,
   `up_proj` and `down_proj` for the experts' names of transformers 4, so those of shared experts and
   dense layers are listed in `target_parameters` (with `.weight`). In the compact layout PEFT then

@@ -129,9 +129,8 @@ def test_rank_stabilised_and_missing_kinds(model_path, tmp_path):
             "mixtral",
             True,
             {
-                VLLM: "refuses experts, unless it is served with --enable-mixed-moe-lora-format",
-                OLDER_VLLM: "refuses experts, unless it is served with "
-                "--enable-mixed-moe-lora-format",
+                VLLM: "refuses experts, unless set up as in tlora_mlx's docs/MODELS.md",
+                OLDER_VLLM: "refuses experts, unless set up as in tlora_mlx's docs/MODELS.md",
                 "SGLang": "drops 16 of 24 modules",
                 "llama.cpp": "refuses experts",
                 "TensorRT-LLM": "does not load it: it knows no down_proj, gate_up_proj",

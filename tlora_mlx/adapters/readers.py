@@ -100,7 +100,8 @@ _VLLM = Reader(
         {"falcon_mamba", "gemma3n", "gpt2", "gptj", "kimi_k25", "kimi_linear", "kimi_vl", "mamba"}
         | {"mamba2", "mimo_v2_flash", "minimax_m3_vl", "stablelm", "step3p5"}
     ),
-    experts="refuses experts, unless it is served with --enable-mixed-moe-lora-format",
+    # Its refusal names both (model_manager.py, _validate_moe_lora_format).
+    experts="refuses experts, unless set up as in tlora_mlx's docs/MODELS.md",
     experts_in=frozenset({"gpt_oss", "qwen3_5_moe", "qwen3_vl_moe"}),  # is_3d_moe_weight
 )
 
