@@ -334,15 +334,28 @@ FAMILIES = {
         },
         note="mlx-lm reads checkpoints whose norms have the names of transformers' modules alone",
     ),
+    "recurrent_gemma": Tiny(
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "attention_window_size": 64,
+            "rms_norm_eps": 1e-5,
+        },
+        note="transformers always rounds the factor of the embeddings to bfloat16, mlx-lm only in "
+        "bfloat16 models; most of mlx-lm's norms have an epsilon of 1e-5, whatever config.json "
+        "says",
+        released={"hidden_size": 48, "rms_norm_eps": 1e-6},
+    ),
     "mamba": Tiny(
         {"state_size": 8, "time_step_rank": 4, "intermediate_size": 96},
-        targets=["in_proj"],
-        note="without out_proj, which PEFT refuses, dt_proj, whose weight transformers takes past "
-        "any adapter, and x_proj, which mlx-lm calls with a token at a time",
+        targets=["in_proj", "x_proj"],
+        note="without out_proj, which PEFT refuses, and dt_proj, whose weight transformers takes "
+        "past any adapter",
     ),
     "falcon_mamba": Tiny(
         {"state_size": 8, "time_step_rank": 4, "intermediate_size": 96},
-        targets=["in_proj"],
+        targets=["in_proj", "x_proj"],
         note="as mamba",
     ),
     "mamba2": Tiny(

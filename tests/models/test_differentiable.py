@@ -1,8 +1,11 @@
 """mlx-lm's kernels have no gradient; its models have one while we differentiate them."""
 
+import inspect
+import pkgutil
 import re
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +16,15 @@ import torch
 from helpers.metal import Metal, on_the_cpu
 from helpers.models import save_model
 from mlx.utils import tree_flatten
+from mlx_lm import models
 from mlx_lm.models import gated_delta, rwkv7
 
 from tlora_mlx.models.base_model import load_base_model
-from tlora_mlx.models.differentiable import differentiable, differentiable_operations
+from tlora_mlx.models.differentiable import (
+    differentiable,
+    differentiable_operations,
+    replacements,
+)
 
 TOKENS = mx.arange(30)[None] % 19
 
@@ -191,6 +199,24 @@ def test_every_kernel_of_mlx_lm_is_known():
         if made := len(re.findall(r"\b(?:metal|cuda)_kernel\(", file.read_text())):
             found[file.relative_to(root).as_posix()] = made
     assert found.items() <= KERNELS_OF_MLX_LM.items()
+
+
+def test_replacements_are_called_like_what_they_replace():
+    """A model of a later mlx-lm may have another function of the same name."""
+    compared = set()
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        if module.name.endswith(".olmo"):  # ends the process without a package
+            continue
+        for holder, name, original, plain in replacements(import_module(module.name), module.name):
+            if callable(plain) and isinstance(original, FunctionType):
+                ours, theirs = (inspect.signature(f) for f in (plain, original))
+                first = isinstance(holder, type)  # a method's self
+                names = [*theirs.parameters][first:]
+                bound = ours.bind(*[None] * first, **dict.fromkeys(names))
+                positional = [*ours.parameters][first : len(bound.args)]
+                assert positional == names[: len(positional)], (module.name, name)
+                compared.add(name)
+    assert {"gated_delta_update", "recurrent_gla", "__call__", "pre_norm"} <= compared
 
 
 def test_what_was_replaced_comes_back():

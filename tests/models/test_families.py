@@ -101,7 +101,9 @@ def round_trip(family, data_path, path, experts=False):
             assert difference(mlx_logits(other), logits_of(others)) < TOLERANCE
         assert seen == set(names.FAMILIES[family].linears) or targets
     every = target_linears(base.model)
-    assert bool(names.unexportable(family, every)) == bool(targets)
+    reason = names.unexportable(family, every)
+    advised = reason and reason.partition("; leave them out with --target-modules ")[2].split()
+    assert advised == (targets and sorted(targets))
     found = {"base": difference(mlx_logits(base.model), reference)}
     options = {"iters": 2, "calibration_samples": 2, "target_modules": targets}
     if experts:

@@ -33,7 +33,8 @@ class Reading:
         scales: the effective scale per adapted module, 0 if the reader drops the module; empty if
             it does not load the adapter.
         fault: what is wrong, in a few words; None if the reader is right.
-        remedy: the options of ``tlora export`` that help; None if the reader is right.
+        remedy: the options of ``tlora export`` that help; None if the reader is right, or if it
+            has no such model.
     """
 
     reader: str
@@ -62,6 +63,7 @@ class Reader:
         binds_in: the same as ``binds``, for the families that it loads as a class whose modules
             have other names.
         without: the families for which it loads no adapter.
+        unknown: the families that it cannot load at all.
         experts: how it refuses adapters of experts; None if it does not.
         experts_in: the families in which it loads them all the same.
     """
@@ -79,6 +81,7 @@ class Reader:
     refuses_others: bool = False
     binds_in: Mapping[str, str] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
     experts: str | None = None
     experts_in: frozenset[str] = frozenset()
 
@@ -100,6 +103,10 @@ _VLLM = Reader(
         {"falcon_mamba", "gemma3n", "gpt2", "gptj", "kimi_k25", "kimi_linear", "kimi_vl", "mamba"}
         | {"mamba2", "mimo_v2_flash", "minimax_m3_vl", "stablelm", "step3p5"}
     ),
+    # Of the families without a class, its backend for transformers' takes those with attention in
+    # every layer, unless an earlier version had a class for them (model_executor/models/registry.py
+    # and transformers/base.py).
+    unknown=frozenset({"dots1", "recurrent_gemma"}),
     # Its refusal names both (model_manager.py, _validate_moe_lora_format).
     experts="refuses experts, unless set up as in tlora_mlx's docs/MODELS.md",
     experts_in=frozenset({"gpt_oss", "qwen3_5_moe", "qwen3_vl_moe"}),  # is_3d_moe_weight
@@ -114,6 +121,7 @@ READERS = (
         _VLLM.source,
         binds_in=_VLLM.binds_in,
         without=_VLLM.without | {"gpt_neox"},
+        unknown=_VLLM.unknown,
         experts=_VLLM.experts,
         experts_in=_VLLM.experts_in,
     ),
@@ -135,6 +143,7 @@ READERS = (
         # Its converter transposes A and B with gpt2's weights; the class for Mistral 3 writes the
         # base model instead of the adapter (conversion/mistral3.py).
         without=frozenset({"gpt2", "ministral3", "mistral3"}),
+        unknown=frozenset({"gptj", "helium", "longcat_flash", "olmo_hybrid", "recurrent_gemma"}),
         experts="refuses experts",
     ),
     Reader(
@@ -226,8 +235,10 @@ def _reading(
 
 def _refusal(
     adapter: Adapter, reader: Reader, unbound: set[str], family: str | None
-) -> tuple[str, str] | None:
+) -> tuple[str, str | None] | None:
     """Why a reader does not load the adapter, and what helps; None if it does."""
+    if family in reader.unknown:
+        return f"has no model '{family}'", None
     ranks = {module.rank for module in adapter.plan.adapted().values()}
     has_experts = any(stack_and_number(name)[1] is not None for name in adapter.plan.adapted())
     if family in reader.without:

@@ -100,6 +100,8 @@ def load_base_model(name: str, trust_remote_code: bool = False) -> BaseModel:
     except (Exception, SystemExit) as error:
         # mlx-lm raises whatever a model's code raises; olmo's ends the process.
         raise UserError(f"mlx-lm cannot load model {name}: {_reason(error)}") from error
+    if not hasattr(model, "_no_grad"):  # recurrent_gemma's class does not call this itself
+        nn.Module.__init__(model)
     model.eval()
     return BaseModel(model, tokenizer, name, _original(name, path, config), config, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -37,3 +38,36 @@ def decays(gate: mx.array) -> mx.array:
     """Γ_i / Γ_j for j ≤ i, and 0 elsewhere, (…, size, size), of log Γ (…, size, 1)."""
     lower = mx.tri(gate.shape[-2], dtype=mx.bool_)
     return mx.exp(mx.where(lower, gate - gate.swapaxes(-1, -2), -mx.inf))
+
+
+@mx.custom_function
+def linear_recurrence(gate: mx.array, added: mx.array) -> mx.array:
+    """h_t = gate_t · h_{t−1} + added_t from h = 0, for arrays (batch, T, …).
+
+    About √T blocks of √T tokens are computed side by side and then joined.
+    """
+    tokens = gate.shape[1]
+    size = math.isqrt(tokens - 1) + 1
+    blocks = -(-tokens // size)
+    padding = [(0, 0), (0, blocks * size - tokens)] + [(0, 0)] * (gate.ndim - 2)
+    gate, added = (mx.unflatten(mx.pad(z, padding), 1, (blocks, size)) for z in (gate, added))
+    within, product = [added[:, :, 0]], [gate[:, :, 0]]
+    for t in range(1, size):
+        within.append(gate[:, :, t] * within[-1] + added[:, :, t])
+        product.append(gate[:, :, t] * product[-1])
+    before = [mx.zeros_like(within[-1][:, 0])]
+    for n in range(blocks - 1):
+        before.append(product[-1][:, n] * before[-1] + within[-1][:, n])
+    earlier = mx.stack(before, axis=1)[:, :, None]
+    states = mx.stack(within, axis=2) + mx.stack(product, axis=2) * earlier
+    return states.flatten(1, 2)[:, :tokens]
+
+
+@linear_recurrence.vjp
+def _(primals: list[mx.array], cotangent: mx.array, states: mx.array) -> tuple[mx.array, mx.array]:
+    gate, _ = primals
+    # From the last token to the first: g_t = cotangent_t + gate_{t+1} · g_{t+1}.
+    later = mx.concatenate([mx.zeros_like(gate[:, :1]), gate[:, :0:-1]], axis=1)
+    gradient = linear_recurrence(later, cotangent[:, ::-1])[:, ::-1]
+    previous = mx.concatenate([mx.zeros_like(states[:, :1]), states[:, :-1]], axis=1)
+    return gradient * previous, gradient

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +19,9 @@ import mlx.nn as nn
 
 from tlora_mlx.models.fused import FUSED
 from tlora_mlx.models.gated_delta import gated_delta_update
+from tlora_mlx.models.rg_lru import rg_lru
 from tlora_mlx.models.selective_scan import jamba_step, mamba_sequence
-from tlora_mlx.models.state_space import ssm_update
+from tlora_mlx.models.state_space import recurrent_gla, ssm_update
 
 
 def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) -> list[mx.array]:
@@ -35,29 +37,39 @@ def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) 
 
 
 # By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; methods by
-# their class's name and their own.
+# their class's name and their own; after a module's name and a colon if others have the name too.
 _DIFFERENTIABLE = {
     "gated_delta_update": gated_delta_update,
     "ssm_update": ssm_update,
+    "bailing_moe_linear:recurrent_gla": recurrent_gla,  # bailing_hybrid's is in chunks already
     "_wkv7_kernel": wkv7,
     "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
     **FUSED,
     "MambaBlock._process_sequence": mamba_sequence,
     "JambaMambaMixer.ssm_step": jamba_step,
+    "RGLRU.__call__": rg_lru,
 }
+
+
+def replacements(module: ModuleType, path: str) -> Iterator[tuple[Any, str, Any, Any]]:
+    """What is replaced in a module of mlx-lm: the module or class, the name, and both values."""
+    for key, plain in _DIFFERENTIABLE.items():
+        only_in, _, place = key.rpartition(":")
+        *owner, name = place.split(".")
+        holder = vars(module).get(owner[0]) if owner else module
+        if holder is not None and name in vars(holder) and path.endswith(only_in):
+            yield holder, name, vars(holder)[name], plain
 
 
 @contextmanager
 def differentiable_operations() -> Iterator[None]:
     """Inside the block, mlx-lm's models in training mode use operations that have a gradient."""
-    found = []
-    for path, module in list(sys.modules.items()):
-        if path.startswith("mlx_lm.models."):
-            for place, plain in _DIFFERENTIABLE.items():
-                *owner, name = place.split(".")
-                holder = vars(module).get(owner[0]) if owner else module
-                if holder is not None and name in vars(holder):
-                    found.append((holder, name, vars(holder)[name], plain))
+    found = [
+        replacement
+        for path, module in list(sys.modules.items())
+        if path.startswith("mlx_lm.models.")
+        for replacement in replacements(module, path)
+    ]
     for holder, name, _, plain in found:
         setattr(holder, name, plain)
     try:

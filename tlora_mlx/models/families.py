@@ -282,16 +282,21 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": Family(
         _LLAMA | _same("linear_attn: q_proj k_proj v_proj a_proj b_proj g_proj o_proj")
     ),
+    "recurrent_gemma": Family(
+        _same(
+            "temporal_block: q_proj k_proj v_proj o_proj linear_x linear_y linear_out",
+            "mlp_block: gate_proj up_proj down_proj",
+        )
+    ),
     **dict.fromkeys(
         ("mamba", "falcon_mamba"),
         Family(
-            _same("mixer: in_proj"),
+            _same("mixer: in_proj x_proj"),
             blocks="backbone.layers",
             hf_blocks="backbone.layers",
             refused={
                 "mixer.out_proj": _NO_OUT_PROJ,
                 "mixer.dt_proj": "transformers takes the weight of dt_proj, past any adapter",
-                "mixer.x_proj": "mlx-lm calls x_proj with a token at a time",
             },
         ),
     ),
@@ -526,6 +531,5 @@ REFUSED: dict[str, str] = {
     "nanochat": "mlx-lm reads nanochat's own tensor names, not those of transformers",
     "olmo": "mlx-lm reads the older format of the package ai2-olmo alone",
     "pixtral": "transformers has a class for its vision tower alone; newer checkpoints are llava's",
-    "recurrent_gemma": "mlx-lm's class is not set up as MLX modules are, so it cannot be frozen",
     "step3p5": "transformers 5.24 has its configuration, but no class for it",
 }

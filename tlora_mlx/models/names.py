@@ -197,9 +197,11 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
     paths = [re.sub(r"\.\d+\b", "", name) for name in unknown]  # an expert's is its stacked layer
     reasons = {refused[end] for path in paths for end in refused if path.endswith(f".{end}")}
     if reasons:
+        others = sorted(_kinds(set(names) - set(unknown)) - _kinds(unknown))
+        advice = f"; leave them out with --target-modules {' '.join(others)}" if others else ""
         return (
             f"these modules of family '{model_type}' cannot be exported: {_listed(unknown)} "
-            f"({'; '.join(sorted(reasons))}); leave them out with --target-modules"
+            f"({'; '.join(sorted(reasons))}){advice}"
         )
     if unknown:
         return (
@@ -207,6 +209,11 @@ def unexportable(model_type: str, names: Collection[str]) -> str | None:
             f"{_listed(unknown)}"
         )
     return None
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """The last components of the names, for which an expert's number does not count."""
+    return {re.search(r"([^.]+)(\.\d+)?$", name)[1] for name in names}
 
 
 def _listed(names: list[str]) -> str:

@@ -6,8 +6,8 @@ With h the state of a channel (N), one token does
 
 with a gate for each channel and each number of its state, so no matrix product computes several
 tokens at once. mlx-lm computes token by token, and the gradient keeps each token's state several
-times over. Here a segment is ``SIDE`` blocks of ``SIDE`` tokens, computed side by side and then
-joined, and only the segments' states are kept for the gradient, which computes a segment anew.
+times over. Here only the states between segments are kept for the gradient, which computes a
+segment anew.
 
 Source: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", sections 3.2
 and 3.3.2 (arXiv 2312.00752); the interface is mlx_lm/models/mamba.py's and jamba.py's.
@@ -20,8 +20,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-# Blocks of a segment, and tokens of a block.
-SIDE = 8
+from tlora_mlx.models.chunks import linear_recurrence
+
+# Tokens of a segment.
+SEGMENT = 64
 
 
 def selective_scan(
@@ -46,7 +48,7 @@ def selective_scan(
     batch, tokens, channels = x.shape
     if state is None:
         state = mx.zeros((batch, channels, A.shape[-1]), dtype=x.dtype)
-    ends = list(range(SIDE * SIDE, tokens, SIDE * SIDE))
+    ends = list(range(SEGMENT, tokens, SEGMENT))
     ys = []
     # The gradient of a split is one concatenation, that of a slice an array as long as the whole.
     for segment in zip(*(mx.split(z, ends, axis=1) for z in (x, delta, B, C)), strict=True):
@@ -61,7 +63,7 @@ def _segment(
     gate = mx.exp(delta[..., None] * A)
     added = (delta * x)[..., None] * B[..., None, :]
     first = added[:, :1] + gate[:, :1] * state[:, None]
-    states = _linear_recurrence(gate, mx.concatenate([first, added[:, 1:]], axis=1))
+    states = linear_recurrence(gate, mx.concatenate([first, added[:, 1:]], axis=1))
     # A copy: a part of the states would keep them all in memory.
     return (states @ C[..., None]).squeeze(-1), mx.contiguous(states[:, -1])
 
@@ -78,35 +80,6 @@ def _(
     found_A, found_state, *found = mx.vjp(_segment, primals, list(cotangents))[1]
     found_state, *_ = mx.depends([found_state], [found_A, *found])
     return [found_A, found_state, *found]
-
-
-@mx.custom_function
-def _linear_recurrence(gate: mx.array, added: mx.array) -> mx.array:
-    """h_t = gate_t · h_{t−1} + added_t from h = 0, for arrays (batch, T, …), T ≤ SIDE²."""
-    tokens = gate.shape[1]
-    blocks = -(-tokens // SIDE)
-    padding = [(0, 0), (0, blocks * SIDE - tokens)] + [(0, 0)] * (gate.ndim - 2)
-    gate, added = (mx.unflatten(mx.pad(z, padding), 1, (blocks, SIDE)) for z in (gate, added))
-    within, product = [added[:, :, 0]], [gate[:, :, 0]]
-    for t in range(1, SIDE):
-        within.append(gate[:, :, t] * within[-1] + added[:, :, t])
-        product.append(gate[:, :, t] * product[-1])
-    before = [mx.zeros_like(within[-1][:, 0])]
-    for n in range(blocks - 1):
-        before.append(product[-1][:, n] * before[-1] + within[-1][:, n])
-    earlier = mx.stack(before, axis=1)[:, :, None]
-    states = mx.stack(within, axis=2) + mx.stack(product, axis=2) * earlier
-    return states.flatten(1, 2)[:, :tokens]
-
-
-@_linear_recurrence.vjp
-def _(primals: list[mx.array], cotangent: mx.array, states: mx.array) -> tuple[mx.array, mx.array]:
-    gate, _ = primals
-    # From the last token to the first: g_t = cotangent_t + gate_{t+1} · g_{t+1}.
-    later = mx.concatenate([mx.zeros_like(gate[:, :1]), gate[:, :0:-1]], axis=1)
-    gradient = _linear_recurrence(later, cotangent[:, ::-1])[:, ::-1]
-    previous = mx.concatenate([mx.zeros_like(states[:, :1]), states[:, :-1]], axis=1)
-    return gradient * previous, gradient
 
 
 def mamba_sequence(

@@ -103,8 +103,10 @@ def advice(adapter: Adapter, found: Sequence[Reading]) -> list[str]:
         return [*lines, vllm]
     lines.append(f"for other readers: {export} {PORTABLE}; the scale is then 1, and {vllm}")
     if adapter.model_type and not unexportable(adapter.model_type, adapter.plan.modules):
-        for remedy, readers in _by_remedy(readings_of_export(adapter)).items():
+        exported = readings_of_export(adapter)
+        for remedy, readers in _by_remedy(exported).items():
             lines.append(f"but for {', '.join(readers)}: {export} {remedy}")
+        lines += [f"{r.reader} {r.fault}" for r in exported if r.fault and not r.remedy]
     return lines
 
 
