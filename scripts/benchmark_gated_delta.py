@@ -1,8 +1,9 @@
 """Recurrences forwards and backwards: in chunks, as mlx-lm computes them, with MLX's own function.
 
-The gated delta rule (Qwen3-Next, Kimi Linear) and Mamba-2, for one layer's heads, and a whole block
-of Mamba: random inputs, float32, one sample. Each way and length runs in a process of its own; the
-exponent is the slope of log time against log length.
+The gated delta rule (Qwen3-Next, Kimi Linear), RWKV-7, Mamba-2, Bailing's linear attention and
+RecurrentGemma's recurrence, for one layer's heads, and a whole block of Mamba: random inputs,
+float32, one sample. Each way and length runs in a process of its own; the exponent is the slope of
+log time against log length.
 
     python scripts/benchmark_gated_delta.py --tokens 128 256 512 1024 2048 4096
 """
@@ -18,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from measuring import in_own_process, machine, mlx_blas, table_head, table_row
-from mlx_lm.models import gated_delta, mamba, ssm
+from mlx_lm.models import bailing_moe_linear, gated_delta, mamba, recurrent_gemma, rwkv7, ssm
 
 from tlora_mlx.models.differentiable import differentiable_operations
-from tlora_mlx.models.gated_delta import gated_delta_update
-from tlora_mlx.models.state_space import ssm_update
+from tlora_mlx.models.gated_delta import gated_delta_update, wkv7
+from tlora_mlx.models.state_space import recurrent_gla, ssm_update
 
 HEADS, WIDTH = 4, 128
 STATE_HEADS, STATE_WIDTH, STATES = 8, 64, 128
@@ -55,6 +56,42 @@ def state_inputs(tokens: int) -> list[mx.array]:
     return [x, a_log, b, c, d, mx.random.normal((1, tokens, STATE_HEADS)), dt_bias]
 
 
+def attention_inputs(tokens: int) -> list[mx.array]:
+    """Bailing's q, k, v and g."""
+    q, k, v = mx.random.normal((3, 1, HEADS, tokens, WIDTH))
+    return [q, k, v, -(0.5 ** mx.arange(1.0, HEADS + 1))]
+
+
+def rwkv7_inputs(tokens: int) -> list[mx.array]:
+    """RWKV-7's r, w, k, v, a and b."""
+    r, w, k, v, a, b = mx.random.normal((6, 1, tokens, HEADS, WIDTH))
+    a = a / mx.linalg.norm(a, axis=-1, keepdims=True)
+    return [r, mx.exp(-0.606531 * mx.sigmoid(w)), k, v, -a, a * mx.sigmoid(b)]
+
+
+def loop_of_rwkv7(*arrays: mx.array) -> list[mx.array]:
+    """mlx-lm's loop over tokens."""
+    ys, state = [], mx.zeros((1, HEADS, WIDTH, WIDTH))
+    for t in range(arrays[0].shape[1]):
+        y, state = rwkv7._wkv7_step_ops(*(x[:, t] for x in arrays), state)
+        ys.append(y)
+    return [mx.stack(ys, axis=1)]
+
+
+def griffin_layer(x: mx.array) -> list[mx.array]:
+    """RecurrentGemma's recurrence; its weights are the same each time."""
+    mx.random.seed(1)
+    layer = recurrent_gemma.RGLRU(x.shape[-1], HEADS)
+    layer.apply(lambda p: mx.random.normal(p.shape) * 0.1)
+    return [layer(x)[0]]
+
+
+def griffin_in_blocks(x: mx.array) -> list[mx.array]:
+    """The same as we differentiate it."""
+    with differentiable_operations():
+        return griffin_layer(x)
+
+
 def mamba_block(x: mx.array) -> list[mx.array]:
     """A block of Mamba; its weights are the same each time."""
     mx.random.seed(1)
@@ -81,6 +118,21 @@ RULES: dict[str, tuple[Callable[[int], list[mx.array]], dict[str, Way]]] = {
     "delta, a gate for each dimension": (
         lambda tokens: delta_inputs(tokens, (HEADS, WIDTH)),
         {"mlx-lm": loop, "chunks": gated_delta_update},
+    ),
+    "RWKV-7": (
+        rwkv7_inputs,
+        {"mlx-lm": loop_of_rwkv7, "chunks": lambda *arrays: wkv7(None, *arrays, None)},
+    ),
+    "Bailing": (
+        attention_inputs,
+        {
+            "mlx-lm": lambda *arrays: bailing_moe_linear.recurrent_gla(*arrays, 1.0),
+            "chunks": lambda *arrays: recurrent_gla(*arrays, 1.0),
+        },
+    ),
+    "RecurrentGemma": (
+        lambda tokens: [mx.random.normal((1, tokens, 1024))],
+        {"mlx-lm": griffin_layer, "chunks": griffin_in_blocks},
     ),
     "Mamba, a block": (
         lambda tokens: [mx.random.normal((1, tokens, MAMBA.hidden_size))],

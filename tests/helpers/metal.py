@@ -12,10 +12,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401 (it makes a stream on the default device)
-from mlx_lm.models import gated_delta
+from mlx_lm.models import gated_delta, rwkv7
 
 from tlora_mlx.models import fused
-from tlora_mlx.models.differentiable import wkv7
 
 
 def delta_rule(*, inputs, output_dtypes, **_):
@@ -24,6 +23,15 @@ def delta_rule(*, inputs, output_dtypes, **_):
     if mask:
         y = mx.where(mask[0][..., None, None], y, 0)
     return [y.astype(output_dtypes[0]), state.astype(output_dtypes[1])]
+
+
+def wkv7(*, inputs, output_dtypes, **_):
+    *sequences, state, tokens = inputs
+    ys = []
+    for t in range(tokens):
+        y, state = rwkv7._wkv7_step_ops(*(x[:, t] for x in sequences), state)
+        ys.append(y.squeeze(-1))
+    return [y.astype(t) for y, t in zip((mx.stack(ys, axis=1), state), output_dtypes, strict=True)]
 
 
 def sinkhorn(*, inputs, template, **_):

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from helpers.metal import wkv7 as loop_of_rwkv7
 from mlx_lm.models import gated_delta as loop
 
-from tlora_mlx.models.gated_delta import gated_delta, gated_delta_update
+from tlora_mlx.models.gated_delta import gated_delta, gated_delta_update, wkv7
 
 KEYS, WIDTH = 32, 24
 
@@ -114,3 +115,44 @@ def test_bfloat16_is_computed_in_float32():
     expected, last = gated_delta_update(*(x.astype(mx.float32) for x in arrays))
     assert (y.dtype, state.dtype) == (mx.bfloat16, mx.float32)
     assert_close([y.astype(mx.float32), state], [expected, last], 2e-2)
+
+
+@pytest.mark.parametrize(("tokens", "stateless"), [(1, False), (130, False), (64, True)])
+def test_rwkv7_like_mlx_lms_loop(tokens, stateless):
+    """With gates down to the smallest that the model can have, and vectors to erase of length 1."""
+    mx.random.seed(tokens)
+    r, w, k, v, a, b = mx.random.normal((6, 2, tokens, 3, KEYS))
+    w = mx.exp(-0.606531 * mx.sigmoid(3 * w))
+    a = a / mx.linalg.norm(a, axis=-1, keepdims=True)
+    arrays = [r, w, k, v, -a, a * mx.sigmoid(b)]
+    state = mx.random.normal((2, 3, KEYS, KEYS))
+
+    def ours(*arrays):
+        return wkv7(None, *arrays, *([None] if stateless else []))
+
+    def theirs(*arrays):
+        before = [mx.zeros_like(state)] if stateless else []
+        return loop_of_rwkv7(inputs=[*arrays, *before, tokens], output_dtypes=[mx.float32] * 2)
+
+    arrays += [] if stateless else [state]
+    assert_close(values_and_gradients(ours, arrays), values_and_gradients(theirs, arrays), 1e-4)
+
+
+@pytest.mark.parametrize("rule", ["delta", "rwkv7"])
+def test_the_gradients_memory_grows_with_the_tokens(rule):
+    def loss(*arrays):
+        q, k, v, b = arrays
+        if rule == "delta":
+            return mx.square(gated_delta(q, k, v, -mx.square(b).sum(-1), b.sum(-1))[0]).sum()
+        return mx.square(wkv7(None, q, mx.sigmoid(q), k, v, b, b, None)[0]).sum()
+
+    def peak(tokens):
+        arrays = list(0.1 * mx.random.normal((4, 1, tokens, 1, 32)))
+        mx.eval(arrays)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(loss, argnums=[0, 1, 2, 3])(*arrays))
+        return mx.get_peak_memory() - before
+
+    assert peak(4096) < 2.4 * peak(2048)

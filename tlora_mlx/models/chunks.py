@@ -11,6 +11,7 @@ import mlx.core as mx
 CHUNK = 64
 # The logarithm of a gate that is 0 in float32; beyond it only the cumulative sums would suffer.
 CLOSED = -104.0
+MOST_PARTS = 10
 
 
 def into_chunks(x: mx.array) -> mx.array:
@@ -27,11 +28,21 @@ def into_chunks(x: mx.array) -> mx.array:
 
 
 def each_chunk(*arrays: mx.array) -> Iterator[tuple[mx.array, ...]]:
-    """The parts (batch, H, 1, …) of arrays (batch, H, chunks, …), one chunk after the other.
+    """The parts (batch, H, 1, …) of arrays (batch, H, chunks, …), one chunk after the other."""
+    return zip(*(in_parts(x, 1, axis=2) for x in arrays), strict=True)
 
-    The gradient of a split is one concatenation, that of an index an array as long as the whole.
+
+def in_parts(x: mx.array, size: int, axis: int) -> list[mx.array]:
+    """x in parts of ``size`` along the axis; the last may be shorter.
+
+    The gradient of a split is one concatenation; but into more than ``MOST_PARTS`` MLX splits by
+    indexing, where the gradient of each part is an array as long as the whole.
     """
-    return zip(*(mx.split(x, x.shape[2], axis=2) for x in arrays), strict=True)
+    length, step = x.shape[axis], size
+    while step * MOST_PARTS < length:
+        step *= MOST_PARTS
+    parts = mx.split(x, list(range(step, length, step)), axis=axis)
+    return parts if step == size else [p for part in parts for p in in_parts(part, size, axis)]
 
 
 def decays(gate: mx.array) -> mx.array:

@@ -9,32 +9,18 @@ tests/helpers/metal.py stands in for one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from tlora_mlx.models.fused import FUSED
-from tlora_mlx.models.gated_delta import gated_delta_update
+from tlora_mlx.models.gated_delta import gated_delta_update, wkv7
 from tlora_mlx.models.rg_lru import rg_lru
 from tlora_mlx.models.selective_scan import jamba_step, mamba_sequence
 from tlora_mlx.models.state_space import recurrent_gla, ssm_update
-
-
-def wkv7(*, inputs: Sequence[Any], output_dtypes: Sequence[mx.Dtype], **_: Any) -> list[mx.array]:
-    """RWKV-7's recurrence, token by token, called like its kernel (mlx_lm/models/rwkv7.py)."""
-    *sequences, state, tokens = inputs  # (B, T, H, D) each, and (B, H, D, D)
-    ys = []
-    for t in range(tokens):
-        r, w, k, v, a, b = (x[:, t, :, None] for x in sequences)
-        erased = (state @ a.swapaxes(-1, -2)) @ b
-        state = state * w + v.swapaxes(-1, -2) @ k + erased
-        ys.append((state @ r.swapaxes(-1, -2)).squeeze(-1))
-    return [y.astype(t) for y, t in zip((mx.stack(ys, axis=1), state), output_dtypes, strict=True)]
-
 
 # By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; methods by
 # their class's name and their own; after a module's name and a colon if others have the name too.
@@ -42,9 +28,9 @@ _DIFFERENTIABLE = {
     "gated_delta_update": gated_delta_update,
     "ssm_update": ssm_update,
     "bailing_moe_linear:recurrent_gla": recurrent_gla,  # bailing_hybrid's is in chunks already
-    "_wkv7_kernel": wkv7,
     "_sinkhorn_kernel": None,  # without it, deepseek_v41 does the same in plain operations
     **FUSED,
+    "Rwkv7TimeMixing._wkv7": wkv7,
     "MambaBlock._process_sequence": mamba_sequence,
     "JambaMambaMixer.ssm_step": jamba_step,
     "RGLRU.__call__": rg_lru,

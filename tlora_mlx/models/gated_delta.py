@@ -5,19 +5,22 @@ With S the state of a head (Dk, Dv), the rule for one token is
     S ← diag(g) S;   δ = β (v − Sᵀ k);   S ← S + k δᵀ;   y = Sᵀ q
 
 (Qwen3-Next, Qwen3.5, OLMo Hybrid with one g for each head, Kimi Linear with one for each of its
-dimensions). mlx-lm computes it token by token, in a Metal kernel without a gradient, or in a loop
-whose gradient keeps every token's state. In a chunk of tokens, with Γ the cumulative product of the
-gates, the δ solve a triangular system,
+dimensions; RWKV-7 erases along other vectors than it writes to). mlx-lm computes it token by token,
+in a Metal kernel without a gradient, or in a loop whose gradient keeps every token's state. In a
+chunk of tokens, with Γ the cumulative product of the gates, the δ solve a triangular system,
 
     (1 + L) δ = β v − β (Γ k) S₀,   L_ij = β_i k_iᵀ diag(Γ_i / Γ_j) k_j   for j < i,
 
 so only the chunks follow one another, and only their states are kept.
 
-Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", section 3.3 (arXiv 2412.06464), and
-"Kimi Linear", section 4 (arXiv 2510.26692); the interface is mlx_lm/models/gated_delta.py's.
+Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", section 3.3 (arXiv 2412.06464), "Kimi
+Linear", section 4 (arXiv 2510.26692), and Peng et al., "RWKV-7 Goose" (arXiv 2503.14456); the
+interfaces are those of mlx_lm/models/gated_delta.py and rwkv7.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,34 +84,94 @@ def gated_delta(
 
     Everything is computed in float32.
     """
-    batch, tokens, heads, width = v.shape
-    dtype, keys = q.dtype, k.shape[-1]
+    heads = v.shape[2]
     if log_g.ndim == 3:
         log_g = log_g[..., None]
-    log_g, beta = mx.maximum(log_g.astype(mx.float32), CLOSED), beta.astype(mx.float32)[..., None]
+    log_g, beta = log_g.astype(mx.float32), beta.astype(mx.float32)[..., None]
     if mask is not None:
         keep = mask[..., None, None]
         log_g, beta = mx.where(keep, log_g, 0.0), mx.where(keep, beta, 0.0)
-    q, k = (mx.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
-    q, k, v, log_g, beta = map(into_chunks, (q, k, v, log_g, beta))
+    dtype, (q, k) = q.dtype, (mx.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+    y, state = _delta_rule(q, beta * k, k, beta * v, log_g, state)
+    return y.astype(dtype), state
+
+
+def wkv7(
+    _layer: Any,
+    r: mx.array,
+    w: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    state: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """What mlx-lm's ``Rwkv7TimeMixing._wkv7`` computes, in float32.
+
+    With S the state of a head, S ← diag(w) S + b (Sᵀ a)ᵀ + k vᵀ; y = Sᵀ r, where a meets the state
+    before its gates.
+
+    Args:
+        r, w, k, v, a, b: (batch, T, H, D).
+        state: (batch, H, D, D), the rows for v; None for zeros.
+
+    Returns:
+        y (batch, T, H, D) in r's dtype, and the state after the last token, float32.
+    """
+    w = w.astype(mx.float32)
+    y, state = _delta_rule(r, -a / w, b, mx.zeros_like(v), mx.log(w), state, (k, v))
+    return y.astype(r.dtype), state
+
+
+def _delta_rule(
+    q: mx.array,
+    e: mx.array,
+    b: mx.array,
+    target: mx.array,
+    log_g: mx.array,
+    state: mx.array | None,
+    also: tuple[mx.array, ...] = (),
+) -> tuple[mx.array, mx.array]:
+    """S ← diag(g) S;  δ = target − Sᵀ e;  S ← S + b δᵀ (+ k vᵀ);  y = Sᵀ q.
+
+    Args:
+        q, e, b: (batch, T, H, Dk).
+        target: (batch, T, H, Dv).
+        log_g: (batch, T, H, 1 or Dk).
+        state: (batch, H, Dv, Dk); None for zeros.
+        also: k and v, or nothing.
+
+    Returns:
+        y (batch, T, H, Dv), and the state after the last token, float32.
+    """
+    batch, tokens, heads, width = target.shape
+    log_g = mx.maximum(log_g, CLOSED)
+    q, e, b, target, log_g, *also = map(into_chunks, (q, e, b, target, log_g, *also))
     gate = mx.cumsum(log_g, axis=-2)  # log Γ
-    attention, overlap = _decayed_products(mx.stack([q, k]), k, gate)
-    solved = _unit_lower_inverse(beta * mx.tril(overlap, -1))
-    opened = mx.exp(gate)
-    delta_v, delta_s = solved @ (beta * v), solved @ (beta * opened * k)
+    keys = [b, *also[:1]]
+    # Unpacked once: for its gradient, each unpacking keeps an array as long as the whole.
+    by_q, by_e = zip(*(_decayed_products(mx.stack([q, e]), key, gate) for key in keys), strict=True)
+    attention, (overlap, *others) = mx.concatenate(by_q, axis=-1), (mx.tril(x, -1) for x in by_e)
+    for by_v, v in zip(others, also[1:], strict=True):
+        target = target - by_v @ v
+    solved, opened = _unit_lower_inverse(overlap), mx.exp(gate)
+    delta_t, delta_s = solved @ target, solved @ (opened * e)
     last = gate[..., -1:, :]
-    q, k, kept = opened * q, mx.exp(last - gate) * k, mx.exp(last).swapaxes(-1, -2)
+    q, kept = opened * q, mx.exp(last).swapaxes(-1, -2)
+    keys = mx.concatenate([mx.exp(last - gate) * key for key in keys], axis=-2)
     if state is None:
-        s = mx.zeros((batch, heads, 1, keys, width))
+        s = mx.zeros((batch, heads, 1, q.shape[-1], width))
     else:
         s = state.astype(mx.float32).swapaxes(-1, -2)[:, :, None]
     ys = []
-    for dv, ds, qs, ks, gates, scores in each_chunk(delta_v, delta_s, q, k, kept, attention):
-        delta = dv - ds @ s
-        ys.append(qs @ s + scores @ delta)
-        s = gates * s + ks.swapaxes(-1, -2) @ delta
+    for dt, ds, qs, ks, gates, scores, *v in each_chunk(
+        delta_t, delta_s, q, keys, kept, attention, *also[1:]
+    ):
+        added = mx.concatenate([dt - ds @ s, *v], axis=-2)
+        ys.append(qs @ s + scores @ added)
+        s = gates * s + ks.swapaxes(-1, -2) @ added
     y = mx.concatenate(ys, axis=2).flatten(2, 3)[:, :, :tokens].transpose(0, 2, 1, 3)
-    return y.astype(dtype), s.squeeze(2).swapaxes(-1, -2)
+    return y, s.squeeze(2).swapaxes(-1, -2)
 
 
 def _decayed_products(x: mx.array, k: mx.array, gate: mx.array) -> mx.array:

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from tlora_mlx.models.chunks import linear_recurrence
+from tlora_mlx.models.chunks import in_parts, linear_recurrence
 
 # Tokens of a segment.
 SEGMENT = 64
@@ -45,13 +45,11 @@ def selective_scan(
     Returns:
         y (batch, T, channels) and the state after the last token.
     """
-    batch, tokens, channels = x.shape
     if state is None:
-        state = mx.zeros((batch, channels, A.shape[-1]), dtype=x.dtype)
-    ends = list(range(SEGMENT, tokens, SEGMENT))
+        state = mx.zeros((x.shape[0], *A.shape), dtype=x.dtype)
     ys = []
-    # The gradient of a split is one concatenation, that of a slice an array as long as the whole.
-    for segment in zip(*(mx.split(z, ends, axis=1) for z in (x, delta, B, C)), strict=True):
+    segments = (in_parts(z, SEGMENT, axis=1) for z in (x, delta, B, C))
+    for segment in zip(*segments, strict=True):
         y, state = _recomputed_segment(A, state, *segment)
         ys.append(y)
     return mx.concatenate(ys, axis=1), state
