@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from tlora_mlx.adapters.readers import READERS  # noqa: E402
+from tlora_mlx.adapters.reader_rules import READERS  # noqa: E402
 from tlora_mlx.models.families import FAMILIES as NAMES  # noqa: E402
 from tlora_mlx.models.families import REFUSED  # noqa: E402
 
