@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from tlora_mlx.method import linalg
+from tlora_mlx.method.symmetric import unit_of
 
 # Number of random vectors for estimating the energy outside a subspace.
 PROBES = 64
@@ -50,10 +51,10 @@ def captured_energy(
         a: (rank, in) with orthonormal rows.
         seed: of the random vectors.
     """
-    scaled = covariance / mx.maximum(mx.abs(covariance).max(), 1e-30)
-    image = weight @ (scaled @ a.T)
+    unit = unit_of(covariance)
+    image = weight @ (covariance @ (a.T / unit))
     random = mx.random.normal((weight.shape[0], PROBES), key=mx.random.key(seed))
-    rest = scaled @ (weight.T @ random)
+    rest = covariance @ (weight.T @ random / unit)
     outside = mx.square(rest - a.T @ (a @ rest)).sum() / PROBES
     mx.eval(image, outside)
     values = linalg.svd(image)[1].tolist()

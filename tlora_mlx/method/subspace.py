@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from tlora_mlx.method import linalg
+from tlora_mlx.method.symmetric import unit_of
 
 # Vectors beyond the rank in each Krylov block: clusters of singular values converge faster.
 OVERSAMPLING = 8
@@ -52,12 +53,10 @@ def task_subspace(weight: mx.array, covariance: mx.array, rank: int, seed: int =
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is not between 1 and min{tuple(weight.shape)}")
-    # Scaled so that large activations cannot overflow float32; the vectors do not change.
-    largest = mx.abs(covariance).max()
-    if not mx.isfinite(largest).item():
+    unit = unit_of(covariance)
+    if not mx.isfinite(unit).item():
         raise ValueError("the covariance has entries that are not finite")
-    scaled = covariance / mx.where(largest > 0, largest, 1.0)
-    return _top_right_vectors(weight.astype(mx.float32), scaled, rank, seed)
+    return _top_right_vectors(weight.astype(mx.float32), covariance, rank, seed, unit)
 
 
 def top_right_vectors(matrix: mx.array, rank: int, seed: int = 0) -> mx.array:
@@ -78,9 +77,9 @@ def top_right_vectors(matrix: mx.array, rank: int, seed: int = 0) -> mx.array:
 
 
 def _top_right_vectors(
-    weight: mx.array, covariance: mx.array | None, rank: int, seed: int
+    weight: mx.array, covariance: mx.array | None, rank: int, seed: int, unit: mx.array | float = 1
 ) -> mx.array:
-    """The top right singular vectors of W·C, both float32, or of W if C is None."""
+    """The top right singular vectors of W·C / unit, all float32, or of W if C is None."""
     if min(weight.shape) > TYPICAL_BLOCKS * (rank + OVERSAMPLING):
         steps = krylov_subspace(
             lambda: weight, weight.shape, rank, OVERSAMPLING, PRODUCTS, TOLERANCE, seed
@@ -88,13 +87,13 @@ def _top_right_vectors(
         block = next(steps)
         while True:
             try:
-                block = steps.send(block if covariance is None else covariance @ block)
+                block = steps.send(block if covariance is None else covariance @ (block / unit))
             except StopIteration as done:
                 a, converged = done.value
                 break
         if converged:
             return a
-    return _exact_subspace(weight if covariance is None else weight @ covariance, rank)
+    return _exact_subspace(weight if covariance is None else (weight / unit) @ covariance, rank)
 
 
 def _exact_subspace(product: mx.array, rank: int) -> mx.array:

@@ -43,3 +43,13 @@ def from_strips(strips: Sequence[mx.array]) -> mx.array:
         left = [s[:, edges[i] - first : edges[i + 1] - first].T for first, s in above]
         rows.append(mx.concatenate([*left, strip], axis=1))
     return mx.concatenate(rows)
+
+
+def unit_of(gram: mx.array) -> mx.array:
+    """The largest absolute entry of Xᵀ X, or of a sum of such; 1 if all are 0.
+
+    It is on the diagonal. Products with the matrix are divided by it, so that large activations
+    cannot overflow float32; to divide the matrix itself would take as much memory again.
+    """
+    largest = mx.diag(gram).max()
+    return mx.where(largest == 0, 1.0, largest)
