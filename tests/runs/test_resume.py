@@ -475,7 +475,7 @@ def test_moved_model_and_data_are_the_same(uncut, model_path, data_path, tmp_pat
 
 def test_nothing_to_resume(model_path, data_path, tmp_path, tlora_here):
     result = tlora_here("train", "--adapter-path", tmp_path / "run", "--resume")
-    assert_one_sentence(result, 2, "missing: --model, --data")
+    assert_one_sentence(result, 2, f"--resume: there is no run in {tmp_path / 'run'}")
     result = tlora_here(*arguments(model_path, data_path, tmp_path / "run", "--resume"))
     assert result.returncode == 0
 

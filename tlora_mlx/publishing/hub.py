@@ -139,8 +139,8 @@ def push(
             ``directory`` is unchanged.
         Interrupted: SIGINT arrived.
     """
-    token = check_push(repository)
     _check_export(directory)
+    token = check_push(repository)
     files, others = export_files(directory)
     if others:
         observer.note(f"not part of the export, so not pushed: {', '.join(others)}")

@@ -30,7 +30,7 @@ def with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
         given: options by their YAML names.
 
     Raises:
-        UserError: the run's configuration is damaged.
+        UserError: the run's configuration is damaged, or there is no run, nor options to start one.
     """
     if not given.get("resume"):
         return given
@@ -39,6 +39,8 @@ def with_stored_options(given: dict[str, Any]) -> dict[str, Any]:
     found = is_first() and path.exists()
     stored = from_first(read_json(path, "the run's configuration") if found else None)
     if stored is None:
+        if not {"model", "data"} <= given.keys():
+            raise UserError(f"--resume: there is no run in {path.parent}")
         return given
     if not isinstance(stored, dict):
         raise UserError(f"the run's configuration {path} is damaged; start another run")

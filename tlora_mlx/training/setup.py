@@ -71,7 +71,8 @@ def prepare(config: PlanConfig, observer: Observer = SILENT) -> Setup:
             base.model, config.num_layers, config.target_modules, config.target_experts
         )
     except ValueError as error:
-        raise UserError(f"--target-modules, --target-experts: {error}") from None
+        wanted = config.target_experts and not config.target_modules
+        raise UserError(f"--target-{'experts' if wanted else 'modules'}: {error}") from None
     if reason := unexportable(base.config["model_type"], targets):
         if not config.allow_unexportable:
             raise UserError(f"{reason}; train anyway with --allow-unexportable")
