@@ -18,7 +18,7 @@ from tlora_mlx.method.output_layer import summed_loss
 from tlora_mlx.runs.recorder import Recorder
 from tlora_mlx.training import loop
 from tlora_mlx.training.loop import Training, training_batches
-from tlora_mlx.training.step import make_optimizer
+from tlora_mlx.training.step import Step, make_optimizer
 
 UPDATES, WARMUP = 7, 0.3  # 2.1 updates, so 3
 FACTORS = {  # of the peak rate, update by update
@@ -126,6 +126,23 @@ def test_every_update_is_made_in_training_mode(model_path, monkeypatch):
     data = Split(SAMPLES)
     Training(model, make_optimizer(config, model), data, data, config).fit()
     assert modes == [True] * 3
+
+
+def test_dropout_is_drawn_anew_for_each_update(model_path):
+    """By the run's seed and the update's number alone, so that a resumed run draws the same."""
+    model = adapted(model_path)
+    for layer in model.layers:
+        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.5))
+    model.train()
+
+    def losses(seed, *numbers):
+        config = TrainConfig(model="m", data="d", seed=seed)
+        step = Step(model, make_optimizer(config, model), config, False)
+        return [step([SAMPLES[:2], SAMPLES[2:]], 0.0, number)[0] for number in numbers]
+
+    first, second, again = losses(0, 0, 2, 0)
+    assert first == again
+    assert len({first, second, *losses(1, 0)}) == 3
 
 
 def test_b_and_the_optimizers_state_stay_float32(tmp_path):
