@@ -8,7 +8,7 @@ import pytest
 from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
-from tlora_mlx.merging.adjusting import Stiffness, lowest, reaching
+from tlora_mlx.merging.adjusting import Direction, Slopes, lowest, reaching
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.method.curvature import Curvature, slopes
 from tlora_mlx.method.layers import replace_modules
@@ -41,7 +41,7 @@ def test_slopes(model_path):
     values = 0.01 + 0.01 * mx.random.uniform(shape=(rows, groups))
     target = _OnItsGrid(levels, values, -8 * values)
     replace_modules(model, {name: target})
-    found = slopes(model, {name: (target, levels, groups)}, batches)[name]
+    total, found = slopes(model, {name: (target, levels, groups)}, batches)
     target.unfreeze()
 
     def loss(scales, biases):
@@ -49,7 +49,8 @@ def test_slopes(model_path):
         return sum(summed_loss(model, batch.tokens, batch.counts)[0] for batch in batches)
 
     expected = mx.grad(loss, argnums=(0, 1))(values, -8 * values)
-    for one, other in zip(found, expected, strict=True):
+    assert total == pytest.approx(loss(values, -8 * values).item(), rel=1e-5)
+    for one, other in zip(found[name], expected, strict=True):
         assert mx.allclose(one, other, rtol=1e-3, atol=1e-4 * mx.abs(other).max())
         assert mx.abs(other).max() > 1e-3
 
@@ -59,26 +60,33 @@ def test_the_step_is_newtons_for_a_group_alone():
     random = np.random.default_rng(0)
     levels = random.integers(0, 16, (1, 32)).astype(np.float32)
     rounded = Grouped(levels, np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32))
+    target = levels - random.normal(size=(1, 32)).astype(np.float32)
     root = random.normal(size=(32, 32)).astype(np.float32)
     inputs, outputs = root @ root.T, np.array([[3.0]], np.float32)
-    stiffness = Stiffness.of(rounded, GRID, Curvature(mx.array(inputs), mx.array(outputs)))
+    by_weight = random.normal(size=(1, 32)).astype(np.float32)
+    own = Slopes.of(rounded, target, GRID, Curvature(*map(mx.array, (inputs, outputs, by_weight))))
     mean = np.diag(inputs).mean()
     # O ⊗ I over the trace of O, where O / 3 + 1 = 2 by damping.
     fisher = 2 * (inputs / mean + np.eye(32)) * mean
     columns = np.stack([levels[0], np.ones(32)], axis=1)
     gradient = random.normal(size=2)
     expected = -np.linalg.solve(columns.T @ fisher @ columns, gradient)
-    found = stiffness.step(*(mx.full((1, 1), value) for value in gradient.tolist()))
+    found = own.step(*(mx.full((1, 1), value) for value in gradient.tolist()))
     assert [part.item() for part in found] == pytest.approx(expected, rel=2e-2)
+    wanted = [part.item() for part in own.wanted]
+    assert own.along_error == pytest.approx((by_weight * (levels - target)).sum(), rel=1e-4)
+    assert wanted == pytest.approx(columns.T @ by_weight[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("level", [0.0, 7.0])
 def test_a_group_of_equal_levels(level):
     """Its scale has nothing of its own to change: the step stays small, and finite."""
     rounded = Grouped(np.full((2, 64), level, np.float32), *[np.ones((2, 2), np.float32)] * 2)
-    factors = Curvature(mx.eye(64), mx.eye(2))
+    factors = Curvature(mx.eye(64), mx.eye(2), mx.zeros((2, 64)))
     gradient = mx.array([[1.0, -2.0], [0.5, 1.0]])
-    scales, biases = Stiffness.of(rounded, GRID, factors).step(level * gradient, gradient)
+    scales, biases = Slopes.of(rounded, rounded.levels, GRID, factors).step(
+        level * gradient, gradient
+    )
     change = scales * level + biases
     # The same change of the weights, whether by the scale or by the bias: −gradient / (2·2·32 / 2).
     assert mx.allclose(change, -gradient / 64, rtol=1e-2)
@@ -87,32 +95,60 @@ def test_a_group_of_equal_levels(level):
 def test_the_lowest_point():
     calls = []
 
-    def loss_at(x):
-        calls.append(x)
-        return 1 - 2 * x + 4 * x * x
+    def loss_at(fall):
+        calls.append(fall)
+        return 1 - fall + 2 * fall * fall
 
-    assert lowest(1.0, -2.0, loss_at, 0.5) == pytest.approx(0.25)
+    assert lowest(1.0, loss_at) == pytest.approx(0.25)
     assert len(calls) == 2
     # Steeper than a parabola: the first guess is far too long, the next are better.
-    steep = lowest(1.0, -2.0, lambda x: 1 - 2 * x + 4 * x * x + 100 * x**4, 1.0)
-    assert 0 < steep < 0.25
+    steep = lowest(1.0, lambda fall: 1 - fall + 4 * fall**2 + 100 * fall**4)
+    assert 0 < steep < 0.125
+    # No bend to be seen: twice as far, and again.
+    assert lowest(0.1, lambda fall: 0.1 - 1.1 * fall) == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("lost", [0.0, 0.3])
-def test_reaching_the_goal(lost):
-    """Also if a step of this length does nothing, as scales are rounded to their dtype."""
+def test_reaching_the_goal():
     calls = []
 
-    def loss_at(x):
-        calls.append(x)
-        return 1 - max(x - lost, 0.0)
+    def loss_at(fall):
+        calls.append(fall)
+        return 1 - fall + fall * fall / 4
 
-    assert reaching(0.5, 1.0, loss_at, 0.5) == pytest.approx(0.5 + lost)
-    assert len(calls) <= 3
+    assert loss_at(reaching(0.5, 1.0, loss_at)) == pytest.approx(0.5, abs=0.05)
+    assert len(calls) <= 4
 
 
 def test_no_step_that_harms():
     for loss in (5.0, float("nan")):
-        assert lowest(1.0, -2.0, lambda _, loss=loss: loss, 0.5) == 0
-        assert reaching(0.5, 1.0, lambda _, loss=loss: loss, 0.5) == 0
-    assert lowest(1.0, 0.0, lambda x: 1 + x, 0.5) == 0
+        assert lowest(1.0, lambda _, loss=loss: loss) == 0
+        assert reaching(0.5, 1.0, lambda _, loss=loss: loss) == 0
+    for none in (0.0, -1.0):  # nothing between the two models
+        assert lowest(none, lambda _: -2.0) == 0
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_step_is_as_long_as_what_it_does(dtype):
+    """In bfloat16 most changes are too small to be stored, and the step has to be longer."""
+    random = np.random.default_rng(7)
+    gradients, steps, values = {}, {}, {}
+    direction = Direction()
+    for name in ("a", "b"):
+        gradients[name] = [mx.array(random.normal(size=(64, 64)), mx.float32) for _ in range(2)]
+        steps[name] = [-g for g in gradients[name]]
+        values[name] = [mx.array(random.normal(size=(64, 64))).astype(dtype) for _ in range(2)]
+        direction.add(name, gradients[name], steps[name], tokens=5)
+    after = direction.stepped(values, 1e-3)
+    assert direction.fall(values, after) == pytest.approx(1e-3, rel=0.05)
+    fall, length = 0.0, []
+    for name, parts in after.items():
+        for g, x, y in zip(gradients[name], values[name], parts, strict=True):
+            assert y.dtype == dtype
+            change = np.array(y.astype(mx.float32)) - np.array(x.astype(mx.float32))
+            fall -= (np.array(g) * change).sum() / 5
+            length.append(np.abs(change / np.array(g)).max())
+    assert fall == pytest.approx(1e-3, rel=0.05)
+    plain = 5e-3 / sum((g * g).sum().item() for parts in gradients.values() for g in parts)
+    assert (max(length) > 10 * plain) == (dtype == mx.bfloat16)
+    assert direction.stepped(values, 0.0) is values
+    assert direction.stepped(values, float("nan")) is values

@@ -40,6 +40,11 @@ def factor(random, size, decay=8.0):
     return ((basis * values) @ basis.T).astype(np.float32)
 
 
+def curvature(inputs, outputs):
+    gradient = mx.zeros((len(outputs), len(inputs)))
+    return Curvature(mx.array(inputs), mx.array(outputs), gradient)
+
+
 def quantized(random, settings, shape):
     weight = mx.array(random.normal(size=shape)).astype(mx.bfloat16)
     return mx.quantize(weight, **settings), Grid(settings, mx.bfloat16)
@@ -71,11 +76,12 @@ def test_better_than_nearest(settings, monkeypatch):
     delta = 0.15 * step * random.normal(size=(shape[0], 2)) @ random.normal(size=(2, shape[1]))
     delta = delta.astype(np.float32)
     inputs, outputs = factor(random, shape[1]), factor(random, shape[0])
-    factors = Curvature(mx.array(inputs), mx.array(outputs))
+    factors = curvature(inputs, outputs)
     target = start.dense() + delta
     nearest = mx.quantize(mx.array(target).astype(mx.bfloat16), **settings)
     best = round_module(parts, nearest, delta, grid, factors)
-    error = weighted_error(grid.take_apart(nearest).dense() - target, *factors)
+    difference = grid.take_apart(nearest).dense() - target
+    error = weighted_error(difference, factors.inputs, factors.outputs)
     assert best.outputs.error < 0.7 * error
     assert best.outputs.relative < 0.9
     again = round_module(parts, nearest, delta, grid, factors)
@@ -88,7 +94,7 @@ def test_the_best_of_the_candidates_is_stored():
     shape = (24, 128)
     parts, grid = quantized(random, AFFINE[2], shape)
     start = grid.take_apart(parts)
-    factors = Curvature(mx.array(factor(random, shape[1])), mx.array(factor(random, shape[0])))
+    factors = curvature(factor(random, shape[1]), factor(random, shape[0]))
 
     def stored(delta):
         target = mx.array(start.dense() + delta).astype(mx.bfloat16)
@@ -170,6 +176,22 @@ def test_refitted_is_the_least_squares_solution():
     assert after - least < 0.02 * (before - least)
 
 
+def test_refitting_never_harms_where_scales_are_coarse():
+    """bfloat16 scales: rounding the fitted ones costs more than fitting them gained."""
+    random = np.random.default_rng(6)
+    settings = {"mode": "affine", "bits": 4, "group_size": 64}
+    parts, grid = quantized(random, settings, (48, 256))
+    start = grid.take_apart(parts)
+    inputs, outputs = factor(random, 256), factor(random, 48)
+    delta = 0.3 * start.scales.mean() * random.normal(size=(48, 256))
+    target = (start.dense() + delta).astype(np.float32)
+    found = compensated(target, start, grid, inputs, outputs)
+    metric = mx.array(inputs), mx.array(outputs)
+    fitted = refitted(target, found, grid, *metric)
+    before, after = (weighted_error(part.dense() - target, *metric) for part in (found, fitted))
+    assert after <= before
+
+
 class _Shifted(nn.Module):
     """A layer whose outputs are shifted by a parameter, whose gradient is that by the outputs."""
 
@@ -192,8 +214,9 @@ def test_curvatures(model_path):
     out_features, in_features = linear.weight.shape
     batches = list(batches_in_order(samples, 2, 64))
     modules = {name: (linear, (out_features, in_features))}
-    found = curvatures(base.model, modules, batches)[name]
-    inputs, outputs = 0, 0
+    total, factors = curvatures(base.model, modules, batches)
+    found = factors[name]
+    inputs, outputs, gradient, expected = 0, 0, 0, 0
     for sample in samples:
         tokens = mx.array([sample.tokens])
         counts = mx.array(sample.counts()[None])
@@ -205,7 +228,8 @@ def test_curvatures(model_path):
             losses = losses * counts[:, 1:]
             return losses.sum()
 
-        _, gradients = nn.value_and_grad(base.model, loss)(base.model)
+        value, gradients = nn.value_and_grad(base.model, loss)(base.model)
+        expected += value.item()
         *path, last = name.split(".")
         tree = gradients
         for part in (*path, last):
@@ -215,6 +239,9 @@ def test_curvatures(model_path):
         x = np.array(_seen(base.model, name, linear, tokens))
         weighted = x * np.linalg.norm(delta, axis=1, keepdims=True)
         inputs, outputs = inputs + weighted.T @ weighted, outputs + delta.T @ delta
+        gradient = gradient + delta.T @ x
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert np.abs(np.array(found.gradient) - gradient).max() < 1e-4 * np.abs(gradient).max()
     assert np.abs(np.array(found.inputs) - inputs).max() < 1e-4 * np.abs(inputs).max()
     assert np.abs(np.array(found.outputs) - outputs).max() < 1e-4 * np.abs(outputs).max()
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.merging.refitting import RIDGE, by_group
-from tlora_mlx.method.curvature import Curvature
+from tlora_mlx.method.curvature import Curvature, by_scales_and_biases
 from tlora_mlx.storage.safetensors import TensorFile
 
 if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
@@ -28,40 +28,48 @@ if TYPE_CHECKING:  # it loads mlx-lm, which plain rounding does without
 # As a share of the factors' mean diagonals: the step goes far, so little is left to directions in
 # which the samples happen to show no curvature.
 DAMPING = 1.0
-# The first length to try of the step back; each group's own curvature is a small part of what is
-# between all of them, so the whole length is far too long.
-FIRST = 0.1
+# How often the loss is measured for each of the two steps, at most.
 TRIES = 3
+# A step that is so near to the best one, or a loss that is so near to the goal, is good enough.
+NEAR = 0.1
+# How a step of a given effect is found: twice as far, so often at most, then between the last two.
+DOUBLINGS, HALVINGS = 30, 8
 
 
-class Stiffness(NamedTuple):
-    """How much the loss curves along one module's scales and biases, each group for itself.
+class Slopes(NamedTuple):
+    """The loss along one module's scales and biases, each group for itself: (out, groups) float32.
 
     Attributes:
-        scales: (out, groups) float32, by a scale twice.
-        biases: by a bias twice.
+        scales: its second derivative by a scale.
+        biases: by a bias.
         both: by one of each.
+        wanted: the gradients by scales and by biases that the adapted model has.
+        along_error: what its gradient, times the error of rounding, adds to the summed loss.
     """
 
     scales: mx.array
     biases: mx.array
     both: mx.array
+    wanted: list[mx.array]
+    along_error: float
 
     @staticmethod
-    def of(rounded: Grouped, grid: Grid, curvature: Curvature) -> Stiffness:
-        """That of a rounded matrix.
+    def of(rounded: Grouped, target: np.ndarray, grid: Grid, curvature: Curvature) -> Slopes:
+        """At a matrix that was rounded from ``target``, both (out, in).
 
         Raises:
             ValueError: the curvature cannot be used.
         """
         rows, columns = rounded.levels.shape
-        (inputs, outputs), divisor = curvature.damped(DAMPING)
+        inputs, outputs, divisor = curvature.damped(DAMPING)
         levels = mx.array(rounded.levels).reshape(rows, columns // grid.group_size, -1)
         # The Fisher information is O ⊗ I divided by Σ_t |δ_t|², which is the trace of O.
         unit = divisor / mx.diagonal(curvature.outputs).sum().item()
         found = [unit * part for part in by_group(levels, inputs, outputs)]
-        mx.eval(found)
-        return Stiffness(*found)
+        wanted = by_scales_and_biases(curvature.gradient, levels, levels.shape[1])
+        along_error = (curvature.gradient * mx.array(rounded.dense() - target)).sum(-1).sum()
+        mx.eval(found, wanted, along_error)
+        return Slopes(*found, wanted, along_error.item())
 
     def step(self, by_scales: mx.array, by_biases: mx.array) -> list[mx.array]:
         """Where the loss falls most for what its curvature grows: changes of scales and biases.
@@ -80,7 +88,7 @@ class Stiffness(NamedTuple):
 def adjusted(
     task: AdaptedTask,
     weights: Mapping[str, StoredWeight],
-    stiffness: dict[str, Stiffness],
+    slopes: dict[str, Slopes],
     files: Mapping[str, TensorFile],
 ) -> dict[str, list[mx.array]]:
     """Merge the rounded weights, and move their scales and biases towards the adapted model.
@@ -88,7 +96,7 @@ def adjusted(
     Args:
         task: with the adapter attached; on return its model is merged.
         weights: the adapted weights by name.
-        stiffness: of those whose scales and biases move; it is emptied.
+        slopes: of those whose scales and biases move; it is emptied.
         files: the file of each stored tensor, by its name.
 
     Returns:
@@ -97,105 +105,146 @@ def adjusted(
     Raises:
         RunError: the loss is not finite.
     """
-    moved = {name: weights[name] for name in stiffness}
-    if not moved:
-        task.merge(weights, files)
-        return {}
-    wanted = task.slopes(moved, files)
     task.merge(weights, files)
-    found = task.slopes(moved, files)
-    back, on, slope, tilt, fall = {}, {}, 0.0, 0.0, 0.0
-    for name in moved:
-        stiff, to, at = stiffness.pop(name), wanted.pop(name), found.pop(name)
-        back[name] = stiff.step(*(x - y for x, y in zip(at, to, strict=True)))
-        on[name] = stiff.step(*to)
-        mx.eval(back[name], on[name])
-        tilt += _product(to, back[name]) / task.tokens
-        slope += _product(at, back[name]) / task.tokens
-        fall += _product(to, on[name]) / task.tokens
+    moved = {name: weights[name] for name in slopes}
+    if not moved:
+        return {}
+    rounded, found = task.slopes(moved, files)
+    start, back, on, along_error = {}, Direction(), Direction(), 0.0
+    for name, weight in moved.items():
+        own, at = slopes.pop(name), found.pop(name)
+        start[name] = weight.read(files)[1:]
+        apart = [x - y for x, y in zip(at, own.wanted, strict=True)]
+        back.add(name, apart, own.step(*apart), task.tokens)
+        on.add(name, own.wanted, own.step(*own.wanted), task.tokens)
+        along_error += own.along_error / task.tokens
 
-    def parts_at(backward: float, onward: float) -> dict[str, list[mx.array]]:
-        parts = {}
+    def loss_at(values: Values) -> float:
         for name, weight in moved.items():
-            levels, *values = weight.read(files)
-            for i, steps in enumerate(zip(back[name], on[name], strict=True)):
-                change = backward * steps[0] + onward * steps[1]
-                values[i] = (values[i].astype(mx.float32) + change).astype(values[i].dtype)
-            parts[name] = [levels, *values]
-        return parts
-
-    @cache
-    def loss_at(backward: float, onward: float) -> float:
-        for name, parts in parts_at(backward, onward).items():
-            task.place(weights[name], parts)
+            task.place(weight, [weight.read(files)[0], *values[name]])
         return task.calibration_loss()
 
-    def tilted(length: float) -> float:
-        return loss_at(length, 0.0) - length * tilt
+    def distance_at(fall: float) -> float:
+        values = back.stepped(start, fall)
+        losses[fall] = loss_at(values)
+        return losses[fall] - task.goal - along_error + on.fall(start, values)
 
-    backward, onward = lowest(tilted(0.0), slope - tilt, tilted, FIRST), 0.0
-    if (loss := loss_at(backward, 0.0)) > task.goal and fall < 0:
-        guess = (task.goal - loss) / fall
-        onward = reaching(task.goal, loss, partial(loss_at, backward), guess)
-    return parts_at(backward, onward) if backward or onward else {}
+    losses = {0.0: rounded}
+    fall = lowest(rounded - task.goal - along_error, distance_at)
+    values = nearer = back.stepped(start, fall)
+    if losses[fall] > task.goal:
+        fall = reaching(task.goal, losses[fall], lambda x: loss_at(on.stepped(nearer, x)))
+        values = on.stepped(nearer, fall)
+    return {name: [weight.read(files)[0], *values[name]] for name, weight in moved.items()}
 
 
-def _product(gradients: Sequence[mx.array], steps: Sequence[mx.array]) -> float:
-    """The derivative of the loss along a step."""
-    return sum((g * s).sum().item() for g, s in zip(gradients, steps, strict=True))
+# Scales and biases, (out, groups) as they are stored, by module.
+Values = Mapping[str, Sequence[mx.array]]
 
 
-def lowest(loss: float, slope: float, loss_at: Callable[[float], float], length: float) -> float:
-    """How far to go along a step for the lowest loss: where parabolas have their lowest points.
+class Direction:
+    """A step of all scales and biases, whose length is measured by what it does to the loss.
+
+    Where scales are stored in few bits, changes that are too small for them are lost: a step of
+    half the length may do a tenth or nothing, so lengths themselves say little.
+    """
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, Sequence[mx.array]] = {}
+        self._steps: dict[str, Sequence[mx.array]] = {}
+
+    def add(
+        self, name: str, gradients: Sequence[mx.array], steps: Sequence[mx.array], tokens: int
+    ) -> None:
+        """Add a module: the loss's gradients, summed over ``tokens``, and the step."""
+        self._gradients[name] = [part / tokens for part in gradients]
+        self._steps[name] = steps
+        mx.eval(self._gradients[name], steps)
+
+    def fall(self, before: Values, after: Values) -> float:
+        """By how much the loss falls between two values, to first order."""
+        change = 0.0
+        for name, gradients in self._gradients.items():
+            for g, x, y in zip(gradients, before[name], after[name], strict=True):
+                change += (g * (y.astype(mx.float32) - x.astype(mx.float32))).sum().item()
+        return -change
+
+    def stepped(self, values: Values, fall: float) -> Values:
+        """The values after the step with which the loss falls, to first order, by ``fall``.
+
+        Those given if it cannot.
+        """
+        if not fall > 0:
+            return values
+
+        def at(length: float) -> Values:
+            return {
+                name: [
+                    (x.astype(mx.float32) + length * step).astype(x.dtype)
+                    for x, step in zip(values[name], steps, strict=True)
+                ]
+                for name, steps in self._steps.items()
+            }
+
+        slope = sum(
+            (g * step).sum().item()
+            for name, steps in self._steps.items()
+            for g, step in zip(self._gradients[name], steps, strict=True)
+        )
+        if not slope < 0:
+            return values
+        short, long = 0.0, fall / -slope
+        for _ in range(DOUBLINGS):
+            if self.fall(values, at(long)) >= fall:
+                break
+            short, long = long, 2 * long
+        for _ in range(HALVINGS):
+            middle = (short + long) / 2
+            if self.fall(values, at(middle)) < fall:
+                short = middle
+            else:
+                long = middle
+        return at(long)
+
+
+def lowest(loss: float, loss_at: Callable[[float], float]) -> float:
+    """How far to go for the lowest loss: where parabolas have their lowest points.
 
     Args:
         loss: at the start.
-        slope: its derivative by the length there.
-        loss_at: computes the loss.
-        length: the first guess.
+        loss_at: computes the loss after a step, by how much it would fall to first order.
 
     Returns:
-        The best of the lengths tried, or 0.
+        The best of the steps tried, or 0.
     """
-    tried = {0.0: loss}
+    tried, fall = {0.0: loss}, loss
     for _ in range(TRIES):
-        tried[length] = loss_at(length)
-        bend = (tried[length] - loss - slope * length) / length**2
-        if not (slope < 0 < bend):
+        if not fall > 0:
             break
-        length = -slope / (2 * bend)
-        if length in tried:
+        tried[fall] = loss_at(fall)
+        bend = (tried[fall] - loss + fall) / fall**2
+        before, fall = fall, 1 / (2 * bend) if bend > 0 else 2 * fall
+        if not abs(fall / before - 1) > NEAR:
             break
     return min(tried, key=lambda x: tried[x] if tried[x] <= loss else math.inf)
 
 
-def reaching(goal: float, loss: float, loss_at: Callable[[float], float], length: float) -> float:
-    """How far to go along a step until the loss has fallen to ``goal``.
-
-    Small steps may do less than the slope says, since scales are rounded to their dtype: after the
-    first guess twice as far, and from a try that is beyond the goal back to where it should be.
+def reaching(goal: float, loss: float, loss_at: Callable[[float], float]) -> float:
+    """How far to go until the loss has fallen to ``goal``.
 
     Args:
         goal: a lower loss.
         loss: at the start.
-        loss_at: computes the loss.
-        length: the first guess.
+        loss_at: computes the loss after a step, by how much it would fall to first order.
 
     Returns:
-        The length of those tried whose loss is closest to the goal, and not above ``loss``; or 0.
+        The step of those tried whose loss is closest to the goal, and not above ``loss``; or 0.
     """
-    tried = {0.0: loss}
+    tried, fall = {0.0: loss}, loss - goal
     for _ in range(TRIES):
-        before = min(tried.values())
-        tried[length] = loss_at(length)
-        if beyond := [x for x in tried if tried[x] < goal]:
-            right = min(beyond)
-            left = max(x for x in tried if x < right)
-            share = (tried[left] - goal) / (tried[left] - tried[right])
-            length = left + share * (right - left)
-        elif tried[length] < before:
-            length *= 2
-        else:
+        tried[fall] = loss_at(fall)
+        if not abs(tried[fall] - goal) > NEAR * (loss - goal) or not tried[fall] < loss:
             break
+        fall *= (loss - goal) / (loss - tried[fall])
     lower = [x for x in tried if tried[x] <= loss]
     return min(lower, key=lambda x: abs(tried[x] - goal))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from tlora_mlx.merging.adjusting import Stiffness
+from tlora_mlx.merging.adjusting import Slopes
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.merging.refitting import refitted, weighted_error
 from tlora_mlx.merging.rounding import compensated
@@ -46,12 +46,12 @@ class Rounded(NamedTuple):
     Attributes:
         parts: the rows of bytes of its parts, in the file's order.
         outputs: its outputs' errors.
-        stiffness: of its scales and biases; None in a mode that has no biases.
+        slopes: by its scales and biases; None in a mode that has no biases.
     """
 
     parts: list[np.ndarray]
     outputs: OutputErrors
-    stiffness: Stiffness | None
+    slopes: Slopes | None
 
 
 def round_module(
@@ -78,7 +78,7 @@ def round_module(
     """
     start = grid.take_apart(parts)
     target = start.dense() + delta
-    (inputs, outputs), size = curvature.damped(DAMPING)
+    inputs, outputs, size = curvature.damped(DAMPING)
     found = compensated(target, start, grid, np.array(inputs), np.array(outputs))
     candidates = [(found, parts[1]), (grid.take_apart(nearest), nearest[1])]
     if grid.is_affine:
@@ -91,5 +91,6 @@ def round_module(
     best = int(np.argmin(errors))
     stored = grid.put_together(*candidates[best])
     at_stake = weighted_error(delta, inputs, outputs)
-    stiffness = Stiffness.of(candidates[best][0], grid, curvature) if grid.is_affine else None
-    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake), stiffness)
+    rounded = candidates[best][0]
+    slopes = Slopes.of(rounded, target, grid, curvature) if grid.is_affine else None
+    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake), slopes)

@@ -7,7 +7,10 @@ import numpy as np
 
 from tlora_mlx.merging.grid import Grid, Grouped
 
-ITERATIONS = 40
+# After so many iterations, up to a number of times, what would be stored is compared with what was
+# best: where scales are coarse (bfloat16), rounding them soon costs more than fitting gains.
+ITERATIONS, ROUNDS = 6, 7
+LEAST_GAIN = 0.01
 # A share of each unknown's own curvature, which keeps it near where it was.
 RIDGE = 1e-3
 
@@ -18,8 +21,8 @@ def refitted(
     """Change scales and biases so that tr(O·E·I·Eᵀ) is least, for E = Q − W and fixed levels.
 
     Q is linear in them, so this is a linear system, of all rows together since O mixes them; it is
-    solved by conjugate gradients, preconditioned by its diagonal. The result is rounded to the
-    dtype in which scales are stored.
+    solved by conjugate gradients, preconditioned by its diagonal, until the result, rounded to the
+    dtype in which scales are stored, is hardly better than before.
 
     Args:
         target: W (out, in) float32.
@@ -27,6 +30,9 @@ def refitted(
         grid: how they are stored; affine.
         inputs: I (in, in) float32, positive definite.
         outputs: O (out, out) float32, positive definite.
+
+    Returns:
+        The best that was found, or what it started from.
     """
     rows, columns = target.shape
     size = grid.group_size
@@ -54,23 +60,31 @@ def refitted(
     solution = [mx.zeros((rows, groups))] * 2
     scaled = [r / d for r, d in zip(residual, diagonal, strict=True)]
     direction, energy = scaled, product(residual, scaled)
-    first = energy.item()
-    for _ in range(ITERATIONS):
-        if not energy.item() > 1e-10 * first:
+    first, best = energy.item(), found
+    least = weighted_error(found.dense() - target, inputs, outputs)
+    for _ in range(ROUNDS):
+        for _ in range(ITERATIONS):
+            if not energy.item() > 1e-10 * first:
+                break
+            image = gradient(change(direction))
+            image = [q + RIDGE * d * p for q, d, p in zip(image, diagonal, direction, strict=True)]
+            step = energy / product(direction, image)
+            solution = [x + step * p for x, p in zip(solution, direction, strict=True)]
+            residual = [r - step * q for r, q in zip(residual, image, strict=True)]
+            scaled = [r / d for r, d in zip(residual, diagonal, strict=True)]
+            before, energy = energy, product(residual, scaled)
+            direction = [z + energy / before * p for z, p in zip(scaled, direction, strict=True)]
+            mx.eval(solution, residual, direction, energy)
+        scales, biases = map(np.array, solution)
+        stored = found._replace(
+            scales=grid.stored(found.scales + scales), biases=grid.stored(found.biases + biases)
+        )
+        error, before = weighted_error(stored.dense() - target, inputs, outputs), least
+        if error < least:
+            best, least = stored, error
+        if error > (1 - LEAST_GAIN) * before:
             break
-        image = gradient(change(direction))
-        image = [q + RIDGE * d * p for q, d, p in zip(image, diagonal, direction, strict=True)]
-        step = energy / product(direction, image)
-        solution = [x + step * p for x, p in zip(solution, direction, strict=True)]
-        residual = [r - step * q for r, q in zip(residual, image, strict=True)]
-        scaled = [r / d for r, d in zip(residual, diagonal, strict=True)]
-        before, energy = energy, product(residual, scaled)
-        direction = [z + energy / before * p for z, p in zip(scaled, direction, strict=True)]
-        mx.eval(solution, residual, direction, energy)
-    scales, biases = map(np.array, solution)
-    return found._replace(
-        scales=grid.stored(found.scales + scales), biases=grid.stored(found.biases + biases)
-    )
+    return best
 
 
 def by_group(

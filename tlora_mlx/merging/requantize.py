@@ -17,7 +17,7 @@ from tlora_mlx.adapters.proof import Errors, Proof, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.errors import RunError, UserError, counted
 from tlora_mlx.evaluation.survival import Survival, TaskLosses
-from tlora_mlx.merging.adjusting import Stiffness, adjusted
+from tlora_mlx.merging.adjusting import Slopes, adjusted
 from tlora_mlx.merging.compensation import OutputErrors, round_module
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.weights import ModelWeights
@@ -73,10 +73,10 @@ def export_requantized(
         with ExitStack() as stack:
             out = {n: stack.enter_context(OpenFile(staging / n, patch=True)) for n in base.files}
             digests: dict[str, list[str]] = {}
-            stiffness: dict[str, Stiffness] = {}
+            slopes: dict[str, Slopes] = {}
             if task:
                 by_task = {n: w for n, w in weights.items() if w.can_be_compensated}
-                proof.outputs, digests, stiffness = _compensate(
+                proof.outputs, digests, slopes = _compensate(
                     adapter, base, by_task, task, out, observer
                 )
             others = [weight for name, weight in weights.items() if name not in digests]
@@ -87,7 +87,7 @@ def export_requantized(
             written = {name: TensorFile(staging / name, "what was written") for name in base.files}
             in_files = {part: written[file.path.name] for part, file in base.file_of.items()}
             if task:
-                for name, parts in adjusted(task, weights, stiffness, in_files).items():
+                for name, parts in adjusted(task, weights, slopes, in_files).items():
                     digests[name] = _overwrite(base, weights[name], 0, _bytes(parts), out)
             for file in out.values():
                 file.sync()
@@ -160,7 +160,8 @@ def _groups(weights: Mapping[str, StoredWeight], memory: int) -> Iterator[list[s
     """The weights in groups whose curvatures fit into ``memory`` bytes, one at least in each."""
     group, taken = [], 0
     for name, weight in weights.items():
-        size = 4 * sum(side**2 for side in weight.shape)
+        rows, columns = weight.shape
+        size = 4 * (rows**2 + columns**2 + rows * columns)
         if group and taken + size > memory:
             yield group
             group, taken = [], 0
@@ -177,14 +178,14 @@ def _compensate(
     task: AdaptedTask,
     out: Mapping[str, OpenFile],
     observer: Observer,
-) -> tuple[dict[str, OutputErrors], dict[str, list[str]], dict[str, Stiffness]]:
+) -> tuple[dict[str, OutputErrors], dict[str, list[str]], dict[str, Slopes]]:
     """Overwrite some weights' parts in the copy, rounded so that the task's loss notices least.
 
     Returns:
         For each of them the errors of its outputs, its parts' digests and, if it has scales and
-        biases to move, how stiff they are.
+        biases to move, the loss's slopes along them.
     """
-    errors, digests, stiffness = {}, {}, {}
+    errors, digests, slopes = {}, {}, {}
     for group in _groups(weights, task.memory):
         curvatures = task.curvatures(group)
         with observer.stage("rounding", len(group)) as advance:
@@ -203,9 +204,9 @@ def _compensate(
                     raise RunError(f"rounding {name} failed: {error}") from None
                 digests[name] = _overwrite(base, weight, 0, rounded.parts, out)
                 errors[name] = rounded.outputs
-                if rounded.stiffness:
-                    stiffness[name] = rounded.stiffness
-    return errors, digests, stiffness
+                if rounded.slopes:
+                    slopes[name] = rounded.slopes
+    return errors, digests, slopes
 
 
 def _requantize(

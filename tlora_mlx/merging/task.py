@@ -44,7 +44,7 @@ class AdaptedTask:
     Attributes:
         memory: bytes that the modules' curvatures may take.
         tokens: how many of the calibration samples' tokens count.
-        goal: the adapter's loss per token on them, once it is merged.
+        goal: the adapter's loss per token on them, once there are curvatures.
 
     Args:
         base: the model with the adapter attached.
@@ -86,7 +86,9 @@ class AdaptedTask:
             name: (found[name], linear_shape(getattr(found[name], "linear", found[name])))
             for name in names
         }
-        return self._observed("curvature", curvatures, modules)
+        loss, factors = self._observed("curvature", curvatures, modules)
+        self.goal = loss / self.tokens
+        return factors
 
     def merge(self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]) -> None:
         """Measure the base model and the adapter, and put the written weights into the model.
@@ -97,9 +99,7 @@ class AdaptedTask:
             weights: the adapted weights by name.
             written: the file of each tensor that was written, by its name.
         """
-        with self._observer.stage("measuring", 3) as advance:
-            self.goal = self.calibration_loss()
-            advance()
+        with self._observer.stage("measuring", 2) as advance:
             self._adapter = self._loss(self._measured)
             advance()
             detach(self._model)
@@ -126,11 +126,10 @@ class AdaptedTask:
 
     def slopes(
         self, weights: Mapping[str, StoredWeight], files: Mapping[str, TensorFile]
-    ) -> dict[str, list[mx.array]]:
-        """The gradient by scales and biases, as the model is now, of the calibration samples' loss.
+    ) -> tuple[float, dict[str, list[mx.array]]]:
+        """The merged model's loss per token on the calibration samples, and its gradients.
 
-        It is summed over their ``tokens``. With the adapter, it is that of the model whose
-        difference from the stored weights is constant.
+        They are those of the sum over ``tokens``, by scales and biases.
 
         Args:
             weights: whose, by name.
@@ -144,7 +143,8 @@ class AdaptedTask:
         for name, weight in weights.items():
             packed, scales, _ = weight.read(files)
             modules[name] = found[name], weight.grid().levels(packed), scales.shape[1]
-        return self._observed("adjusting", slopes, modules)
+        loss, found = self._observed("adjusting", slopes, modules)
+        return loss / self.tokens, found
 
     def losses(self) -> TaskLosses:
         """Measure the model as it is now; the others have been measured by ``merge``."""

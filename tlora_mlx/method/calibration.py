@@ -223,7 +223,7 @@ def _observe(
     lengths = batch.lengths.tolist()
     for probe in probes.values():
         probe.prepare(lengths)
-    gradients = backward(model, batch, samples_before, separable)
+    _, gradients = backward(model, batch, samples_before, separable)
     counts = batch.counts[:, 1:].sum(axis=1).astype(mx.float32)
     for name in reversed(probes):
         scores = gradients.pop(f"{name}.sensitivity") / counts
@@ -235,8 +235,8 @@ def _observe(
 
 def backward(
     model: nn.Module, batch: Batch, samples_before: int, separable: bool
-) -> dict[str, mx.array]:
-    """The gradients of a batch's summed loss, by the parameters' names; only the loss is evaluated.
+) -> tuple[float, dict[str, mx.array]]:
+    """A batch's summed loss, and its gradients by the parameters' names, not evaluated.
 
     Args:
         model: with probes in it, everything else frozen.
@@ -267,4 +267,4 @@ def backward(
             "the base model's loss is not finite on calibration samples "
             f"{samples_before + 1} to {samples_before + batch.tokens.shape[0]}"
         )
-    return dict(tree_flatten(tree))
+    return loss.item(), dict(tree_flatten(tree))

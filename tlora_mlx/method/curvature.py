@@ -27,26 +27,28 @@ class Curvature(NamedTuple):
     Attributes:
         inputs: I (in, in) = Σ_t |δ_t|² x_t x_tᵀ, of the inputs that the loss depends on most.
         outputs: O (out, out) = Σ_t δ_t δ_tᵀ, the directions of y that it depends on.
+        gradient: the loss's, summed over all tokens, by W: (out, in) = Σ_t δ_t x_tᵀ.
     """
 
     inputs: mx.array
     outputs: mx.array
+    gradient: mx.array
 
-    def damped(self, share: float) -> tuple[Curvature, float]:
-        """With mean diagonals of 1 and ``share`` added to them, and the factor this divided by.
+    def damped(self, share: float) -> tuple[mx.array, mx.array, float]:
+        """I and O with mean diagonals of 1 and ``share`` added to them, and what divided them.
 
         Raises:
             ValueError: a factor is zero, or not finite.
         """
         found, divisor = [], 1.0
-        for matrix in self:
+        for matrix in (self.inputs, self.outputs):
             mean = mx.diagonal(matrix).mean().item()
             if not (mean > 0 and mx.isfinite(matrix).all().item()):
                 raise ValueError("the loss does not depend on it, or its gradient is not finite")
             found.append(matrix / mean + share * mx.eye(matrix.shape[0]))
             divisor *= mean
         mx.eval(found)
-        return Curvature(*found), divisor
+        return *found, divisor
 
 
 class Tap(NamedTuple):
@@ -97,7 +99,7 @@ def summed(
     taps: Mapping[str, Tap],
     batches: Iterable[Batch],
     advance: Advance = no_advance,
-) -> dict[str, list[mx.array]]:
+) -> tuple[float, dict[str, list[mx.array]]]:
     """Run the samples through the model once, forwards and backwards; weights stay untouched.
 
     Args:
@@ -107,21 +109,22 @@ def summed(
         advance: called with each finished batch's number of samples.
 
     Returns:
-        Each module's sums over all samples' tokens, evaluated.
+        The loss, summed over all samples' tokens, and each module's sums over them, evaluated.
 
     Raises:
         ValueError: a loss is not finite.
     """
     sums: dict[str, list[mx.array]] = {}
     plain = {name: tap.module for name, tap in taps.items()}
-    samples, training = 0, model.training
+    total, samples, training = 0.0, 0, model.training
     model.freeze()
     separable = has_separable_output(model, plain)
     try:
         for batch in batches:
             lengths = batch.lengths.tolist()
             replace_modules(model, {name: _Probe(tap, lengths) for name, tap in taps.items()})
-            gradients = backward(model, batch, samples, separable)
+            loss, gradients = backward(model, batch, samples, separable)
+            total += loss
             for name in reversed(taps):
                 found = [gradients.pop(f"{name}.sums.{i}") for i in range(len(taps[name].zeros))]
                 sums[name] = tree_map(mx.add, sums[name], found) if name in sums else found
@@ -131,7 +134,7 @@ def summed(
     finally:
         replace_modules(model, plain)
         model.train(training)
-    return sums
+    return total, sums
 
 
 def curvatures(
@@ -139,8 +142,10 @@ def curvatures(
     modules: Mapping[str, tuple[nn.Module, tuple[int, int]]],
     batches: Iterable[Batch],
     advance: Advance = no_advance,
-) -> dict[str, Curvature]:
-    """Each module's factors, evaluated; the arguments are those of ``summed``.
+) -> tuple[float, dict[str, Curvature]]:
+    """The loss, summed over all tokens, and each module's curvature, evaluated.
+
+    The arguments are those of ``summed``.
 
     Args:
         modules: what is measured, by full name, with (out, in).
@@ -151,19 +156,21 @@ def curvatures(
 
     def reduce(x: mx.array, delta: mx.array) -> list[mx.array]:
         weighted = x * mx.sqrt((delta * delta).sum(axis=1, keepdims=True))
-        return [*gram_strips(weighted), *gram_strips(delta)]
+        return [delta.T @ x, *gram_strips(weighted), *gram_strips(delta)]
 
     taps = {
-        name: Tap(module, [*zero_strips(shape[1]), *zero_strips(shape[0])], reduce)
+        name: Tap(module, [mx.zeros(shape), *zero_strips(shape[1]), *zero_strips(shape[0])], reduce)
         for name, (module, shape) in modules.items()
     }
-    sums = summed(model, taps, batches, advance)
+    loss, sums = summed(model, taps, batches, advance)
     factors = {}
     for name in list(sums):
-        strips, of_inputs = sums.pop(name), len(zero_strips(modules[name][1][1]))
-        factors[name] = Curvature(from_strips(strips[:of_inputs]), from_strips(strips[of_inputs:]))
+        gradient, *strips = sums.pop(name)
+        of_inputs = len(zero_strips(modules[name][1][1]))
+        both = strips[:of_inputs], strips[of_inputs:]
+        factors[name] = Curvature(*map(from_strips, both), gradient)
         mx.eval(factors[name])
-    return factors
+    return loss, factors
 
 
 def slopes(
@@ -171,8 +178,8 @@ def slopes(
     modules: Mapping[str, tuple[nn.Module, mx.array, int]],
     batches: Iterable[Batch],
     advance: Advance = no_advance,
-) -> dict[str, list[mx.array]]:
-    """The loss's gradient by each module's scales and biases, where W = level · scale + bias.
+) -> tuple[float, dict[str, list[mx.array]]]:
+    """The loss and its gradient by the modules' scales and biases, where W = level · scale + bias.
 
     The other arguments are those of ``summed``.
 
@@ -180,20 +187,23 @@ def slopes(
         modules: by full name, with its levels (out, in) and the number of groups in a row.
 
     Returns:
-        By scales and by biases, (out, groups) float32, of the loss summed over all tokens.
+        The loss, summed over all tokens; its gradient by scales and biases, (out, groups) float32.
 
     Raises:
         ValueError: a loss is not finite.
     """
 
     def tap(module: nn.Module, levels: mx.array, groups: int) -> Tap:
-        shape = levels.shape[0], groups
-
         def reduce(x: mx.array, delta: mx.array) -> list[mx.array]:
-            by_weight = (delta.T @ x).reshape(*shape, -1)
-            return [(by_weight * levels.reshape(by_weight.shape)).sum(-1), by_weight.sum(-1)]
+            return by_scales_and_biases(delta.T @ x, levels, groups)
 
-        return Tap(module, [mx.zeros(shape)] * 2, reduce)
+        return Tap(module, [mx.zeros((levels.shape[0], groups))] * 2, reduce)
 
     taps = {name: tap(*found) for name, found in modules.items()}
     return summed(model, taps, batches, advance)
+
+
+def by_scales_and_biases(gradient: mx.array, levels: mx.array, groups: int) -> list[mx.array]:
+    """A gradient by W (out, in) as that by its scales and biases, (out, groups) float32."""
+    by_weight = gradient.reshape(gradient.shape[0], groups, -1)
+    return [(by_weight * levels.reshape(by_weight.shape)).sum(-1), by_weight.sum(-1)]
