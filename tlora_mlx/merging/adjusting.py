@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -110,13 +111,15 @@ def adjusted(
     if not moved:
         return {}
     rounded, found = task.slopes(moved, files)
-    start, back, on, along_error = {}, Direction(), Direction(), 0.0
+    back, on = Direction(task.tokens), Direction(task.tokens)
+    start, along_error = {}, 0.0
     for name, weight in moved.items():
         own, at = slopes.pop(name), found.pop(name)
         start[name] = weight.read(files)[1:]
         apart = [x - y for x, y in zip(at, own.wanted, strict=True)]
-        back.add(name, apart, own.step(*apart), task.tokens)
-        on.add(name, own.wanted, own.step(*own.wanted), task.tokens)
+        mx.eval(apart)
+        back.add(name, apart, own)
+        on.add(name, own.wanted, own)
         along_error += own.along_error / task.tokens
 
     def loss_at(values: Values) -> float:
@@ -147,51 +150,39 @@ class Direction:
 
     Where scales are stored in few bits, changes that are too small for them are lost: a step of
     half the length may do a tenth or nothing, so lengths themselves say little.
+
+    Args:
+        tokens: over how many the gradients are summed.
     """
 
-    def __init__(self) -> None:
-        self._gradients: dict[str, Sequence[mx.array]] = {}
-        self._steps: dict[str, Sequence[mx.array]] = {}
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._modules: dict[str, tuple[Sequence[mx.array], Slopes]] = {}
 
-    def add(
-        self, name: str, gradients: Sequence[mx.array], steps: Sequence[mx.array], tokens: int
-    ) -> None:
-        """Add a module: the loss's gradients, summed over ``tokens``, and the step."""
-        self._gradients[name] = [part / tokens for part in gradients]
-        self._steps[name] = steps
-        mx.eval(self._gradients[name], steps)
+    def add(self, name: str, gradients: Sequence[mx.array], own: Slopes) -> None:
+        """Add a module: the loss's gradients, and the curvature by which they make a step."""
+        self._modules[name] = gradients, own
 
     def fall(self, before: Values, after: Values) -> float:
         """By how much the loss falls between two values, to first order."""
-        change = 0.0
-        for name, gradients in self._gradients.items():
+        summed = 0.0
+        for name, (gradients, _) in self._modules.items():
             for g, x, y in zip(gradients, before[name], after[name], strict=True):
-                change += (g * (y.astype(mx.float32) - x.astype(mx.float32))).sum().item()
-        return -change
+                summed += (g * (x.astype(mx.float32) - y.astype(mx.float32))).sum().item()
+        return summed / self._tokens
 
     def stepped(self, values: Values, fall: float) -> Values:
         """The values after the step with which the loss falls, to first order, by ``fall``.
 
         Those given if it cannot.
         """
-        if not fall > 0:
-            return values
-
-        def at(length: float) -> Values:
-            return {
-                name: [
-                    (x.astype(mx.float32) + length * step).astype(x.dtype)
-                    for x, step in zip(values[name], steps, strict=True)
-                ]
-                for name, steps in self._steps.items()
-            }
-
+        at = partial(self._at, values)
         slope = sum(
-            (g * step).sum().item()
-            for name, steps in self._steps.items()
-            for g, step in zip(self._gradients[name], steps, strict=True)
+            (g * step).sum().item() / self._tokens
+            for gradients, own in self._modules.values()
+            for g, step in zip(gradients, own.step(*gradients), strict=True)
         )
-        if not slope < 0:
+        if not (fall > 0 > slope):
             return values
         short, long = 0.0, fall / -slope
         for _ in range(DOUBLINGS):
@@ -205,6 +196,16 @@ class Direction:
             else:
                 long = middle
         return at(long)
+
+    def _at(self, values: Values, length: float) -> Values:
+        """After a step of so many times its length; not evaluated."""
+        return {
+            name: [
+                (x.astype(mx.float32) + length * step).astype(x.dtype)
+                for x, step in zip(values[name], own.step(*gradients), strict=True)
+            ]
+            for name, (gradients, own) in self._modules.items()
+        }
 
 
 def lowest(loss: float, loss_at: Callable[[float], float]) -> float:
