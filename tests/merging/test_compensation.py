@@ -11,7 +11,7 @@ import pytest
 from helpers.commands import assert_one_sentence, quick_train
 from helpers.models import ROWS, save_model, write_jsonl
 
-from tlora_mlx import load_adapter, load_base_model, read_run, target_linears
+from tlora_mlx import load_base_model, read_run, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.merging import requantize, rounding, task
@@ -309,14 +309,14 @@ def test_the_command(trained, tmp_path, tlora_here):
     assert (tmp_path / "ours/config.json").read_text() == (place / "4bit/config.json").read_text()
 
 
-def loss_of(base, place, split="valid"):
-    """The mean loss per counted token on the rows of a split."""
+def loss_of(base, place):
+    """The mean loss per counted token on the validation rows."""
     from tlora_mlx.config.data_options import DataConfig
     from tlora_mlx.training.setup import read_data
     from tlora_mlx.training.validation import mean_loss
 
     data, _ = read_data(DataConfig(model=str(place / "4bit"), data=str(place / "data")))
-    return mean_loss(base.model, batches_in_order(data[split].samples, 4, 2048))
+    return mean_loss(base.model, batches_in_order(data["valid"].samples, 4, 2048))
 
 
 def target_weights(path):
@@ -325,17 +325,28 @@ def target_weights(path):
 
 
 def test_adjusting(trained, tmp_path, tlora_here, monkeypatch):
-    """It takes the loss on the samples to round by towards the adapter's, changing scales only."""
-    run, place = trained
-    goal = loss_of(load_adapter(run), place, "train")
-    assert export(tlora_here, run, tmp_path / "adjusted").returncode == 0
-    plain = lambda task, weights, _, files: task.merge(weights, files) or {}  # noqa: E731
-    monkeypatch.setattr(requantize, "adjusted", plain)
-    assert export(tlora_here, run, tmp_path / "rounded").returncode == 0
-    files = [str(tmp_path / name) for name in ("rounded", "adjusted")]
-    rounded, adjusted = (loss_of(load_base_model(file), place, "train") for file in files)
-    assert rounded > goal
-    assert abs(adjusted - goal) < 0.3 * (rounded - goal)
+    """It takes the loss on samples to check by towards the adapter's, changing scales only."""
+    run, _ = trained
+    losses, files = [], [str(tmp_path / name) for name in ("rounded", "adjusted")]
+
+    def rounded(task, weights, _, files):
+        task.merge(weights, files)
+        return {}
+
+    for how, file in zip((rounded, requantize.adjusted), files, strict=True):
+
+        def measured(task, weights, slopes, files, how=how):
+            moved = how(task, weights, slopes, files)
+            for name, parts in moved.items():
+                task.place(weights[name], parts)
+            losses.append((task.check_loss(), task.goal))
+            return moved
+
+        monkeypatch.setattr(requantize, "adjusted", measured)
+        assert export(tlora_here, run, file).returncode == 0
+    (before, goal), (after, same) = losses
+    assert before > goal == same
+    assert abs(after - goal) < 0.3 * (before - goal)
     before, after = (mx.load(f"{file}/model.safetensors") for file in files)
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
     assert changed

@@ -4,7 +4,8 @@ First back: along the difference of the loss's gradients at the rounded and at t
 down to where the loss without its slope at the adapted model is least; that is how far apart the
 two are, whatever the loss itself. Then on: while an adapter could still learn, the loss falls along
 its deltas, so that the little that is lost of them costs as much of what was learnt. One step
-against the gradient at the adapted model makes up for it, until the loss is the adapter's.
+against the gradient at the adapted model makes up for it, until the loss is the adapter's on other
+samples than those of the gradient.
 """
 
 from __future__ import annotations
@@ -122,22 +123,23 @@ def adjusted(
         on.add(name, own.wanted, own)
         along_error += own.along_error / task.tokens
 
-    def loss_at(values: Values) -> float:
+    def place(values: Values) -> None:
         for name, weight in moved.items():
             task.place(weight, [weight.read(files)[0], *values[name]])
-        return task.calibration_loss()
 
     def distance_at(fall: float) -> float:
         values = back.stepped(start, fall)
-        losses[fall] = loss_at(values)
-        return losses[fall] - task.goal - along_error + on.fall(start, values)
+        place(values)
+        return task.calibration_loss() - task.adapted - along_error + on.fall(start, values)
 
-    losses = {0.0: rounded}
-    fall = lowest(rounded - task.goal - along_error, distance_at)
-    values = nearer = back.stepped(start, fall)
-    if losses[fall] > task.goal:
-        fall = reaching(task.goal, losses[fall], lambda x: loss_at(on.stepped(nearer, x)))
-        values = on.stepped(nearer, fall)
+    def loss_at(fall: float) -> float:
+        place(on.stepped(nearer, fall))
+        return task.check_loss()
+
+    nearer = back.stepped(start, lowest(rounded - task.adapted - along_error, distance_at))
+    values, loss = nearer, loss_at(0.0)
+    if loss > task.goal:
+        values = on.stepped(nearer, reaching(task.goal, loss, loss_at))
     return {name: [weight.read(files)[0], *values[name]] for name, weight in moved.items()}
 
 

@@ -44,11 +44,13 @@ class AdaptedTask:
     Attributes:
         memory: bytes that the modules' curvatures may take.
         tokens: how many of the calibration samples' tokens count.
-        goal: the adapter's loss per token on them, once there are curvatures.
+        adapted: the adapter's loss per token on them, once there are curvatures.
+        goal: that on the samples to check by, once it is merged.
 
     Args:
         base: the model with the adapter attached.
-        calibration: the samples to take curvatures from.
+        calibration: the samples to take curvatures and gradients from.
+        check: others, which say how far to go along a gradient.
         measured: the samples to measure the loss on.
         split: of which split those are, as messages say it.
         config: how samples are put into batches.
@@ -60,13 +62,15 @@ class AdaptedTask:
         self,
         base: BaseModel,
         calibration: Sequence[Sample],
+        check: Sequence[Sample],
         measured: Sequence[Sample],
         split: str,
         config: PlanConfig,
         memory: int,
         observer: Observer = SILENT,
     ):
-        self._model, self._calibration, self._measured = base.model, calibration, measured
+        self._model, self._calibration = base.model, calibration
+        self._check, self._measured = check, measured
         self._split, self._config, self.memory = split, config, memory
         self._observer = observer
         self._is_dense = mx.default_device() == mx.Device(mx.cpu)
@@ -87,7 +91,7 @@ class AdaptedTask:
             for name in names
         }
         loss, factors = self._observed("curvature", curvatures, modules)
-        self.goal = loss / self.tokens
+        self.adapted = loss / self.tokens
         return factors
 
     def merge(self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]) -> None:
@@ -99,8 +103,10 @@ class AdaptedTask:
             weights: the adapted weights by name.
             written: the file of each tensor that was written, by its name.
         """
-        with self._observer.stage("measuring", 2) as advance:
+        with self._observer.stage("measuring", 3) as advance:
             self._adapter = self._loss(self._measured)
+            advance()
+            self.goal = self.check_loss()
             advance()
             detach(self._model)
             self._modules = dict(self._model.named_modules())
@@ -123,6 +129,10 @@ class AdaptedTask:
     def calibration_loss(self) -> float:
         """The loss per counted token on the calibration samples, as the model is now."""
         return self._loss(self._calibration)
+
+    def check_loss(self) -> float:
+        """The same on the samples to check by."""
+        return self._loss(self._check)
 
     def slopes(
         self, weights: Mapping[str, StoredWeight], files: Mapping[str, TensorFile]
@@ -201,16 +211,18 @@ def read_task(
             f"--quantize rounds by the task's data, which cannot be read: {error}; name data with "
             "--data, or pass --rounding nearest"
         ) from None
-    calibration = draw_samples(splits["train"].samples, config.calibration_samples, config.seed)
+    number = config.calibration_samples
+    drawn = draw_samples(splits["train"].samples, number + (number + 1) // 2, config.seed)
+    calibration = [sample for i, sample in enumerate(drawn) if i % 3 < 2]
+    check = drawn[2::3] or drawn  # of one or two samples there are no others
     split = "valid" if splits["valid"].samples else "train"
-    measured = draw_samples(splits[split].samples, config.calibration_samples, config.seed)
+    measured = draw_samples(splits[split].samples, number, config.seed)
     base = load_adapter(adapter, trust_remote_code=config.trust_remote_code)
     if config.grad_checkpoint:
         enable_grad_checkpoint(base.model)
     names = {"valid": "validation", "train": "training"}
-    return AdaptedTask(
-        base, calibration, measured, names[split], config, allowed_memory(config), observer
-    )
+    memory = allowed_memory(config)
+    return AdaptedTask(base, calibration, check, measured, names[split], config, memory, observer)
 
 
 def make_dense(model: nn.Module) -> None:
