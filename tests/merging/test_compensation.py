@@ -64,10 +64,12 @@ def test_what_is_on_the_grid_stays(settings):
         assert np.array_equal(data, np.array(part.view(mx.uint8)))
 
 
+@pytest.mark.parametrize("blocks", [256, 5])
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: f"{s['mode']}{s['bits']}")
-def test_better_than_nearest(settings, monkeypatch):
-    """Rows that are no multiple of a block, and in more than one panel."""
+def test_better_than_nearest(settings, blocks, monkeypatch):
+    """Rows that are no multiple of a block (of 4 or 5), and in more than one panel."""
     monkeypatch.setattr(rounding, "PANEL", 16)
+    monkeypatch.setattr(rounding, "BLOCKS", blocks)
     random = np.random.default_rng(1)
     shape = (29, 128)
     parts, grid = quantized(random, settings, shape)
@@ -309,14 +311,14 @@ def test_the_command(trained, tmp_path, tlora_here):
     assert (tmp_path / "ours/config.json").read_text() == (place / "4bit/config.json").read_text()
 
 
-def loss_of(base, place):
-    """The mean loss per counted token on the validation rows."""
+def loss_of(base, place, split="valid"):
+    """The mean loss per counted token on the rows of a split."""
     from tlora_mlx.config.data_options import DataConfig
     from tlora_mlx.training.setup import read_data
     from tlora_mlx.training.validation import mean_loss
 
     data, _ = read_data(DataConfig(model=str(place / "4bit"), data=str(place / "data")))
-    return mean_loss(base.model, batches_in_order(data["valid"].samples, 4, 2048))
+    return mean_loss(base.model, batches_in_order(data[split].samples, 4, 2048))
 
 
 def target_weights(path):
