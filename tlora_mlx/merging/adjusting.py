@@ -33,7 +33,7 @@ DAMPING = 1.0
 # How often the loss is measured for each of the two steps, at most.
 TRIES = 3
 # A step that is so near to the best one, or a loss that is so near to the goal, is good enough.
-NEAR = 0.1
+NEAR = 0.03
 # How a step of a given effect is found: twice as far, so often at most, then between the last two.
 DOUBLINGS, HALVINGS = 30, 8
 
