@@ -102,7 +102,7 @@ def adjusted(
         files: the file of each stored tensor, by its name.
 
     Returns:
-        The parts of the weights that have moved, in the file's order; empty if none has.
+        The parts of those weights as they are now to be stored, in the file's order.
 
     Raises:
         RunError: the loss is not finite.
