@@ -143,7 +143,7 @@ def test_hub_data_sets(monkeypatch):
     assert decoded.endswith("sentence1: a0\nsentence2: b\nlabel:\n\n### Response:equivalent<eos>")
     (row,) = read_rows("nyu-mll/glue:mrpc")
     assert row.columns["label"] == "not_equivalent"
-    assert row.where == "nyu-mll/glue:mrpc, split valid, row 1"
+    assert row.where == "data set nyu-mll/glue:mrpc, split valid, row 1"
     assert [row.text("question") for row in read_rows("some/test")] == ["1+1?"]
     with pytest.raises(UserError, match="no split 'train'"):
         load_data("some/test", tokenizer, 512, None)

@@ -228,7 +228,7 @@ def test_a_later_turn_follows_in_the_frame(run_path):
         ("math", '{"question": [1], "answer": "1"}', (), r"line 1: 'question' is not text: ["),
         ("math", "1", (), "line 1 is not a JSON object"),
         ("math", "[1]", (), "is a JSON array, or part of one; give one object a line"),
-        ("math", "{", (), "line 1 is not valid JSON"),
+        ("math", '{"question"', (), "line 1 is not valid JSON"),
         ("math", "", (), "is empty"),
         ("commonsense", '{"prompt": "a", "choices": [], "answer": 0}', (), "not a list of one"),
         ("commonsense", '{"prompt": "a", "choices": ["b"], "answer": 1}', (), "not one of its 1"),
