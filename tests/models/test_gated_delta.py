@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from helpers.gradients import peak_of_gradients
 from helpers.metal import wkv7 as loop_of_rwkv7
 from mlx_lm.models import gated_delta as loop
 
@@ -147,12 +148,6 @@ def test_the_gradients_memory_grows_with_the_tokens(rule):
         return mx.square(wkv7(None, q, mx.sigmoid(q), k, v, b, b, None)[0]).sum()
 
     def peak(tokens):
-        arrays = list(0.1 * mx.random.normal((4, 1, tokens, 1, 32)))
-        mx.eval(arrays)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(mx.grad(loss, argnums=[0, 1, 2, 3])(*arrays))
-        return mx.get_peak_memory() - before
+        return peak_of_gradients(loss, list(0.1 * mx.random.normal((4, 1, tokens, 1, 32))))
 
     assert peak(4096) < 2.4 * peak(2048)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from helpers.gradients import assert_like_mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import recurrent_gemma
 from transformers import RecurrentGemmaConfig
@@ -26,27 +27,12 @@ def test_like_mlx_lm(tokens, continued):
     mx.random.seed(tokens)
     lru, x = layer(), mx.random.normal((2, tokens, WIDTH))
     state = [mx.random.normal((2, WIDTH))] if continued else []
-    weights = mx.random.normal(x.shape), mx.random.normal((2, WIDTH))
 
-    def results():
-        def outputs(parameters, *arrays):
-            lru.update(parameters)
-            return lru(*arrays)
+    def outputs(parameters, *arrays):
+        lru.update(parameters)
+        return list(lru(*arrays))
 
-        def loss(*arguments):
-            return sum((w * z).sum() for w, z in zip(weights, outputs(*arguments), strict=True))
-
-        arguments = lru.trainable_parameters(), x, *state
-        gradients = mx.grad(loss, argnums=list(range(len(arguments))))(*arguments)
-        return dict(tree_flatten([outputs(*arguments), *gradients]))
-
-    expected = results()
-    with differentiable_operations():
-        found = results()
-    assert found.keys() == expected.keys()
-    for name, theirs in expected.items():
-        ours, theirs = np.array(found[name]), np.array(theirs)
-        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
+    assert_like_mlx_lm(outputs, [lru.trainable_parameters(), x, *state])
 
 
 def test_gates_that_are_rounded_to_1():

@@ -2,12 +2,10 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from helpers.gradients import assert_like_mlx_lm, peak_of_gradients
 from mlx_lm.models import jamba, mamba
 
-from tlora_mlx.models.differentiable import differentiable_operations
 from tlora_mlx.models.selective_scan import selective_scan
 
 SIZES = {"vocab_size": 8, "hidden_size": 6, "num_hidden_layers": 1}
@@ -70,27 +68,12 @@ def test_like_mlx_lm(make, tokens, continued):
     x = mx.random.normal((2, tokens, 6))
     caches = [mx.random.normal((2, 3, 12)), mx.random.normal((2, 12, 4))] if continued else []
 
-    def results():
-        def outputs(parameters, x, *caches):
-            block.update(parameters)
-            y, states = getattr(block, method)(x, *(caches or (None, None)))
-            return [y, *states]
+    def outputs(parameters, x, *caches):
+        block.update(parameters)
+        y, states = getattr(block, method)(x, *(caches or (None, None)))
+        return [y, *states]
 
-        def loss(*arguments):
-            mx.random.seed(0)
-            return sum((mx.random.normal(z.shape) * z).sum() for z in outputs(*arguments))
-
-        arguments = block.trainable_parameters(), x, *caches
-        gradients = mx.grad(loss, argnums=list(range(len(arguments))))(*arguments)
-        return dict(tree_flatten([outputs(*arguments), *gradients]))
-
-    expected = results()
-    with differentiable_operations():
-        found = results()
-    assert found.keys() == expected.keys()
-    for name, theirs in expected.items():
-        ours, theirs = np.array(found[name]), np.array(theirs)
-        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
+    assert_like_mlx_lm(outputs, [block.trainable_parameters(), x, *caches])
 
 
 def test_the_gradient_keeps_few_states():
@@ -104,11 +87,6 @@ def test_the_gradient_keeps_few_states():
     def peak(tokens):
         arrays = [*mx.random.normal((2, 1, tokens, channels))]
         arrays += [*mx.random.normal((2, 1, tokens, states))]
-        mx.eval(arrays)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(mx.grad(loss, argnums=[0, 1, 2, 3])(*arrays))
-        return mx.get_peak_memory() - before
+        return peak_of_gradients(loss, arrays)
 
     assert peak(1024) - peak(512) < 512 * channels * states * 4
