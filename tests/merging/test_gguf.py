@@ -191,6 +191,21 @@ def test_llama_cpp_converts_our_exports_to_the_same(family, tmp_path):
             assert ours.fields[name].contents() == pytest.approx(field.contents()), name
 
 
+@rarely
+def test_llama_cpp_takes_rslora_for_lora(tmp_path):
+    """Its converter keeps alpha and not ``use_rslora``: its scale is alpha / r, as it is ours."""
+    run = read_run(make_run(tmp_path / "run", ROOT / "examples/model", zero_one_cap))
+    tlora_mlx.export_peft(run, tmp_path / "peft")
+    config = tmp_path / "peft/adapter_config.json"
+    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    convert("base", run.model, tmp_path / "base.gguf")
+    convert("lora", tmp_path / "peft", run.model, tmp_path / "lora.gguf")
+    adapted = LlamaCpp(tmp_path / "base.gguf", tmp_path / "lora.gguf")
+    assert difference(adapted, mlx_logits(run)) < 1e-4
+    found = {r.reader: r.fault for r in readings(read_adapter(tmp_path / "peft"), "llama")}
+    assert (found["llama.cpp"] is None, found["PEFT, transformers"]) == (False, None)
+
+
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
     """Rows of 64 and 96, which quantized types can hold."""
