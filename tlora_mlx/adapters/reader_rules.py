@@ -80,7 +80,7 @@ READERS = (
     _VLLM,
     Reader(
         "vLLM before 0.32",
-        "0.31.0, read",
+        "0.31.0, run",
         _VLLM.source,
         binds_in=_VLLM.binds_in,
         without=_VLLM.without | {"gpt_neox"},
