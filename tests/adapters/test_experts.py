@@ -27,11 +27,11 @@ from tlora_mlx import RunError, UserError, read_run
 from tlora_mlx.adapters import mlx_lm as our_mlx_lm
 from tlora_mlx.adapters.binding import drop_zero_ranks
 from tlora_mlx.adapters.registry import read_adapter, resolve_adapter
-from tlora_mlx.merging import requantize
+from tlora_mlx.merging.rewriting import Rewriting
 from tlora_mlx.method.layers import dense_weight, target_linears
 from tlora_mlx.models.base_model import load_base_model
 from tlora_mlx.models.names import mlx_parts
-from tlora_mlx.storage.safetensors import TensorFile, write_tensors
+from tlora_mlx.storage.safetensors import write_tensors
 
 # One tensor an expert; stacks with gate and up in halves of the rows; in columns that alternate.
 CHECKPOINTS = ["mixtral", "granitemoe", "gpt_oss"]
@@ -259,17 +259,15 @@ def test_an_untouched_expert_of_a_copy_that_changed(quantized_run, tmp_path, mon
     stacks = {name.rpartition(".")[0] for name in run.plan.adapted()}
     without = (name.rpartition(".") for name, m in run.plan.modules.items() if not m.rank)
     stack, number = next((s, int(e)) for s, _, e in without if s in stacks and e.isdigit())
-    copy = requantize.copy_file
+    write = Rewriting.write
 
-    def damaged(source, target):
-        copy(source, target)
-        if target.suffix == ".safetensors":
-            entry = TensorFile(target, "the copy").entries[f"{stack}.weight"]
-            data = bytearray(target.read_bytes())
-            data[entry.start + number * (entry.stop - entry.start) // 4] ^= 1
-            target.write_bytes(data)
+    def damaged(self, weight, start, parts):
+        row = number * weight.rows // 4 - start
+        if weight.name == stack and 0 <= row < len(parts[0]):
+            parts[0][row, 0] ^= 1
+        return write(self, weight, start, parts)
 
-    monkeypatch.setattr(requantize, "copy_file", damaged)
+    monkeypatch.setattr(Rewriting, "write", damaged)
     with pytest.raises(RunError, match="what was written for the unadapted bytes"):
         export_requantized(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -81,12 +81,12 @@ def test_better_than_nearest(settings, blocks, monkeypatch):
     factors = curvature(inputs, outputs)
     target = start.dense() + delta
     nearest = mx.quantize(mx.array(target).astype(mx.bfloat16), **settings)
-    best = round_module(parts, nearest, delta, grid, factors)
+    best = round_module(parts, nearest, delta, grid, grid, factors)
     difference = grid.take_apart(nearest).dense() - target
     error = weighted_error(difference, factors.inputs, factors.outputs)
     assert best.outputs.error < 0.7 * error
     assert best.outputs.relative < 0.9
-    again = round_module(parts, nearest, delta, grid, factors)
+    again = round_module(parts, nearest, delta, grid, grid, factors)
     assert all(map(np.array_equal, best.parts, again.parts))
 
 
@@ -101,7 +101,7 @@ def test_the_best_of_the_candidates_is_stored():
     def stored(delta):
         target = mx.array(start.dense() + delta).astype(mx.bfloat16)
         nearest = mx.quantize(target, **AFFINE[2])
-        found = round_module(parts, nearest, delta.astype(np.float32), grid, factors).parts
+        found = round_module(parts, nearest, delta.astype(np.float32), grid, grid, factors).parts
         return found, [np.array(part.view(mx.uint8)) for part in nearest]
 
     assert all(map(np.array_equal, *stored(30 * random.normal(size=shape))))
@@ -254,25 +254,6 @@ def _seen(model, name, linear, tokens):
     model(tokens)
     replace_modules(model, {name: linear})
     return shifted.seen[0]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A gentle run on a 4-bit model with one dense layer, and the directory of its data."""
-    place = tmp_path_factory.mktemp("compensation")
-    original = save_model(place / "original", hidden_size=64, intermediate_size=128)
-    settings = {"quantize": True, "q_bits": 4, "q_group_size": 64}
-    mlx_lm.convert(
-        str(original),
-        str(place / "4bit"),
-        quant_predicate=lambda name, module: "1.self_attn.k_proj" not in name,
-        **settings,
-    )
-    write_jsonl(place / "data/train.jsonl", ROWS[:12])
-    write_jsonl(place / "data/valid.jsonl", ROWS[12:])
-    options = {"iters": 16, "learning_rate": 3e-3, "rank": 2, "steps_per_eval": 100}
-    options["grad_checkpoint"] = True
-    return quick_train(place / "4bit", place / "data", place / "run", **options), place
 
 
 def export(tlora_here, run, output, *more):

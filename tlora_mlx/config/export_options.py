@@ -27,6 +27,8 @@ FORMATS_OF_OPTION = {
     "dequantize": ("merged",),
     "quantize": ("merged",),
     "rounding": ("merged",),
+    "bits": ("merged",),
+    "target_bpw": ("merged",),
     "data": ("merged",),
     "push_to": ("peft", "mlx-lm", "merged", "gguf"),
 }
@@ -154,6 +156,19 @@ class ExportCommand(AdapterOptions):
     data: str | None = option(
         None, "what --quantize rounds by, as for train; default: the data that the run names"
     )
+    bits: str | None = option(
+        None,
+        "auto: --quantize chooses each module's bits by the run's data, from 2, 3, 4, 5, 6 and 8: "
+        "more where the loss minds rounding more, within the model's own size or --target-bpw; "
+        "default: every module keeps its bits",
+        choices=("auto",),
+    )
+    target_bpw: float | None = option(
+        None,
+        "with --bits auto: bits per weight of the whole model, at most, scales and embeddings "
+        "counted",
+        above=0.0,
+    )
     push_to: str | None = option(
         None,
         "also push it to the Hugging Face Hub, as USER/NAME, which is created if missing",
@@ -177,9 +192,15 @@ class ExportCommand(AdapterOptions):
             raise UserError("--outtype needs --merged; the type of an adapter is --dtype")
         if self.dequantize and self.quantize:
             raise UserError("--dequantize and --quantize cannot be used together")
-        for name in ("rounding", "data"):
+        for name in ("rounding", "data", "bits"):
             if getattr(self, name) and not self.quantize:
                 raise UserError(f"--{name} is for --quantize; leave it out")
+        if self.target_bpw is not None and not self.bits:
+            raise UserError("--target-bpw needs --quantize --bits auto")
+        if self.bits and self.rounding == "nearest":
+            raise UserError(
+                "--bits auto chooses by the run's data, which --rounding nearest ignores"
+            )
         if self.data and self.rounding == "nearest":
             raise UserError("--data does nothing with --rounding nearest; leave it out")
         if self.base_model and (self.dequantize or self.quantize):

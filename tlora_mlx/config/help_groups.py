@@ -53,7 +53,9 @@ CHECK: Groups = {
 EXPORT: Groups = {
     FIRST: ("run", "format", "output", "base_model", "merged", "push_to"),
     "adapters": ("layout", "names", "dtype"),
-    "merged models": ("outtype", "dequantize", "quantize", "rounding", "data"),
+    "merged models": (
+        "outtype", "dequantize", "quantize", "rounding", "data", "bits", "target_bpw",
+    ),
     "several adapters into one": (
         "adapter", "combine", "density", "svd_rank", "majority_sign_method", "seed",
     ),

@@ -91,7 +91,8 @@ def _check(item: dataclasses.Field, value: Any, name: str) -> None:
     if value is None:
         return
     if rules["choices"] and value not in rules["choices"]:
-        raise UserError(f"{name} must be one of {', '.join(rules['choices'])}, not {shown(value)}")
+        one = "one of " if len(rules["choices"]) > 1 else ""
+        raise UserError(f"{name} must be {one}{', '.join(rules['choices'])}, not {shown(value)}")
     if isinstance(value, str):  # text has no bounds
         return
     if isinstance(value, float) and not math.isfinite(value):

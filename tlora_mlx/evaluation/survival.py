@@ -56,6 +56,28 @@ class TaskLosses:
 
 
 @dataclass(frozen=True)
+class ChosenBits:
+    """How many bits the quantized modules of a model have, where the task chose them.
+
+    Attributes:
+        modules: how many modules have so many bits; in the file, numbers are texts.
+        per_weight: the model's bits per weight, by mlx-lm's measure.
+        before: those that it had.
+    """
+
+    modules: dict[str, int]
+    per_weight: float
+    before: float
+
+    def summary(self) -> str:
+        """For the user, without a full stop."""
+        counts = sorted(self.modules.items(), key=lambda item: int(item[0]))
+        first, *others = (f"{number} at {bits}" for bits, number in counts)
+        listed = ", ".join([first.replace(" at ", " modules at ") + " bits", *others])
+        return f"{listed}; {self.per_weight:.2f} bits per weight, {self.before:.2f} before"
+
+
+@dataclass(frozen=True)
 class Survival:
     """The content of ``survival.json``.
 
@@ -65,17 +87,21 @@ class Survival:
             rounding made, relative to what the adapter changes in them.
         rounded_to_nearest: the other modules: experts, weights that are not quantized, and those
             on which the samples' loss does not depend.
+        bits: what the task chose; None if every module keeps its own.
     """
 
     losses: TaskLosses
     output_errors: dict[str, float]
     rounded_to_nearest: Sequence[str] = field(default_factory=list)
+    bits: ChosenBits | None = None
 
     def write(self, directory: Path) -> None:
         """Write the file."""
         content = asdict(self) | {"relative_output_errors": self.output_errors}
         del content["output_errors"]
         content["losses"]["kept"] = self.losses.kept
+        if self.bits is None:
+            del content["bits"]
         write_json(directory / SURVIVAL, content)
 
 
@@ -91,10 +117,13 @@ def read_survival(directory: Path) -> Survival | None:
     found = read_json(path, "what the export keeps")
     try:
         losses = {key: value for key, value in found["losses"].items() if key != "kept"}
+        bits = ChosenBits(**found["bits"]) if "bits" in found else None
         survival = Survival(
-            TaskLosses(**losses), found["relative_output_errors"], found["rounded_to_nearest"]
+            TaskLosses(**losses), found["relative_output_errors"], found["rounded_to_nearest"], bits
         )
         numbers = [losses[key] for key in ("base", "adapter", "merged")]
+        if bits:
+            bits.summary()
         if not all(map(math.isfinite, [*numbers, *survival.output_errors.values()])):
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 from tlora_mlx.merging.adjusting import Slopes
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.merging.refitting import refitted, weighted_error
+from tlora_mlx.merging.regridding import regridded
 from tlora_mlx.merging.rounding import compensated
 from tlora_mlx.method.curvature import Curvature
 
@@ -59,18 +60,21 @@ def round_module(
     nearest: Sequence[mx.array],
     delta: np.ndarray,
     grid: Grid,
+    onto: Grid,
     curvature: Curvature,
 ) -> Rounded:
     """Round W + Δ, where W is on its grid already, so that the loss notices least.
 
-    W's own scales are kept at first, so that only Δ is rounded; then scales and biases are fitted
-    to the levels that were found. If rounding to nearest has the smaller error, it is taken.
+    W's own scales are kept at first, so that only Δ is rounded (with other bits: ``regridded``);
+    then scales and biases are fitted to the levels that were found. If rounding to nearest has the
+    smaller error, it is taken.
 
     Args:
         parts: how W is stored.
         nearest: how ``mx.quantize`` stores W + Δ.
-        delta: Δ (out, in) float32.
+        delta: Δ (out, in) float32, or 0.
         grid: how the weight is quantized.
+        onto: how it is to be, the same but for the number of bits.
         curvature: of the loss at this module.
 
     Raises:
@@ -79,18 +83,20 @@ def round_module(
     start = grid.take_apart(parts)
     target = start.dense() + delta
     inputs, outputs, size = curvature.damped(DAMPING)
-    found = compensated(target, start, grid, np.array(inputs), np.array(outputs))
-    candidates = [(found, parts[1]), (grid.take_apart(nearest), nearest[1])]
-    if grid.is_affine:
-        candidates.append((refitted(target, found, grid, inputs, outputs), parts[1]))
+    if onto.bits != grid.bits:
+        start = regridded(target, start, grid, onto, np.array(mx.diagonal(inputs)))
+    found = compensated(target, start, onto, np.array(inputs), np.array(outputs))
+    candidates = [(found, parts[1]), (onto.take_apart(nearest), nearest[1])]
+    if onto.is_affine:
+        candidates.append((refitted(target, found, onto, inputs, outputs), parts[1]))
 
     def error_of(candidate: tuple[Grouped, mx.array]) -> float:
         return weighted_error(candidate[0].dense() - target, inputs, outputs)
 
     errors = [error_of(candidate) for candidate in candidates]
     best = int(np.argmin(errors))
-    stored = grid.put_together(*candidates[best])
+    stored = onto.put_together(*candidates[best])
     at_stake = weighted_error(delta, inputs, outputs)
     rounded = candidates[best][0]
-    slopes = Slopes.of(rounded, target, grid, curvature) if grid.is_affine else None
+    slopes = Slopes.of(rounded, target, onto, curvature) if onto.is_affine else None
     return Rounded(stored, OutputErrors(size * errors[best], size * at_stake), slopes)

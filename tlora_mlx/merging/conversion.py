@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.method.experts import stack_and_number
 from tlora_mlx.models.weights import ModelWeights
-from tlora_mlx.storage.safetensors import FLOATS, TensorFile
+from tlora_mlx.storage.safetensors import FLOATS, StoredTensor, TensorFile
 
 
 class StoredWeight:
@@ -29,6 +30,7 @@ class StoredWeight:
         parts: its tensors' names.
         modules: the adapted modules that it holds (itself, or some of its experts), with their
             range of rows: the first, and the one after the last.
+        before: this weight as its model has it, if ``at`` gave it other bits; or itself.
 
     Args:
         base: the converted model.
@@ -41,6 +43,7 @@ class StoredWeight:
     def __init__(self, base: ModelWeights, name: str):
         self.name = name
         self.modules: dict[str, tuple[int, int]] = {}
+        self.before = self
         parts = [f"{name}.{part}" for part in ("weight", "scales", "biases")]
         self.parts = [part for part in parts if part in base.file_of]
         weight = base.file_of[parts[0]].entries[parts[0]]
@@ -101,6 +104,28 @@ class StoredWeight:
     def can_be_compensated(self) -> bool:
         """Whether it is quantized, and a layer of its own: not a stack of experts."""
         return bool(self._settings) and len(self.shape) == 2
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """``group_size``, ``bits`` and ``mode``, as ``mx.quantize`` takes them, if quantized."""
+        return dict(self._settings)
+
+    def at(self, bits: int) -> StoredWeight:
+        """The same weight, which must be affine, quantized with so many bits."""
+        other = copy.copy(self)
+        other._settings = self._settings | {"bits": bits}
+        return other
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether its bits are not those that its model has."""
+        return self._settings != self.before._settings
+
+    def layout(self, part: str, entry: StoredTensor) -> tuple[str, tuple[int, ...]]:
+        """The dtype and shape in which a part is stored, given how it was stored before."""
+        if part != self.parts[0] or not self._settings:
+            return entry.dtype, entry.shape
+        return entry.dtype, (*self.shape[:-1], self.shape[-1] * self._settings["bits"] // 32)
 
     def grid(self) -> Grid:
         """What the weight can represent, if it is quantized."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.model_directory import INDEX
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import SILENT, Advance, Observer
-from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode
+from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode, tensor_bytes
 from tlora_mlx.storage.files import Finish, new_directory, write_json, write_text
-from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile, tensors_header
+from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile, tensor_size, tensors_header
 
 # The largest file of a sharded model, in bytes; the same as mlx-lm's (mlx_lm/utils.py).
 MAX_FILE = 5 << 30
@@ -133,7 +132,7 @@ def _files(tensors: Mapping[str, _Tensor]) -> dict[str, list[str]]:
 
 
 def _bytes(tensor: _Tensor) -> int:
-    return DTYPES[tensor.dtype].size * math.prod(tensor.shape)
+    return tensor_size(tensor.dtype, tensor.shape)
 
 
 def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def _write(
                         encode(values, stored, scratch)
                     out.write(place + start * weight.shape[-1] * stored.itemsize, stored)
             else:
-                for start, data in _bytes_of(base.file_of[name], name):
+                for start, data in tensor_bytes(base.file_of[name], name):
                     out.write(place + start, data)
             advance()
         out.sync()
@@ -182,14 +181,6 @@ def _changes(
         delta = adapter_delta(adapter, module) if module else None
         for start, stop in blocks(last - first, weight.shape[-1]):
             yield first + start, first + stop, module, delta and delta.rows(start, stop)
-
-
-def _bytes_of(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor's bytes, block by block, each with its offset within the tensor."""
-    entry = file.entries[name]
-    with OpenFile(file.path) as source:
-        for start, stop in blocks(entry.stop - entry.start, 1):
-            yield start, source.read(entry.start + start, np.empty(stop - start, np.uint8))
 
 
 def _prove(
@@ -215,7 +206,9 @@ def _prove(
                 if delta:
                     proof.add(module, errors)
         else:
-            pairs = zip(_bytes_of(base.file_of[name], name), _bytes_of(written, name), strict=True)
+            pairs = zip(
+                tensor_bytes(base.file_of[name], name), tensor_bytes(written, name), strict=True
+            )
             if not all(np.array_equal(one[1], other[1]) for one, other in pairs):
                 raise mismatch_error(name)
         advance()

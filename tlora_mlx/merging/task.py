@@ -22,10 +22,13 @@ from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.method.batch import Batch
 from tlora_mlx.method.curvature import Curvature, curvatures, slopes
 from tlora_mlx.method.layers import (
+    LINEAR_TYPES,
+    adapters_off,
     dense_weight,
     detach,
     linear_shape,
     replace_modules,
+    target_linears,
 )
 from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.observer import SILENT, Observer
@@ -76,6 +79,7 @@ class AdaptedTask:
         self._is_dense = mx.default_device() == mx.Device(mx.cpu)
         if self._is_dense:
             make_dense(self._model)
+        self._modules = dict(self._model.named_modules())
         batches = self._batches(calibration)
         self.tokens = sum(int(batch.counts[:, 1:].sum().item()) for batch in batches)
 
@@ -85,7 +89,7 @@ class AdaptedTask:
         Raises:
             RunError: the loss is not finite.
         """
-        found = dict(self._model.named_modules())
+        found = self._modules
         modules = {
             name: (found[name], linear_shape(getattr(found[name], "linear", found[name])))
             for name in names
@@ -93,6 +97,22 @@ class AdaptedTask:
         loss, factors = self._observed("curvature", curvatures, modules)
         self.adapted = loss / self.tokens
         return factors
+
+    def roundable(self, names: Collection[str]) -> tuple[list[str], list[str]]:
+        """The linear layers in the model's blocks, and embeddings and output layers outside.
+
+        Those of some names. Routers and experts are neither.
+        """
+        with adapters_off(self._model):
+            inside = [name for name in target_linears(self._model) if name in names]
+            blocks = {id(m) for block in self._model.layers for m in block.modules()}
+            kinds = (*LINEAR_TYPES, nn.Embedding, nn.QuantizedEmbedding)
+            outside = [
+                name
+                for name, module in self._model.named_modules()
+                if name in names and isinstance(module, kinds) and id(module) not in blocks
+            ]
+        return inside, outside
 
     def merge(self, weights: Mapping[str, StoredWeight], written: Mapping[str, TensorFile]) -> None:
         """Measure the base model and the adapter, and put the written weights into the model.
@@ -120,7 +140,9 @@ class AdaptedTask:
         """Give the merged model a weight as it is stored, by its parts."""
         module = self._modules[weight.name]
         named = dict(zip(weight.parts, parts, strict=True))
-        if "scales" not in module:
+        if "scales" in module:
+            module.bits = weight.settings["bits"]
+        else:
             dense = weight.dequantized(parts).astype(module.weight.dtype)
             named = {f"{weight.name}.weight": dense}
         shaped = [(name, part.reshape(*weight.shape[:-1], -1)) for name, part in named.items()]
@@ -148,11 +170,10 @@ class AdaptedTask:
         Raises:
             RunError: the loss is not finite.
         """
-        found = dict(self._model.named_modules())
         modules = {}
         for name, weight in weights.items():
             packed, scales, _ = weight.read(files)
-            modules[name] = found[name], weight.grid().levels(packed), scales.shape[1]
+            modules[name] = self._modules[name], weight.grid().levels(packed), scales.shape[1]
         loss, found = self._observed("adjusting", slopes, modules)
         return loss / self.tokens, found
 

@@ -69,14 +69,19 @@ class Tap(NamedTuple):
 class _Probe(nn.Module):
     """Computes what a tapped module computes, and its sums in the backward pass."""
 
-    def __init__(self, tap: Tap, lengths: list[int]):
+    def __init__(self, name: str, tap: Tap, lengths: list[int]):
         super().__init__()
         self.module, self.sums = tap.module, tap.zeros
-        self._lengths, self._reduce = lengths, tap.reduce
+        self._name, self._lengths, self._reduce = name, lengths, tap.reduce
         self.module.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         lengths = self._lengths
+        if x.ndim != 3 or x.shape[0] != len(lengths):
+            raise ValueError(
+                f"{self._name} gets inputs of shape {tuple(x.shape)}, not one row of tokens for "
+                f"each of {len(lengths)} samples"
+            )
 
         @mx.custom_function
         def tap(y, x, *sums):
@@ -112,7 +117,7 @@ def summed(
         The loss, summed over all samples' tokens, and each module's sums over them, evaluated.
 
     Raises:
-        ValueError: a loss is not finite.
+        ValueError: a loss is not finite, or a module does not get its inputs sample by sample.
     """
     sums: dict[str, list[mx.array]] = {}
     plain = {name: tap.module for name, tap in taps.items()}
@@ -122,7 +127,7 @@ def summed(
     try:
         for batch in batches:
             lengths = batch.lengths.tolist()
-            replace_modules(model, {name: _Probe(tap, lengths) for name, tap in taps.items()})
+            replace_modules(model, {n: _Probe(n, tap, lengths) for n, tap in taps.items()})
             loss, gradients = backward(model, batch, samples, separable)
             total += loss
             for name in reversed(taps):

@@ -171,6 +171,8 @@ def _survival(directory: Path) -> list[str]:
         "in nats per token:\n",
         _table(["model", "loss"], [[name, f"{loss:.4f}"] for name, loss in losses_of.items()]),
     ]
+    if survival.bits:
+        parts.append(f"Bits were chosen by what the loss minds: {survival.bits.summary()}.\n")
     if plain := len(survival.rounded_to_nearest):
         every = plain + len(errors)
         parts.append(

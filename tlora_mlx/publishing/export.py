@@ -18,6 +18,7 @@ from tlora_mlx.adapters.source import read_source
 from tlora_mlx.config.export_options import ExportCommand
 from tlora_mlx.errors import UserError
 from tlora_mlx.invocation import suggested
+from tlora_mlx.merging.bits import affine_weights
 from tlora_mlx.merging.conversion import read_conversion
 from tlora_mlx.merging.dense import export_merged
 from tlora_mlx.merging.dequantize import export_dequantized
@@ -129,7 +130,15 @@ def _write_merged(
         return export_dequantized(adapter, output, observer=observer, finish=finish)
     if config.quantize:
         task = _task(adapter, config, observer)
-        return export_requantized(adapter, output, task=task, observer=observer, finish=finish)
+        return export_requantized(
+            adapter,
+            output,
+            task=task,
+            auto_bits=config.bits is not None,
+            target_bpw=config.target_bpw,
+            observer=observer,
+            finish=finish,
+        )
     return export_merged(
         adapter, output, base_model=config.base_model, observer=observer, finish=finish
     )
@@ -141,12 +150,14 @@ def _task(adapter: Adapter, config: ExportCommand, observer: Observer) -> Adapte
 
     if config.rounding == "nearest":
         return None
-    read_conversion(adapter, "--quantize")  # before a model is loaded
+    base, _ = read_conversion(adapter, "--quantize")  # before a model is loaded
+    if config.bits:
+        affine_weights(base)
     task = read_task(adapter, config.data, observer)
-    if task is None and config.rounding:
+    if task is None and (config.rounding or config.bits):
+        option = f"--rounding {config.rounding}" if config.rounding else f"--bits {config.bits}"
         raise UserError(
-            f"--rounding {config.rounding} needs the task's data, and {adapter.label} names none; "
-            "name them with --data"
+            f"{option} needs the task's data, and {adapter.label} names none; name them with --data"
         )
     if task is None:
         observer.note(

@@ -139,12 +139,14 @@ def _survival_cards(survival: Survival | None) -> list[_Card]:
         return []
     losses = survival.losses
     kept = "–" if losses.kept is None else f"{losses.kept:.1%}"
+    bits = survival.bits
     return [
         _Card(kept, "of the improvement left, quantized again"),
         _Card(
             f"{losses.base:.3f} → {losses.merged:.3f}",
             f"loss on {losses.measured}, base → quantized again; adapter {losses.adapter:.3f}",
         ),
+        *([_Card(f"{bits.per_weight:.2f}", f"bits per weight: {bits.summary()}")] if bits else []),
     ]
 
 

@@ -120,3 +120,11 @@ def blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK // max(1, width))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def tensor_bytes(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor's bytes, block by block, each with its offset within the tensor."""
+    entry = file.entries[name]
+    with OpenFile(file.path) as source:
+        for start, stop in blocks(entry.stop - entry.start, 1):
+            yield start, source.read(entry.start + start, np.empty(stop - start, np.uint8))

@@ -163,6 +163,11 @@ class TensorFile(Mapping[str, "mx.array"]):
         return len(self.entries)
 
 
+def tensor_size(code: str, shape: tuple[int, ...]) -> int:
+    """The bytes that a tensor takes, by the format's dtype code and its shape."""
+    return DTYPES[code].size * math.prod(shape)
+
+
 def tensors_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
@@ -175,7 +180,7 @@ def tensors_header(
         tensors: the format's dtype code and the shape, by name.
         metadata: the header's ``__metadata__``.
     """
-    sizes = {n: DTYPES[code].size * math.prod(shape) for n, (code, shape) in tensors.items()}
+    sizes = {name: tensor_size(*layout) for name, layout in tensors.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].size, name)):
