@@ -124,11 +124,11 @@ def load_samples(case: Case) -> list[Sample]:
     if not case.hidden:
         return samples
     made = []
-    for tokens, first, _ in samples:
-        length = case.length
+    for sample in samples:
+        length, own = case.length, len(sample.tokens)
         if case.mixed:
-            length = max(4, min(length, round(len(tokens) * length / 256)))
-        first = max(1, round(first * length / len(tokens))) if case.masked else 1
+            length = max(4, min(length, round(own * length / 256)))
+        first = max(1, round(sample.first_target * length / own)) if case.masked else 1
         made.append(Sample(random.integers(0, case.vocabulary, length).tolist(), first))
     return made
 

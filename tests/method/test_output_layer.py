@@ -70,6 +70,16 @@ def test_loss_and_gradient_equal_those_of_complete_logits(tmp_path, monkeypatch,
     assert loss.item() == pytest.approx(whole(model, *BATCH[:2])[0].item(), rel=1e-5)
 
 
+def test_logits_are_not_picked_by_index(tmp_path):
+    """That would copy a piece's logits, and add its gradient to an array of zeros as large."""
+    model = trained(save_model(tmp_path)).train()
+    gradient = nn.value_and_grad(model, summed_loss)(model, *BATCH[:2], None, True)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *(a for _, a in tree_flatten(gradient)))
+    graph = (tmp_path / "graph.dot").read_text()
+    assert graph.count('"Gather"') == 1  # the embedding's rows
+    assert "Scatter" not in graph
+
+
 def test_half_precision(tmp_path):
     model = trained(save_model(tmp_path, dtype="bfloat16"))
     model.eval()

@@ -149,7 +149,7 @@ def _states(model: nn.Module, tokens: mx.array, separable: bool) -> tuple[mx.arr
     if not separable:
         return model(tokens).flatten(0, 1), lambda logits: logits
     states = model.model(tokens).flatten(0, 1)
-    return states, lambda states: apply_output_layer(model, states[None])[0]
+    return states, lambda states: apply_output_layer(model, states[None]).squeeze(0)
 
 
 def _piece_rows(vocabulary: int) -> int:
