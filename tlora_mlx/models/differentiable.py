@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from tlora_mlx.models.attention import causal_attention
 from tlora_mlx.models.fused import FUSED
 from tlora_mlx.models.gated_delta import gated_delta_update, wkv7
 from tlora_mlx.models.rg_lru import rg_lru
@@ -25,6 +26,7 @@ from tlora_mlx.models.state_space import recurrent_gla, ssm_update
 # By the name that a kernel, or the function that chooses one, has in mlx-lm's modules; methods by
 # their class's name and their own; after a module's name and a colon if others have the name too.
 _DIFFERENTIABLE = {
+    "scaled_dot_product_attention": causal_attention,  # it has a gradient, which takes more memory
     "gated_delta_update": gated_delta_update,
     "ssm_update": ssm_update,
     "bailing_moe_linear:recurrent_gla": recurrent_gla,  # bailing_hybrid's is in chunks already
