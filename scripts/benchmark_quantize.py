@@ -3,8 +3,10 @@
 The model is converted as mlx-lm does it (bfloat16 scales, the embeddings too), an adapter is
 trained on it at each rate, and merged: by mlx_lm.fuse, by ours to nearest, and by ours with
 compensation. Losses are those of the validation and test rows together, which nothing is trained or
-rounded by. On a CPU, training and losses use the dequantized weights in float32: the same model,
-much faster. --work DIR keeps what is finished, so that the same command goes on after a stop.
+rounded by. --target-bpw adds bits by the task, for each size; --convert adds what mlx_lm.convert
+makes of the dense merged model with so many bits. On a CPU, training and losses use the dequantized
+weights in float32: the same model, much faster. --work DIR keeps what is finished, so that the same
+command goes on after a stop.
 
     python scripts/benchmark_quantize.py --model examples/model --data examples/data --group-size 32
 """
@@ -18,7 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,10 +51,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--calibration-samples", type=int, default=128)
     parser.add_argument("--max-seq-length", type=int, default=2048)
+    parser.add_argument("--target-bpw", type=float, nargs="+", default=[])
+    parser.add_argument("--convert", type=int, nargs="+", default=[])
     parser.add_argument("--work", help="keep models, runs and figures here, and go on from them")
     args = parser.parse_args()
     print(f"{machine()}; MLX {mx.__version__}, {mlx_blas()}\n")
     heading = ["group", "rate", "base", "adapter", "mlx_lm.fuse", "nearest", "compensated"]
+    heading += [f"{bits} bit converted" for bits in args.convert]
+    heading += [f"auto {target:g}" for target in args.target_bpw]
     print(table_head([*heading, "training s", "rounding s"]), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for group_size in args.group_size:
@@ -62,7 +70,7 @@ def main() -> None:
                 mlx_lm.convert(args.model, str(work / "quantized"), quantize=True, **settings)
                 write_dense(work / "quantized", work / "dense")
             for rate in args.rates:
-                found = Measurement(work, rate, args).row()
+                found = Measurement(work, group_size, rate, args).row()
                 print(table_row([group_size, f"{rate:g}", *found]), flush=True)
 
 
@@ -90,14 +98,14 @@ def write_dense(quantized: Path, output: Path) -> None:
 class Measurement:
     """One adapter, and its losses; figures that are in its file already are not measured again."""
 
-    def __init__(self, work: Path, rate: float, args: argparse.Namespace):
-        self._work, self._rate, self._args = work, rate, args
+    def __init__(self, work: Path, group_size: int, rate: float, args: argparse.Namespace):
+        self._work, self._group_size, self._rate, self._args = work, group_size, rate, args
         self._quantized, self._run = str(work / "quantized"), work / f"run-{rate:g}"
         self._file = work / f"figures-{rate:g}.json"
         self._figures = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def row(self) -> list[str]:
-        """Losses, the shares that three ways of merging keep, and seconds of the processor."""
+        """Losses, the shares that each way of merging keeps, and seconds of the processor."""
         training = self._figure("training", self._train)
         data = DataConfig(
             model=self._quantized, data=self._args.data, max_seq_length=self._args.max_seq_length
@@ -105,11 +113,16 @@ class Measurement:
         splits, _ = read_data(data)
         self._samples = splits["valid"].samples + splits["test"].samples
         before, after = (self._figure(name, self._unmerged) for name in ("base", "adapter"))
-        fused = self._figure("fused", self._fused)
-        nearest, compensated = (
-            self._figure(rounding, self._exported) for rounding in ("nearest", "compensated")
-        )
-        merged = fused, nearest, compensated
+        ways = {
+            "fused": self._fused,
+            **{name: partial(self._exported, rounding=name) for name in ("nearest", "compensated")},
+            **{f"convert-{bits}": self._converted for bits in self._args.convert},
+            **{
+                f"auto-{target:g}": partial(self._exported, bits="auto", target_bpw=target)
+                for target in self._args.target_bpw
+            },
+        }
+        merged = [self._figure(name, measure) for name, measure in ways.items()]
         shares = [f"{(before - found) / (before - after):.3f}" for found in merged]
         seconds = training, self._figures["compensated seconds"]
         return [f"{before:.4f}", f"{after:.4f}", *shares, *(f"{s:.0f}" for s in seconds)]
@@ -154,14 +167,26 @@ class Measurement:
         fused.update_modules(tree_unflatten(layers))
         return self._loss(fused)
 
-    def _exported(self, rounding: str) -> float:
-        output = self._work / f"{rounding}-{self._rate:g}"
-        shutil.rmtree(output, ignore_errors=True)
-        options = {"format": "merged", "quantize": True, "rounding": rounding, "quiet": True}
+    def _exported(self, name: str, **options: Any) -> float:
+        output = self._output(name)
+        options |= {"format": "merged", "quantize": True, "quiet": True}
         start = time.process_time()
         tlora_mlx.export(run=str(self._run), output=str(output), **options)
-        self._figures[f"{rounding} seconds"] = time.process_time() - start
+        self._figures[f"{name} seconds"] = time.process_time() - start
         return self._loss(tlora_mlx.load_base_model(str(output)).model)
+
+    def _converted(self, name: str) -> float:
+        dense, output = self._output("dequantized"), self._output(name)
+        options = {"format": "merged", "dequantize": True, "quiet": True}
+        tlora_mlx.export(run=str(self._run), output=str(dense), **options)
+        settings = {"q_bits": int(name.rpartition("-")[2]), "q_group_size": self._group_size}
+        mlx_lm.convert(str(dense), str(output), quantize=True, **settings)
+        return self._loss(tlora_mlx.load_base_model(str(output)).model)
+
+    def _output(self, name: str) -> Path:
+        output = self._work / f"{name}-{self._rate:g}"
+        shutil.rmtree(output, ignore_errors=True)
+        return output
 
     def _loss(self, model: nn.Module) -> float:
         make_dense(model)

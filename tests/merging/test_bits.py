@@ -20,7 +20,7 @@ from tlora_mlx import export_requantized, read_run
 from tlora_mlx.merging import task
 from tlora_mlx.merging.bits import BITS, allocate
 from tlora_mlx.merging.grid import Grid
-from tlora_mlx.merging.regridding import regridded
+from tlora_mlx.merging.regridding import made_finer, narrowed
 from tlora_mlx.merging.task import read_task
 from tlora_mlx.storage.files import write_json
 from tlora_mlx.storage.safetensors import write_tensors
@@ -73,21 +73,24 @@ def test_another_grid(before, after):
     start = grid.take_apart(mx.quantize(dense, **settings))
     target = start.dense()
     importance = np.exp(random.normal(size=128)).astype(np.float32)
-    found = regridded(target, start, grid, onto, importance)
+    if after > before:
+        found = made_finer(target, start, grid, onto)
+    else:
+        found = narrowed(target, onto, importance)
     # As it is stored, and read again by MLX.
-    parts = [
-        mx.array(data).view(dtype)
-        for data, dtype in zip(
-            onto.put_together(found, None), (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True
-        )
-    ]
-    assert np.array_equal(onto.take_apart(parts).dense(), found.dense())
+    dtypes = mx.uint32, mx.bfloat16, mx.bfloat16
+    stored = zip(onto.put_together(found, None), dtypes, strict=True)
+    read = onto.take_apart([mx.array(data).view(dtype) for data, dtype in stored])
+    assert np.array_equal(read.dense(), found.dense())
     error = (importance * (found.dense() - target) ** 2).sum()
     if after > before:
         assert error == 0
         return
     nearest = onto.take_apart(mx.quantize(mx.array(target).astype(mx.bfloat16), **other))
     assert error < 0.95 * (importance * (nearest.dense() - target) ** 2).sum()
+    equally = narrowed(target, onto, np.ones(128, np.float32)).dense()
+    assert error < 0.99 * (importance * (equally - target) ** 2).sum()
+    assert ((equally - target) ** 2).sum() < 0.99 * ((found.dense() - target) ** 2).sum()
 
 
 def export(tlora_here, run, output, *more):

@@ -17,7 +17,7 @@ from tlora_mlx.evaluation.survival import ChosenBits
 from tlora_mlx.merging.compensation import DAMPING
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.merging.refitting import weighted_error
-from tlora_mlx.merging.regridding import regridded
+from tlora_mlx.merging.regridding import made_finer, narrowed
 from tlora_mlx.method.curvature import Curvature
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.observer import Observer
@@ -196,7 +196,11 @@ def _by_curvature(
     for bits in BITS:
         if bits <= grid.bits or weight.modules:
             onto = weight.at(bits).grid()
-            found = regridded(target, start, grid, onto, importance)
+            found = (
+                narrowed(target, onto, importance)
+                if bits < grid.bits
+                else made_finer(target, start, grid, onto)
+            )
             costs[bits] = unit * weighted_error(found.dense() - target, inputs, outputs)
     return costs
 

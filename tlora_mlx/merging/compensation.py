@@ -12,7 +12,7 @@ import numpy as np
 from tlora_mlx.merging.adjusting import Slopes
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.merging.refitting import refitted, weighted_error
-from tlora_mlx.merging.regridding import regridded
+from tlora_mlx.merging.regridding import made_finer, narrowed
 from tlora_mlx.merging.rounding import compensated
 from tlora_mlx.method.curvature import Curvature
 
@@ -65,7 +65,7 @@ def round_module(
 ) -> Rounded:
     """Round W + Δ, where W is on its grid already, so that the loss notices least.
 
-    W's own scales are kept at first, so that only Δ is rounded (with other bits: ``regridded``);
+    W's own scales are kept at first, so that only Δ is rounded (with other bits: ``regridding``);
     then scales and biases are fitted to the levels that were found. If rounding to nearest has the
     smaller error, it is taken.
 
@@ -83,8 +83,10 @@ def round_module(
     start = grid.take_apart(parts)
     target = start.dense() + delta
     inputs, outputs, size = curvature.damped(DAMPING)
-    if onto.bits != grid.bits:
-        start = regridded(target, start, grid, onto, np.array(mx.diagonal(inputs)))
+    if onto.bits > grid.bits:
+        start = made_finer(target, start, grid, onto)
+    elif onto.bits < grid.bits:
+        start = narrowed(target, onto, np.array(mx.diagonal(inputs)))
     found = compensated(target, start, onto, np.array(inputs), np.array(outputs))
     candidates = [(found, parts[1]), (onto.take_apart(nearest), nearest[1])]
     if onto.is_affine:

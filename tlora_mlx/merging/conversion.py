@@ -14,6 +14,7 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import float32
 from tlora_mlx.errors import UserError
 from tlora_mlx.merging.grid import Grid
+from tlora_mlx.merging.regridding import narrowed
 from tlora_mlx.method.experts import stack_and_number
 from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.storage.safetensors import FLOATS, StoredTensor, TensorFile
@@ -96,8 +97,14 @@ class StoredWeight:
         return mx.dequantize(*parts, **self._settings, dtype=mx.float32)
 
     def nearest(self, values: np.ndarray) -> list[mx.array]:
-        """The parts that store these rows: cast, and quantized with the same settings."""
-        cast = mx.array(values).astype(getattr(mx, FLOATS[self.dtype]))
+        """The parts that store these rows, rounded to nearest; at other bits: ``narrowed``."""
+        dtype = getattr(mx, FLOATS[self.dtype])
+        if self.has_changed:
+            grid = self.grid()
+            found = narrowed(values, grid, np.ones(values.shape[1], np.float32))
+            stored = zip(grid.put_together(found, None), (mx.uint32, dtype, dtype), strict=True)
+            return [mx.array(data).view(of) for data, of in stored]
+        cast = mx.array(values).astype(dtype)
         return mx.quantize(cast, **self._settings) if self._settings else [cast]
 
     @property
