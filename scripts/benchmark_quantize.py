@@ -180,7 +180,8 @@ class Measurement:
         options = {"format": "merged", "dequantize": True, "quiet": True}
         tlora_mlx.export(run=str(self._run), output=str(dense), **options)
         settings = {"q_bits": int(name.rpartition("-")[2]), "q_group_size": self._group_size}
-        mlx_lm.convert(str(dense), str(output), quantize=True, **settings)
+        settings |= {"quantize": True, "dtype": "bfloat16"}
+        mlx_lm.convert(str(dense), str(output), **settings)
         return self._loss(tlora_mlx.load_base_model(str(output)).model)
 
     def _output(self, name: str) -> Path:
