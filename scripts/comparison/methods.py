@@ -26,6 +26,8 @@ class Method:
         scaled: scales by sensitivity; else ``scale``.
         scale: of all modules.
         train_a: A is trained too.
+        price: a module's share of the ranks is divided by W's out to this power: at 1 it is a
+            share of the trained parameters; below 0, wide outputs get more ranks.
         floor: this share of the ranks is the same for all, the rest is by sensitivity.
         whitened: A's rows are scaled so that each gives A x the same variance on the samples.
         rank: the base rank, instead of the comparison's.
@@ -38,6 +40,7 @@ class Method:
     scaled: bool = True
     scale: float = 1.0
     train_a: bool = False
+    price: float = 0.0
     floor: float = 0.0
     whitened: bool = False
     rank: int | None = None
@@ -69,6 +72,16 @@ METHODS = _and_at_equal_parameters(
         "task A, uniform": _UNIFORM,
         "task A, uniform, rank 16": replace(_UNIFORM, rank=16),
         "TLoRA without scaling": Method(scaled=False),
+        "task A, equal shares (equal parameters)": replace(
+            _UNIFORM, price=1.0, equal_parameters=True
+        ),
+        "task A, ranks by outputs (equal parameters)": replace(
+            _UNIFORM, price=-1.0, equal_parameters=True
+        ),
+        "task A, ranks by root of outputs (equal parameters)": replace(
+            _UNIFORM, price=-0.5, equal_parameters=True
+        ),
+        "TLoRA without scaling, priced": Method(scaled=False, price=1.0),
         "directions A, uniform": replace(_UNIFORM, a="directions"),
         "gradient A, uniform": replace(_UNIFORM, a="gradient"),
         "gradients A, uniform": replace(_UNIFORM, a="gradients"),

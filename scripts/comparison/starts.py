@@ -60,7 +60,8 @@ class Starts:
             sensitivities = {
                 name: method.floor + (1 - method.floor) * s / mean for name, s in measured.items()
             }
-        plan = plan_ranks(sensitivities, self._shapes, rank, float(rank))
+        shares = {n: s / self._shapes[n][0] ** method.price for n, s in sensitivities.items()}
+        plan = plan_ranks(shares, self._shapes, rank, float(rank))
         if method.scaled:
             return plan
         modules = {n: replace(m, scale=method.scale) for n, m in plan.modules.items()}
