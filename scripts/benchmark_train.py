@@ -7,6 +7,7 @@ batches, as it does for its users: mlx-lm sorts by ``len(row)``, which for a row
 is the number of columns. The first epoch is left out: it compiles.
 
     python scripts/benchmark_train.py --cases example 512-64-mixed --rounds 3
+    python scripts/benchmark_train.py --cases example --model DIR --data DIR --samples 32
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Case:
     """What is trained.
 
     Attributes:
-        hidden: width of a random Llama; 0: the example that ships.
+        hidden: width of a random Llama; 0: the model and data given, or the example that ships.
         length: the maximal length. Mixed samples have the example's own lengths, stretched so that
             its longest, 256, becomes this.
         mixed: samples of mixed length, not all of the maximal.
@@ -92,15 +93,15 @@ CASES = {
 }
 
 
-def load_model(case: Case) -> nn.Module:
-    """The example's model, or a random Llama."""
+def load_model(case: Case, model: Path) -> nn.Module:
+    """The model in a directory, or a random Llama."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.utils import load_model as load
 
     if not case.hidden:
-        return load(EXAMPLE / "model")[0]
+        return load(model)[0]
     mx.random.seed(0)
     model = Model(ModelArgs(**llama(case.hidden, case.layers, case.vocabulary)))
     model.set_dtype(getattr(mx, case.dtype))
@@ -110,14 +111,14 @@ def load_model(case: Case) -> nn.Module:
     return model
 
 
-def load_samples(case: Case) -> list[Sample]:
-    """The example's samples, or random tokens with their lengths and share of prompt."""
+def load_samples(case: Case, model: Path, data: Path) -> list[Sample]:
+    """Samples of the data, or random tokens with their lengths and share of prompt."""
     from tlora_mlx.data.reading import load_data
     from tlora_mlx.data.samples import Sample
     from tlora_mlx.models.base_model import load_base_model
 
-    tokenizer = load_base_model(str(EXAMPLE / "model")).tokenizer
-    split = load_data(str(EXAMPLE / "data"), tokenizer, case.length, case.masked)["train"]
+    tokenizer = load_base_model(str(model)).tokenizer
+    split = load_data(str(data), tokenizer, case.length, case.masked)["train"]
     random = np.random.default_rng(0)
     chosen = random.permutation(len(split))[: case.samples]
     samples = [split.samples[i] for i in chosen]
@@ -248,12 +249,13 @@ def computed_positions(side: str, samples: list[Sample], case: Case, epochs: int
     )
 
 
-def run_side(side: str, case: Case, epochs: int) -> dict[str, float]:
+def run_side(side: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
     """Train on one side, in this process, and say what it took."""
     import mlx.core as mx
 
-    samples = load_samples(case)
-    model = load_model(case)
+    epochs = args.epochs
+    samples = load_samples(case, args.model, args.data)
+    model = load_model(case, args.model)
     mx.reset_peak_memory()
     train = train_theirs if side == "mlx-lm" else train_ours
     with silence():
@@ -275,9 +277,10 @@ def silence() -> Iterator[None]:
         yield
 
 
-def measure(side: str, name: str, epochs: int) -> dict[str, float]:
+def measure(side: str, name: str, args: argparse.Namespace) -> dict[str, float]:
     """``run_side`` in a process of its own."""
-    return in_own_process(__file__, "--side", side, "--cases", name, "--epochs", epochs)
+    given = [f"--{key}={getattr(args, key)}" for key in ("epochs", "model", "data", "samples")]
+    return in_own_process(__file__, "--side", side, "--cases", name, *given)
 
 
 def main() -> None:
@@ -286,11 +289,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs for each case")
     parser.add_argument("--epochs", type=int, default=2, help="epochs that are timed, after one")
+    parser.add_argument("--model", type=Path, default=EXAMPLE / "model", help="of the examples")
+    parser.add_argument("--data", type=Path, default=EXAMPLE / "data", help="of the examples")
+    parser.add_argument("--samples", type=int, default=96, help="of the examples")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(run_side(args.side, CASES[args.cases[0]], args.epochs)))
+        case = CASES[args.cases[0]]
+        if not case.hidden:
+            case = replace(case, samples=args.samples)
+        print(json.dumps(run_side(args.side, case, args)))
         return
     print(
         f"{machine()}; {mlx_blas()}; rank {RANK}, batches of {BATCH}; medians of {args.rounds} "
@@ -302,7 +311,7 @@ def main() -> None:
     print(table_head(titles), flush=True)
     figures = {}
     for name in args.cases:
-        rounds = [{s: measure(s, name, args.epochs) for s in SIDES} for _ in range(args.rounds)]
+        rounds = [{s: measure(s, name, args) for s in SIDES} for _ in range(args.rounds)]
         figures[name] = rounds
         middle = {side: medians([found[side] for found in rounds]) for side in SIDES}
         cells = [name]

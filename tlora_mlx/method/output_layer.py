@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 from tlora_mlx.method.batch import Batch
 
 # The logits in memory at a time: this many entries, but enough rows for an efficient product.
-PIECE = 2**21
-PIECE_ROWS = 128
+PIECE = 2**19
+PIECE_ROWS = 64
 
 # The number of positions used to test whether the output layer can be applied separately.
 PROBE_TOKENS = 8
