@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 
 from tlora_mlx.cli import run_command
 from tlora_mlx.config.parsing import parse
 from tlora_mlx.config.usage_options import ChatCommand
-from tlora_mlx.errors import UserError, visible
+from tlora_mlx.errors import Terminated, UserError, visible
 
-DESCRIPTION = (
-    "Chat with a run. /base asks its base model the same, /new starts over, Ctrl-D ends the chat."
+COMMANDS = (
+    "/base asks the base model the same, /new starts over, Ctrl-C stops an answer, Ctrl-D ends."
 )
+DESCRIPTION = f"Chat with a run; {COMMANDS}"
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Answer line by line, as it is generated."""
+    """Answer message by message, as it is generated."""
     config = parse(ChatCommand, "tlora chat", DESCRIPTION, argv)
 
     from tlora_mlx.evaluation.conversing import ChatSession
+    from tlora_mlx.terminal import messages
 
     session = ChatSession(config)
-    print("Chat with the run; /base asks its base model the same, /new starts over, Ctrl-D ends.")
-    for line in _lines():
-        if line == "/new":
+    print(f"Chat with the run; {COMMANDS}")
+    for message in messages():
+        if message == "/new":
             session.restart()
             continue
+        if message != "/base" and re.fullmatch(r"/\w*", message):
+            print(f"there is no command {message}; {COMMANDS}")
+            continue
+        answer = session.base_answer() if message == "/base" else session.answer(message)
         try:
-            for part in session.base_answer() if line == "/base" else session.answer(line):
-                print(visible(part, "\n\t"), end="", flush=True)
+            with closing(answer):
+                for part in answer:
+                    print(visible(part, "\n\t"), end="", flush=True)
             print()
         except UserError as error:
             print(visible(str(error)))
-
-
-def _lines() -> Iterator[str]:
-    """The lines of standard input that are not empty."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
-        if line:
-            yield line
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) or not sys.stdin.isatty():
+                raise
+            print()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,11 +17,16 @@ def command(argv: Sequence[str] | None) -> None:
     """Become mlx-lm's server."""
     config = parse(ServeCommand, "tlora serve", DESCRIPTION, argv)
 
-    from tlora_mlx.adapters.serving import server_arguments
+    from tlora_mlx.adapters.serving import check_address, server_arguments
 
     arguments = server_arguments(config.run, config.base_model)
     address = ["--host", config.host, "--port", str(config.port)]
-    print(f"mlx_lm.server on http://{config.host}:{config.port}/v1; Ctrl-C ends it", flush=True)
+    check_address(config.host, config.port)
+    print(
+        f'mlx_lm.server on http://{config.host}:{config.port}/v1, model "default_model" (for any '
+        "other name it loads that model, without the run); Ctrl-C ends it",
+        flush=True,
+    )
     os.execv(sys.executable, [sys.executable, "-m", "mlx_lm", "server", *arguments, *address])
 
 

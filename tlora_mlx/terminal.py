@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tlora_mlx.distributed.collectives import is_first
-from tlora_mlx.errors import visible
+from tlora_mlx.errors import UserError, visible
 from tlora_mlx.method.allocation import RankPlan
 from tlora_mlx.observer import Advance, Observer
 from tlora_mlx.reporting.tables import plan_tables, plan_totals
+from tlora_mlx.storage.files import is_unicode
 
 if TYPE_CHECKING:
     from tlora_mlx.training.data_check import SplitSummary, TokenRun
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 # How often a stage tells how far it is where there is no progress bar.
 SECONDS_BETWEEN_LINES = 30
+
+# How long, in seconds, the next line of a paste may take to arrive; nobody types one so fast.
+PASTE = 0.05
 
 
 class _Console(Console):
@@ -64,6 +69,32 @@ console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 def say(text: str) -> None:
     """Print a line of text, above any progress bar."""
     console.print(text)
+
+
+def messages() -> Iterator[str]:
+    """What is typed or pasted, or the lines of standard input, unless it is empty.
+
+    Raises:
+        UserError: it is not UTF-8 text.
+    """
+    typed = sys.stdin.isatty()
+    if typed:
+        with suppress(ImportError):  # lines can be edited, and longer than macOS's 1,024 bytes
+            import readline  # noqa: F401
+    while True:
+        try:
+            message = input("> " if typed else "")
+            with suppress(EOFError):
+                while typed and select.select([sys.stdin], [], [], PASTE)[0]:
+                    message += "\n" + input()
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+        if not is_unicode(message):
+            raise UserError("standard input is not UTF-8 text")
+        if message.strip():
+            yield message.strip()
 
 
 def print_plan(plan: RankPlan) -> None:

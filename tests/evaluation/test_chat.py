@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import pty
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +26,10 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-HINT = "Chat with the run; /base asks its base model the same, /new starts over, Ctrl-D ends.\n"
+COMMANDS = (
+    "/base asks the base model the same, /new starts over, Ctrl-C stops an answer, Ctrl-D ends."
+)
+HINT = f"Chat with the run; {COMMANDS}\n"
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +60,64 @@ def test_a_chat(run, tlora_here, monkeypatch):
         base = text("Add 1.", first, "Add 2.")
     alone = text("Add 2.")
     assert len({second, base, alone}) == 3
-    lines = "/base\nAdd 1.\n\nAdd 2.\n/base\n/new\nAdd 2.\n"
+    lines = "/base\nAdd 1.\n\nAdd 2.\n/base\n/help\n/new\nAdd 2.\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     done = tlora_here("chat", run, "--max-tokens", 6)
     assert (done.returncode, done.stderr) == (0, "")
     asked = "ask something first; /base then shows the base model's answer"
-    answers = [visible(answer, "\n\t") for answer in (first, second, base, alone)]
-    assert done.stdout == HINT + "\n".join([asked, *answers]) + "\n"
+    told = f"there is no command /help; {COMMANDS}"
+    answers = [visible(answer, "\n\t") for answer in (first, second, base)]
+    lines = [asked, *answers, told, visible(alone, "\n\t")]
+    assert done.stdout == HINT + "\n".join(lines) + "\n"
+
+
+def test_a_terminal(run, tlora_here, monkeypatch):
+    """Ctrl-C stops an answer, and what was read of it is remembered; a paste is one message."""
+    terminal, user = pty.openpty()
+    stopped = []
+
+    def shown(part, keep):
+        stopped.append(part)
+        if len(stopped) == 3:
+            os.write(terminal, b"Add\n2.\n\x04\x04")  # pasted; then Ctrl-D
+            raise KeyboardInterrupt
+        return visible(part, keep)
+
+    monkeypatch.setattr("tlora_mlx.chat.visible", shown)
+    with os.fdopen(user) as keyboard:
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        os.write(terminal, b"Add 1.\n")
+        done = tlora_here("chat", run, "--max-tokens", 6)
+    os.close(terminal)
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = load_adapter(run)
+    turns = ("user", "Add 1."), ("assistant", "".join(stopped[:3])), ("user", "Add\n2.")
+    messages = [{"role": role, "content": text} for role, text in turns]
+    prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    expected = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=6)
+    assert "".join(stopped[3:]) == expected
+
+
+@pytest.mark.parametrize("lines", ["caf\udce9\n", "Add 1.\n"])
+def test_what_cannot_be_asked(run, tmp_path, tlora_here, monkeypatch, lines):
+    """Bytes in a C locale, and what a template refuses: a sentence, and the chat goes on."""
+    model = tmp_path / "model"
+    shutil.copytree(read_run(run).model, model)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System?') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusing + TEMPLATE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    options = ("--base-model", model, "--max-tokens", 2, "--system", "Be brief.")
+    done = tlora_here("chat", run, *options)
+    if lines == "Add 1.\n":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.removeprefix(HINT).startswith(
+            "the model's chat template refuses this conversation: System?; put the system message"
+        )
+    else:
+        assert_one_sentence(done, 2, "standard input is not UTF-8 text")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('No.') }}")
+    done = tlora_here("generate", run, "--base-model", model, "--prompt", "Add 1.")
+    assert_one_sentence(done, 2, "the model's chat template refuses this conversation: No.")
 
 
 def test_a_model_without_a_template(run_path, tlora_here):
@@ -78,7 +135,8 @@ def test_serving(run, tmp_path):
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     question = [{"role": "user", "content": "Add 1."}]
-    body = json.dumps({"messages": question, "max_tokens": 6, "temperature": 0}).encode()
+    asked = {"model": "default_model", "messages": question, "max_tokens": 6, "temperature": 0}
+    body = json.dumps(asked).encode()
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     answer, end = None, time.monotonic() + 180
@@ -97,6 +155,17 @@ def test_serving(run, tmp_path):
     prompt = loaded.tokenizer.apply_chat_template(question, add_generation_prompt=True)
     expected = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=6)
     assert answer["choices"][0]["message"]["content"] == expected
+    assert 'model "default_model"' in (tmp_path / "log").read_text()
+
+
+def test_an_address_that_is_taken(run, tlora_here):
+    """mlx-lm's server would print a traceback, and go on without listening."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = tlora_here("serve", run, "--port", port)
+        assert_one_sentence(done, 2, f"cannot listen on --host 127.0.0.1 --port {port}: Address al")
+    done = tlora_here("serve", run, "--host", "a..b")
+    assert_one_sentence(done, 2, "cannot listen on --host a..b --port 8080: ")
 
 
 def test_what_cannot_be_served(model_path, tmp_path, tlora_here):

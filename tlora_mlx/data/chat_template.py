@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.data.conversation import Conversation, with_arguments_as_text
+from tlora_mlx.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -27,6 +29,35 @@ class Tokenized:
     counts: list[bool]
     ends: list[str]
     unseen: tuple[str, ...] = ()
+
+
+def prompt_tokens(
+    tokenizer: TokenizerWrapper, messages: Sequence[dict[str, Any]], **options: Any
+) -> list[int]:
+    """Token ids of a conversation as the model is asked to answer it.
+
+    Args:
+        tokenizer: mlx-lm's wrapper of a tokenizer that has a chat template.
+        messages: each with ``role`` and ``content``.
+        options: more arguments of the template.
+
+    Raises:
+        UserError: the template refuses them.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except Exception as error:  # a chat template may raise anything
+        reason = refusal(messages, error)
+        raise UserError(f"the model's chat template refuses this conversation: {reason}") from None
+
+
+def refusal(messages: Iterable[Any], error: Exception) -> str:
+    """What a template says, and what to do where it is the system message that it refuses."""
+    said = first_line(error)
+    roles = [m.get("role") for m in messages if isinstance(m, dict)]
+    if "system" in roles and "system" in said.lower():
+        return f"{said}; put the system message's text at the beginning of the first user message"
+    return said
 
 
 class Renderer:

@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlora_mlx.data.chat_template import Tokenized
+from tlora_mlx.data.chat_template import Tokenized, refusal
 from tlora_mlx.data.conversation import MalformedRowError, conversation_of
 from tlora_mlx.data.faults import Faults, first_numbers
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.offsets import NotLocatedError, intervals
 from tlora_mlx.data.samples import Sample, Split
 from tlora_mlx.data.turns import ChatTemplate
-from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -90,7 +90,7 @@ class RowTokenizer:
                 faults.add(number, str(error))
                 continue
             except Exception as error:  # a chat template may raise anything
-                fault = _template_fault(row, error)
+                fault = refusal(row.get("messages", ()), error)
                 faults.add(number, f" is refused by the chat template: {fault}")
                 continue
             if fault := self._unknown_token(made):
@@ -227,15 +227,6 @@ def _fault(row: Any, keys: tuple[str, ...]) -> str | None:
         if not isinstance(row[key], kind):
             return f": '{key}' is not {name} but {json.dumps(row[key], default=str)[:40]}"
     return None
-
-
-def _template_fault(row: dict[str, Any], error: Exception) -> str:
-    """What a template says, and what to do where it is the system message that it refuses."""
-    said = first_line(error)
-    roles = [m.get("role") for m in row.get("messages", ()) if isinstance(m, dict)]
-    if "system" in roles and "system" in said.lower():
-        return f"{said}; put the system message's text at the beginning of the first user message"
-    return said
 
 
 def _sample(made: Tokenized, row: int, mask_prompt: bool) -> Sample:

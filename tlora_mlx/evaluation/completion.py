@@ -9,6 +9,7 @@ from mlx_lm.generate import stream_generate
 
 from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.config.usage_options import GenerateCommand
+from tlora_mlx.data.chat_template import prompt_tokens
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import adapters_off
 from tlora_mlx.storage.files import is_unicode
@@ -24,7 +25,8 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
         stdin: a text stream.
 
     Raises:
-        UserError: the adapter or its base model cannot be loaded, or there is no prompt.
+        UserError: the adapter or its base model cannot be loaded, there is no prompt, or the
+            chat template refuses it.
     """
     base = load_adapter(
         config.run, base_model=config.base_model, trust_remote_code=config.trust_remote_code
@@ -39,9 +41,7 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
         raise UserError("--prompt is not UTF-8 text")
     prompt: str | list[int] = text
     if base.tokenizer.has_chat_template:
-        prompt = base.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
-        )
+        prompt = prompt_tokens(base.tokenizer, [{"role": "user", "content": text}])
 
     def parts() -> Iterator[str]:
         for part in stream_generate(base.model, base.tokenizer, prompt, config.max_tokens):

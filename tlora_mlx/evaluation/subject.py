@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 from tlora_mlx.data.batches import collate
+from tlora_mlx.data.chat_template import prompt_tokens
 from tlora_mlx.data.formats import FRAME_STOPS, framed, to_prompt
 from tlora_mlx.data.samples import Sample
 from tlora_mlx.errors import RunError, UserError, first_line
@@ -68,15 +69,16 @@ class Subject:
 
         Args:
             turns: prompt, answer, next instruction, …; an odd number of them.
+
+        Raises:
+            UserError: the chat template refuses them.
         """
         tokenizer = self.base.tokenizer
         if tokenizer.has_chat_template:
             roles = ("user", "assistant")
             messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
             # Models that can think first are told not to, to treat all models alike.
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False
-            )
+            return prompt_tokens(tokenizer, messages, enable_thinking=False)
         text = turns[0]
         for answer, instruction in zip(turns[1::2], turns[2::2], strict=True):
             if self.is_framed:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from tlora_mlx.errors import UserError, first_line
+from tlora_mlx.data.chat_template import prompt_tokens
+from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import user_path
 from tlora_mlx.storage.foreign import read_file
 
@@ -26,9 +27,11 @@ def read_prompts(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = read_file(user_path(file)).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sample-prompts {file} cannot be read: {first_line(error)}") from None
+        lines = read_file(user_path(file)).decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"--sample-prompts {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--sample-prompts {file} is not UTF-8 text; convert it first") from None
     if prompts := [line for line in lines if line.strip()]:
         return prompts
     raise UserError(f"--sample-prompts {file} has no prompt; write one per line")
@@ -43,6 +46,9 @@ def answers(
         model: in evaluation mode.
         tokenizer: its chat template is used if there is one.
         prompts: from ``read_prompts``.
+
+    Raises:
+        UserError: the chat template refuses one.
     """
     from mlx_lm.generate import generate
 
@@ -51,7 +57,7 @@ def answers(
         prompt: str | list[int] = text
         if tokenizer.has_chat_template:
             turn = [{"role": "user", "content": text}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True)
+            prompt = prompt_tokens(tokenizer, turn)
         answer = generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS)
         found.append({"prompt": text, "answer": answer})
     return found
