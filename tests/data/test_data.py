@@ -8,6 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
 from tlora_mlx.data.reading import load_data
+from tlora_mlx.data.row_files import read_row_file
 from tlora_mlx.data.samples import Sample, draw_samples, split_off
 from tlora_mlx.errors import UserError
 
@@ -243,3 +244,15 @@ def test_calibration_samples_are_drawn_without_replacement():
     assert len(drawn) == 40
     assert drawn == draw_samples(range(50), 40, seed=3) != draw_samples(range(50), 40, seed=4)
     assert draw_samples(range(50), 50, seed=3) == range(50)
+
+
+def test_tables_that_have_no_rows_or_other_separators(tmp_path):
+    """Excel writes semicolons in half of Europe; datasets fails on Parquet files without rows."""
+    from datasets import Dataset
+
+    (tmp_path / "a.csv").write_text("prompt;completion\na;b\n")
+    with pytest.raises(UserError, match=r"a.csv has ';' between its columns; save it with commas"):
+        read_row_file(tmp_path / "a.csv")
+    Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match=r"a.parquet has no rows"):
+        read_row_file(tmp_path / "a.parquet")

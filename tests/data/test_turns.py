@@ -333,6 +333,10 @@ def test_parts_of_text_are_joined_and_others_refused(tmp_path):
     parts.append({"type": "image_url", "image_url": {"url": "x"}})
     with pytest.raises(UserError, match=r"line 1, message 1 has a part of type 'image_url'"):
         split_of(tmp_path, row, named("chatml"))
+    row = {"messages": [{"role": "user", "content": "a"}, ASSISTANT("3")], "images": []}
+    assert len(split_of(tmp_path, row, named("chatml"))) == 1
+    with pytest.raises(UserError, match=r"line 1 has 'images'; only text can be trained on"):
+        split_of(tmp_path, row | {"images": ["a.png"]}, named("chatml"))
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_a_later_turn_follows_in_the_frame(run_path):
         ("math", '{"question": "1?"}', (), r"line 1 has 'question'; it needs 'answer'"),
         ("math", '{"answer": "1"}', (), r"line 1 has 'answer'; it needs 'question'"),
         ("math", '{"question": "1?", "answer": " "}', (), "line 1: 'answer' is empty"),
+        ("math", '{"question": "1?", "answer": null}', (), "line 1: 'answer' is null"),
         ("math", '{"question": "1?", "answer": "$"}', (), "line 1 has no final answer"),
         ("math", '{"prompt": "\\ud800", "answer": "1"}', (), "line 1 has half of a character"),
         ("math", '{"prompt": "", "answer": "1"}', (), "line 1: 'prompt' is empty"),

@@ -136,3 +136,13 @@ def test_a_stray_weight_file_is_refused_everywhere(model_path, data_path, tmp_pa
     assert_one_sentence(tlora_here(*merge), 2, "has model.safetensors beside the weight files")
     (model / "model.safetensors").unlink()
     assert tlora_here(*merge).returncode == 0
+
+
+def test_samples_beyond_a_table_of_positions(tmp_path, tlora_here):
+    """MLX would read what lies behind the table, with the default --max-seq-length of 2048."""
+    model = save_model(tmp_path / "model", "gpt2", max_position_embeddings=32)
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "return " * 40}])
+    arguments = ("check", "--model", model, "--data", tmp_path)
+    expected = "has positions for 32; pass --max-seq-length 32"
+    assert_one_sentence(tlora_here(*arguments), 2, expected)
+    assert tlora_here(*arguments, "--max-seq-length", 32).returncode == 0

@@ -52,6 +52,8 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
             {"role": "assistant", "content": row["completion"]},
         ]
         return Conversation(messages, tools)
+    if seen := [name for name in ("image", "images", "videos", "audios") if row.get(name)]:
+        raise MalformedRowError(f" has '{seen[0]}'; only text can be trained on")
     messages = row["messages"]
     if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise MalformedRowError(": 'messages' is not a list of objects with 'role' and 'content'")

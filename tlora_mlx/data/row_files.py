@@ -79,6 +79,8 @@ def _read_csv(path: Path) -> list[tuple[int, Any]]:
         names = list(table.fieldnames or ())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"{path} has more than one column {twice[0]!r}; rename one of them")
+        if len(names) == 1 and (found := next((c for c in ";\t|" if c in names[0]), None)):
+            raise UserError(f"{path} has {found!r} between its columns; save it with commas")
         for number, row in enumerate(table, 1):
             if None in row or None in row.values():
                 cells = len(row.get(None, ())) + sum(row[name] is not None for name in names)
@@ -94,6 +96,11 @@ def _read_csv(path: Path) -> list[tuple[int, Any]]:
 
 def _read_parquet(path: Path) -> list[tuple[int, Any]]:
     datasets = import_datasets(path)
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:  # datasets fails on one without rows
+        if not file.metadata.num_rows:
+            return []
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

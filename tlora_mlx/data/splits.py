@@ -80,7 +80,8 @@ def read_splits(
                 f"the data directory {path} has no train{', train'.join(SUFFIXES)}; put the "
                 "training rows into one of them"
             )
-        raise UserError(f"data set {source.path} has no split {missing}, only {', '.join(tables)}")
+        found = ", ".join(tables) or "nothing that is read"
+        raise UserError(f"data set {source.path} has no split {missing}, only {found}")
     return rows
 
 

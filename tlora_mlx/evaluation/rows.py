@@ -36,6 +36,8 @@ class Row(NamedTuple):
                 return str(value)
             if value is not None:
                 raise UserError(f"{self.where}: '{name}' is not text: {str(value)[:40]}")
+        if empty := [name for name in names if name in self.columns]:
+            raise UserError(f"{self.where}: '{empty[0]}' is null")
         found = ", ".join(map(repr, self.columns)) or "nothing"
         raise UserError(f"{self.where} has {found}; it needs {' or '.join(map(repr, names))}")
 

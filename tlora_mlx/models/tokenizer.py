@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # transformers finds no tokenizer unless one of these exists.
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.tiktoken"]
 
+# The models with a table of positions (mlx_lm/models: ``wpe``); all others compute them.
+LEARNED_POSITIONS = ("gpt2", "gpt_bigcode")
+
 
 @dataclass(frozen=True)
 class ModelTokenizer:
@@ -24,10 +27,13 @@ class ModelTokenizer:
     Attributes:
         tokenizer: mlx-lm's wrapper, with the model's end tokens.
         embeddings: how many token ids the model has; None if its configuration does not say.
+        positions: how many tokens a text may have, if the model looks positions up in a table,
+            beyond which MLX reads other memory; else None.
     """
 
     tokenizer: TokenizerWrapper
     embeddings: int | None
+    positions: int | None = None
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> ModelTokenizer:
@@ -60,7 +66,8 @@ def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> ModelToken
         raise UserError(
             f"the tokenizer of model {name} cannot be loaded: {first_line(error)}"
         ) from error
-    return ModelTokenizer(tokenizer, _embeddings(config))
+    positions = config.get("n_positions") if config["model_type"] in LEARNED_POSITIONS else None
+    return ModelTokenizer(tokenizer, _embeddings(config), positions)
 
 
 def _embeddings(config: dict[str, Any]) -> int | None:

@@ -110,6 +110,12 @@ def read_data(
     data = tokenize_rows(
         rows, model.tokenizer, embeddings=model.embeddings, **config.for_tokenizing()
     )
+    longest = max(split.longest() for split in data.values())
+    if model.positions is not None and longest > model.positions:
+        raise UserError(
+            f"a sample has {longest:,} tokens, and the model {config.model} has positions for "
+            f"{model.positions:,}; pass --max-seq-length {model.positions}"
+        )
     for name, split in data.items():
         if text := _described(name, split, config.max_seq_length):
             observer.note(text)
