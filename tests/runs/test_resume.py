@@ -367,6 +367,19 @@ def test_without_any_intact_checkpoint_the_run_starts_again(uncut, tmp_path, tlo
     assert results(run) == results(uncut)
 
 
+@pytest.mark.parametrize("left", ["nothing", "damaged"])
+def test_an_adapter_without_checkpoints_is_not_replaced(uncut, tmp_path, tlora_here, left):
+    run = tmp_path / "run"
+    shutil.copytree(uncut, run)
+    if left == "nothing":
+        shutil.rmtree(run / "checkpoints")
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text("{")
+    result = tlora_here("train", "--adapter-path", run, "--resume")
+    assert_one_sentence(result, 2, f"replace it; restore {run / 'checkpoints'}, train it")
+    assert results(run) == results(uncut)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(["adapters.safetensors", "optimizer.safetensors", "state.json"]),

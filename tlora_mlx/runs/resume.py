@@ -16,7 +16,7 @@ from tlora_mlx.errors import UserError
 from tlora_mlx.observer import Observer
 from tlora_mlx.runs.checkpoint import Checkpoint, read_checkpoint
 from tlora_mlx.runs.progress import OtherVersionError
-from tlora_mlx.runs.run_directory import CHECKPOINTS, CONFIG, PLAN
+from tlora_mlx.runs.run_directory import ADAPTERS, CHECKPOINTS, CONFIG, PLAN
 from tlora_mlx.storage.files import UnreadableError, file_digest, read_json, sweep
 
 # A run's result does not depend on these. Model, data and plan are compared by content, wherever
@@ -120,7 +120,8 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
     Damaged checkpoints are set aside under another name; half-written files are deleted.
 
     Raises:
-        UserError: another version of this package wrote it, or it cannot be read.
+        UserError: another version of this package wrote it, it cannot be read, or there is none
+            any more and starting over would replace the run's adapter.
     """
     found = None
     try:
@@ -148,6 +149,12 @@ def newest_checkpoint(path: Path, observer: Observer) -> Checkpoint | None:
             )
     sweep(path, "*")
     sweep(path / CHECKPOINTS, "*")
+    if not found and (path / ADAPTERS).exists():  # written after the first checkpoint
+        raise UserError(
+            f"{path} has an adapter, but no intact checkpoint to resume from, and starting over "
+            f"would replace it; restore {path / CHECKPOINTS}, train it further with "
+            f"--from-adapter {path} in another directory, or remove {ADAPTERS} to start over"
+        )
     if directories and not found:
         observer.note("no checkpoint is intact, so the run starts over")
     return found
