@@ -14,7 +14,7 @@ from tlora_mlx import read_adapter, read_run
 from tlora_mlx.adapters.readers import readings
 
 PEFT, VLLM, OLDER_VLLM = "PEFT, transformers", "vLLM from 0.32", "vLLM before 0.32"
-READERS = [PEFT, VLLM, OLDER_VLLM, "SGLang", "llama.cpp", "TensorRT-LLM", "TGI"]
+READERS = [PEFT, VLLM, OLDER_VLLM, "SGLang", "llama.cpp", "TGI"]
 
 
 def faults(path, family=None):
@@ -72,16 +72,12 @@ def test_the_compact_layout_is_right_where_patterns_are_honoured(run, tlora_here
         OLDER_VLLM: "WRONG for 9 of 10 modules",  # one scale is 1 by chance: lora_alpha / r
         "SGLang": "does not load it: its ranks differ",
         "llama.cpp": "WRONG for 10 of 10 modules",
-        "TensorRT-LLM": "WRONG for 10 of 10 modules",
         "TGI": "does not load it: its ranks differ",
     }
     name = "0.self_attn.v_proj"  # rank 24; the configuration's r and lora_alpha are 4
     assert scales(tmp_path / "peft", PEFT, name) == 0.75
     assert scales(tmp_path / "peft", VLLM, name) == 0.75
     assert scales(tmp_path / "peft", OLDER_VLLM, name) == 1
-    assert scales(tmp_path / "peft", "llama.cpp", name) == scales(
-        tmp_path / "peft", "TensorRT-LLM", name
-    )
     assert scales(tmp_path / "peft", "llama.cpp", name) == 4 / 24
     out = tlora_here("inspect", tmp_path / "peft").stdout
     wrong = ", ".join(READERS[2:])
@@ -122,7 +118,6 @@ def test_rank_stabilised_and_missing_kinds(model_path, tmp_path):
                 OLDER_VLLM: "loads no adapters for gpt2",
                 "SGLang": "binds none of its modules",  # no layers.N
                 "llama.cpp": "loads no adapters for gpt2",
-                "TensorRT-LLM": "does not load it: it knows no c_attn, c_fc, c_proj",
                 "TGI": "binds none of its modules",
             },
         ),
@@ -134,20 +129,12 @@ def test_rank_stabilised_and_missing_kinds(model_path, tmp_path):
                 OLDER_VLLM: "refuses experts, unless set up as in tlora_mlx's docs/MODELS.md",
                 "SGLang": "drops 16 of 24 modules",
                 "llama.cpp": "refuses experts",
-                "TensorRT-LLM": "does not load it: it knows no down_proj, gate_up_proj",
                 "TGI": "drops 16 of 24 modules",
             },
         ),
         ("gpt_oss", True, {"llama.cpp": "refuses experts"}),
         # Kinds that some blocks lack, whatever the layout.
-        (
-            "lfm2",
-            False,
-            {
-                "TGI": "binds none of its modules",
-                "TensorRT-LLM": "does not load it: it knows no in_proj, out_proj, w1, w2, w3",
-            },
-        ),
+        ("lfm2", False, {"TGI": "binds none of its modules"}),
     ],
 )
 def test_what_a_family_cannot_be_given_as(family, experts, wrong, tlora_here, tmp_path):

@@ -139,7 +139,7 @@ def test_rank_and_readers_by_layout(model_path, tmp_path):
     assert "vLLM from 0.32:" in compact
     assert "vllm serve maker/base --enable-lora --max-lora-rank 32 --lora-modules" in compact
     assert "convert_lora_to_gguf" not in compact
-    assert "llama.cpp, TensorRT-LLM, TGI: `tlora export --format peft` of the same run" in compact
+    assert "llama.cpp, TGI: `tlora export --format peft` of the same run" in compact
     assert 'PeftModel.from_pretrained(model, "b\'s")' in compact
 
 

@@ -13,7 +13,7 @@ class Reader:
 
     Attributes:
         name: its name, with the versions that the rule is for.
-        tried: the version that was tried, and how: run, or read.
+        tried: the version that was tried, and what of it: run whole, or its classes alone.
         source: repository and file of the rule.
         patterns: ``rank_pattern`` and ``alpha_pattern`` are honoured.
         over_tensor: ``lora_alpha`` is divided by the tensor's own rank, not the configuration's.
@@ -21,8 +21,8 @@ class Reader:
         one_rank: all tensors must have the configuration's rank.
         names_only: ``target_modules`` must be a list of names.
         whole_kinds: a kind of module that is missing from one block is dropped in all.
-        binds: regular expression of the module names that it binds (``re.search``).
-        refuses_others: with any other name it refuses the adapter; otherwise it drops the module.
+        binds: regular expression of the module names that it binds (``re.search``); it drops the
+            others.
         binds_in: the same as ``binds``, for the families that it loads as a class whose modules
             have other names.
         without: the families for which it loads no adapter.
@@ -41,7 +41,6 @@ class Reader:
     names_only: bool = False
     whole_kinds: bool = False
     binds: str = ""
-    refuses_others: bool = False
     binds_in: Mapping[str, str] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
@@ -108,14 +107,6 @@ READERS = (
         without=frozenset({"gpt2", "ministral3", "mistral3"}),
         unknown=frozenset({"gptj", "helium", "longcat_flash", "olmo_hybrid", "recurrent_gemma"}),
         experts="refuses experts",
-    ),
-    Reader(
-        "TensorRT-LLM",
-        "007e181, read",
-        "NVIDIA/TensorRT-LLM tensorrt_llm/lora_manager.py",
-        over_tensor=True,
-        binds=r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|gate_up_proj)$",
-        refuses_others=True,
     ),
     Reader(
         "TGI",

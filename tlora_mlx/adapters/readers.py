@@ -87,7 +87,7 @@ def _reading(
 ) -> Reading:
     binds = reader.binds_in.get(family, reader.binds)
     unbound = {name for name in meant if not re.search(binds, name)}
-    if refusal := _refusal(adapter, reader, unbound, family):
+    if refusal := _refusal(adapter, reader, family):
         return Reading(reader.name, reader.tried, {}, *refusal)
     scales = _scales(adapter, reader)
     wrong = {name for name in meant if not math.isclose(scales[name], meant[name], rel_tol=1e-6)}
@@ -110,9 +110,7 @@ def _reading(
     return Reading(reader.name, reader.tried, scales, " and ".join(faults) or None, remedy)
 
 
-def _refusal(
-    adapter: Adapter, reader: Reader, unbound: set[str], family: str | None
-) -> tuple[str, str | None] | None:
+def _refusal(adapter: Adapter, reader: Reader, family: str | None) -> tuple[str, str | None] | None:
     """Why a reader does not load the adapter, and what helps; None if it does."""
     if family in reader.unknown:
         return f"has no model '{family}'", None
@@ -122,9 +120,6 @@ def _refusal(
         return f"loads no adapters for {family}", MERGED
     if has_experts and reader.experts and family not in reader.experts_in:
         return reader.experts, MERGED
-    if unbound and reader.refuses_others:
-        kinds = sorted({stack_and_number(name)[0].rpartition(".")[2] for name in unbound})
-        return f"does not load it: it knows no {', '.join(kinds)}", MERGED
     if reader.one_rank and ranks != {adapter.plan.rank}:
         return "does not load it: its ranks differ", PORTABLE
     if reader.names_only and isinstance(adapter.config.get("target_modules"), str):
