@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ from tlora_mlx.adapters.proof import Proof, compare_merged, mismatch_error
 from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.merging.conversion import StoredWeight, read_conversion
 from tlora_mlx.models.model_directory import INDEX
-from tlora_mlx.models.weights import ModelWeights
+from tlora_mlx.models.weights import ModelWeights, write_model_config
 from tlora_mlx.observer import SILENT, Advance, Observer
-from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode, tensor_bytes
-from tlora_mlx.storage.files import Finish, new_directory, write_json, write_text
+from tlora_mlx.storage.blocks import OpenFile, Scratch, blocks, encode, same_bytes, tensor_bytes
+from tlora_mlx.storage.files import Finish, new_directory, write_json
 from tlora_mlx.storage.safetensors import DTYPES, FLOATS, TensorFile, tensor_size, tensors_header
 
 # The largest file of a sharded model, in bytes; the same as mlx-lm's (mlx_lm/utils.py).
@@ -74,9 +73,7 @@ def export_dequantized(
     proof = Proof(output)
     with new_directory(output, finish) as staging:
         base.copy_other_files(staging)
-        # An Infinity in the configuration is kept: transformers and mlx-lm read it.
-        text = json.dumps(_without_quantization(base.shared_config), indent=2)
-        write_text(staging / "config.json", text + "\n")
+        write_model_config(staging, _without_quantization(base.shared_config))
         if len(files) > 1:
             places = {tensor: file for file, names in files.items() for tensor in names}
             size = sum(_bytes(tensor) for tensor in tensors.values())
@@ -205,10 +202,6 @@ def _prove(
                 errors = compare_merged(weight.name, before, after, added, dtype)
                 if delta:
                     proof.add(module, errors)
-        else:
-            pairs = zip(
-                tensor_bytes(base.file_of[name], name), tensor_bytes(written, name), strict=True
-            )
-            if not all(np.array_equal(one[1], other[1]) for one, other in pairs):
-                raise mismatch_error(name)
+        elif not same_bytes(base.file_of[name], written, name):
+            raise mismatch_error(name)
         advance()

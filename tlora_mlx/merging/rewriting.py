@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
@@ -13,9 +12,9 @@ import numpy as np
 from tlora_mlx.adapters.proof import mismatch_error
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.models.model_directory import INDEX
-from tlora_mlx.models.weights import ModelWeights
-from tlora_mlx.storage.blocks import OpenFile, tensor_bytes
-from tlora_mlx.storage.files import read_json, write_json, write_text
+from tlora_mlx.models.weights import ModelWeights, write_model_config
+from tlora_mlx.storage.blocks import OpenFile, same_bytes, tensor_bytes
+from tlora_mlx.storage.files import read_json, write_json
 from tlora_mlx.storage.safetensors import TensorFile, tensor_size, tensors_header
 
 
@@ -92,7 +91,7 @@ class Rewriting:
         config["quantization"] = config["quantization"] | changed
         if "quantization_config" in config:
             config["quantization_config"] = config["quantization"]
-        write_text(self._directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_model_config(self._directory, config)
         if (self._directory / INDEX).exists():
             index = read_json(self._directory / INDEX, "the index of the model's weights")
             index["metadata"] = (index.get("metadata") or {}) | {"total_size": self.size}
@@ -115,6 +114,5 @@ class Rewriting:
             if found != {name: self._layouts[name] for name in file}:
                 raise mismatch_error(f"the header of {file.path.name}")
             for name in file.entries.keys() - self._touched:
-                pairs = zip(tensor_bytes(file, name), tensor_bytes(written, name), strict=True)
-                if not all(np.array_equal(one[1], other[1]) for one, other in pairs):
+                if not same_bytes(file, written, name):
                     raise mismatch_error("the unadapted bytes")

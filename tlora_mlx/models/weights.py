@@ -91,10 +91,14 @@ class ModelWeights:
                 name = source.relative_to(self.path)
                 copy_file(file_in(self.path, name), output / name)
         if self.shared_config != self.config:
-            # An Infinity in the configuration is kept: transformers and mlx-lm read it.
-            write_text(output / "config.json", json.dumps(self.shared_config, indent=2) + "\n")
+            write_model_config(output, self.shared_config)
 
     @cached_property
     def shared_config(self) -> dict[str, Any]:
         """The configuration that mlx-lm and transformers read alike, if there is one."""
         return shared_config(self.config, self.path) or self.config
+
+
+def write_model_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``; an Infinity is kept, since transformers and mlx-lm read it."""
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")

@@ -128,3 +128,9 @@ def tensor_bytes(file: TensorFile, name: str) -> Iterator[tuple[int, np.ndarray]
     with OpenFile(file.path) as source:
         for start, stop in blocks(entry.stop - entry.start, 1):
             yield start, source.read(entry.start + start, np.empty(stop - start, np.uint8))
+
+
+def same_bytes(one: TensorFile, other: TensorFile, name: str) -> bool:
+    """Whether a tensor has the same bytes in two files; both must have it, as long."""
+    pairs = zip(tensor_bytes(one, name), tensor_bytes(other, name), strict=True)
+    return all(np.array_equal(mine[1], theirs[1]) for mine, theirs in pairs)
