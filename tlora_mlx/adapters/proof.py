@@ -184,16 +184,17 @@ def compare_merged(
         error = np.subtract(merged, weight, out=weight)
         error -= delta
         errors = Errors.of(error, delta)
-        floor = NOISE * (_largest(merged) + _largest(delta)) + least
+        np.abs(error, out=error)
+        np.abs(merged, out=merged)
+        floor = NOISE * (float(merged.max()) + _largest(delta)) + least
         if not np.isfinite(floor) or not np.isfinite(errors.squares):
             raise UserError(
                 f"{name} with its delta is not finite in {dtype}: the delta is too large for it, "
                 "or the base model's weight is damaged"
             )
         if errors.largest > floor:  # what rounding may add grows with the value
-            np.abs(merged, out=merged)
             merged *= unit * (1 + 2 * unit)
-            if np.subtract(np.abs(error, out=error), merged, out=error).max() > floor:
+            if np.subtract(error, merged, out=error).max() > floor:
                 raise mismatch_error(name)
     return errors
 
