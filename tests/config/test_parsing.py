@@ -285,3 +285,16 @@ def test_the_console_script(capsys):
         command = [sys.executable, "-m", module, *words, "--rank", "0"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stderr[:7]) == (2, "error: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rank: 4\nseed: 1\nrank: 8\n", "not valid YAML, line 3: 'rank' is on line 1 too"),
+        ("learning-rate: 1e-3\nlearning_rate: 1e-4\n", "both 'learning-rate' and 'learning_rate'"),
+        ("lora_parameters:\n  rank: 4\n  rank: 8\n", "line 3: 'rank' is on line 2 too"),
+    ],
+)
+def test_an_option_that_is_there_twice(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        yaml_config(tmp_path, text, *REQUIRED)

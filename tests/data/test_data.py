@@ -7,6 +7,7 @@ from helpers.models import ROWS, tiny_tokenizer, write_jsonl
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
+from tlora_mlx.data.conversation import has_empty_answer
 from tlora_mlx.data.reading import load_data
 from tlora_mlx.data.row_files import read_row_file
 from tlora_mlx.data.samples import Sample, draw_samples, split_off
@@ -256,3 +257,28 @@ def test_tables_that_have_no_rows_or_other_separators(tmp_path):
     Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match=r"a.parquet has no rows"):
         read_row_file(tmp_path / "a.parquet")
+
+
+def test_empty_answers_are_named(tmp_path, chat, plain):
+    said = "train.jsonl, line 2: an answer is empty, so the model learns to say nothing"
+    rows = [{"prompt": "Hi", "completion": text} for text in ("Ho", " ")]
+    assert any(said in warning for warning in load(tmp_path, rows, plain).warnings)
+    assert any(said in warning for warning in load(tmp_path, rows, chat).warnings)
+    full = [{"prompt": "", "completion": "Ho"}]
+    assert not any("empty" in warning for warning in load(tmp_path, full, plain).warnings)
+
+
+@pytest.mark.parametrize(
+    ("turn", "is_empty"),
+    [
+        ({"content": "\n"}, True),
+        ({"content": [{"type": "text", "text": ""}]}, True),
+        ({"content": "Ho"}, False),
+        ({"content": "", "weight": 0}, False),
+        ({"content": "", "reasoning_content": "hm"}, False),
+        ({"content": None, "tool_calls": [{"function": {"name": "look"}}]}, False),
+    ],
+)
+def test_what_counts_as_an_empty_answer(turn, is_empty):
+    user = {"role": "user", "content": ""}
+    assert has_empty_answer({"messages": [user, {"role": "assistant"} | turn]}) == is_empty

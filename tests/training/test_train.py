@@ -303,6 +303,19 @@ def test_all_faults_of_a_plan_in_one_message(model_path, data_path, run_path, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_with_a_scale_of_0(model_path, data_path, run_path, tmp_path, tlora_here):
+    plan = json.loads((run_path / "rank_plan.json").read_text())
+    first, second, *_ = (name for name, module in plan["modules"].items() if module["rank"])
+    plan["modules"][first]["scale"] = 0
+    plan["modules"][second] |= {"rank": 0, "scale": 0}  # left out, so it does not matter
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    result = tlora_here(*arguments(model_path, data_path, tmp_path / "run", "--plan", path))
+    assert_one_sentence(result, 2, "and scale 0, so it would learn nothing")
+    assert first in result.stderr
+    assert second not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -169,6 +169,11 @@ def _read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
         )
     texts = {key if isinstance(key, str) else shown(key): value for key, value in data.items()}
     values = {key.replace("-", "_"): value for key, value in texts.items()}
+    if twice := sorted(key for key in texts if "-" in key and key.replace("-", "_") in texts):
+        raise UserError(
+            f"{path} has both '{twice[0]}' and '{twice[0].replace('-', '_')}', which are the same "
+            "option; delete one of them"
+        )
     unknown = [name for name in values if name not in known]
     nearest = [difflib.get_close_matches(n, sorted(known), n=1, cutoff=0.0)[0] for n in unknown]
     if len(unknown) == 1:

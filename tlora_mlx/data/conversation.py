@@ -101,6 +101,19 @@ def is_learnt(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+def has_empty_answer(row: Mapping[str, Any]) -> bool:
+    """Whether a turn to learn says and calls nothing, in a row that ``conversation_of`` takes."""
+    said = ("content", "tool_calls", *REASONING_FIELDS)
+    return any(
+        is_learnt(message) and not any(_is_filled(message.get(field)) for field in said)
+        for message in conversation_of(row).messages
+    )
+
+
+def _is_filled(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
 def _text(content: Any, where: str) -> str:
     """Content as a text; parts of type text are joined without anything between them."""
     if isinstance(content, str):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.data.chat_template import Tokenized, refusal
-from tlora_mlx.data.conversation import MalformedRowError, conversation_of
+from tlora_mlx.data.conversation import MalformedRowError, conversation_of, has_empty_answer
 from tlora_mlx.data.faults import Faults, first_numbers
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.offsets import NotLocatedError, intervals
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Each format's keys, in the order in which mlx-lm looks for them (mlx_lm/tuner/datasets.py,
 # create_dataset).
 _KEYS = (("prompt", "completion"), ("messages",), ("text",))
+
+_EMPTY = "an answer is empty, so the model learns to say nothing; delete it unless you mean that"
 
 # A sample's token ids, and for each whether it is learnt; and what ends each turn of an assistant.
 _Process = Callable[[dict[str, Any]], Tokenized]
@@ -97,6 +99,8 @@ class RowTokenizer:
                 faults.add(number, fault)
                 continue
             ends |= set(made.ends)
+            if keys != ("text",) and has_empty_answer(row):
+                unseen.setdefault(_EMPTY, []).append(number)
             for sentence in dict.fromkeys(made.unseen):
                 unseen.setdefault(sentence, []).append(number)
             made = self._stopped(made)

@@ -112,7 +112,7 @@ def encode(values: np.ndarray, out: np.ndarray, scratch: Scratch) -> np.ndarray:
     return out
 
 
-# Entries processed at a time: of more, less stays in a cache; of fewer, threads wait for each other.
+# Entries processed at a time: more leave the cache, with fewer the threads wait for each other.
 BLOCK = 1 << 19
 
 

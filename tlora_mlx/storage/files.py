@@ -223,12 +223,27 @@ def read_yaml(path: Path, what: str) -> Any:
     """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read or is not YAML; the message names ``what`` and the line.
+        UserError: it cannot be read, is not YAML, or has a key twice; the message names ``what``
+            and the line.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """PyYAML's, which takes the last of equal keys without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: dict[tuple[str, str], int] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if first := seen.get((key.tag, key.value)):
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{shown(key.value)} is on line {first} too; delete one of them",
+                        problem_mark=key.start_mark,
+                    )
+                seen[key.tag, key.value] = key.start_mark.line + 1
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(read_file(path).decode())
+        return yaml.load(read_file(path).decode(), Loader)
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

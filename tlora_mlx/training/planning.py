@@ -135,6 +135,13 @@ def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPla
     modules = data.get("modules") if isinstance(data, dict) else None
     if isinstance(modules, dict) and targets is not None:
         faults += _misfits(modules, targets)
+    if not faults:
+        faults = [
+            f"{name} has rank {module.rank} and scale 0, so it would learn nothing; set its rank "
+            "to 0 to leave it out"
+            for name, module in RankPlan.from_dict(data).adapted().items()
+            if not module.scale
+        ]
     if not faults and not RankPlan.from_dict(data).adapted():
         faults = ["no module has a rank above 0"]
     if faults:

@@ -77,7 +77,8 @@ class TrainingResult:
         """Updates, time, tokens and losses, in a few lines."""
         progress, seconds = self.progress, round(self.progress.seconds)
         lines = [
-            f"trained {progress.iteration} iterations on {progress.trained_tokens:,} tokens in "
+            f"trained {counted(progress.iteration, 'iteration')} on "
+            f"{counted(progress.trained_tokens, 'token')} in "
             f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
             + (
                 f", {counted(progress.skipped, 'update')} skipped as not finite"
