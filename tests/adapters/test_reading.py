@@ -395,3 +395,16 @@ def test_a_differing_base_model_is_mentioned(model_path, data_path, plain, capsy
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"warning: {plain} was made for {model_path}, but --model is {again}" in said
     assert load_adapter(tmp_path / "run").name == str(again)
+
+
+def test_a_base_model_by_a_relative_path_is_the_same(
+    model_path, data_path, capsys, tmp_path, monkeypatch
+):
+    peft_adapter(model_path, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = model_path.name
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(model_path.parent)
+    adapter = str(tmp_path / "peft")
+    quick_train(model_path, data_path, tmp_path / "run", from_adapter=adapter, rank=8, iters=1)
+    assert "was made for" not in capsys.readouterr().out

@@ -56,6 +56,12 @@ def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]
     return str(path.resolve()), path
 
 
+def recorded_name(name: str) -> str:
+    """``find_model``'s name of a model that need not be there: a directory by its absolute path."""
+    path = user_path(name)
+    return str(path.resolve()) if path.is_dir() else name
+
+
 def _directory(name: str) -> Path | None:
     """The model's directory on this machine; None if there is none of that name.
 

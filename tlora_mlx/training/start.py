@@ -7,6 +7,7 @@ from tlora_mlx.adapters.registry import bind_to_model, read_adapter
 from tlora_mlx.config.training_options import TrainConfig
 from tlora_mlx.method.initialise import Initialisation
 from tlora_mlx.models.base_model import BaseModel
+from tlora_mlx.models.model_directory import recorded_name
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.training.planning import check_plan, plan_and_initialise
 from tlora_mlx.training.setup import Setup
@@ -46,7 +47,7 @@ def _from_adapter(path: str, base: BaseModel, observer: Observer) -> Initialisat
         UserError: it cannot be read, or does not fit the model; all faults in one message.
     """
     adapter = read_adapter(path)
-    if adapter.base and adapter.base not in (base.name, base.original):
+    if adapter.base and recorded_name(adapter.base) not in (base.name, base.original):
         observer.note(f"warning: {path} was made for {adapter.base}, but --model is {base.name}")
     adapter = drop_zero_ranks(bind_to_model(adapter, base.description()))
     observer.planned(adapter.plan)
