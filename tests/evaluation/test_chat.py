@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 
 import pytest
 from helpers.adapters import make_run, zero_one_cap
 from helpers.commands import assert_one_sentence
 from helpers.models import save_model
-from mlx_lm import generate
+from mlx_lm import generate, stream_generate
 
 import tlora_mlx
 from tlora_mlx import load_adapter, read_run
+from tlora_mlx.config.usage_options import ChatCommand
 from tlora_mlx.errors import visible
+from tlora_mlx.evaluation import conversing
 from tlora_mlx.method.layers import adapters_off
 
 TEMPLATE = (
@@ -69,6 +72,40 @@ def test_a_chat(run, tlora_here, monkeypatch):
     answers = [visible(answer, "\n\t") for answer in (first, second, base)]
     lines = [asked, *answers, told, visible(alone, "\n\t")]
     assert done.stdout == HINT + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_a_turn_reads_what_is_new(family, tmp_path, monkeypatch):
+    """The first turn is not read again, but where a state that cannot go back has read more."""
+    model = save_model(tmp_path / "model", family, chat_template=TEMPLATE)
+    run = make_run(tmp_path / "run", model, zero_one_cap)
+    read, whole = [], []
+
+    def recorded(model, tokenizer, prompt, *args, **options):
+        read.append(len(prompt))
+        for part in stream_generate(model, tokenizer, prompt, *args, **options):
+            yield part
+            if len(read) == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversing, "stream_generate", recorded)
+    session = conversing.ChatSession(ChatCommand(run=str(run), max_tokens=6))
+    loaded, messages = load_adapter(run), []
+    for turn in range(6):
+        messages.append({"role": "user", "content": f"Add {turn}."})
+        prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        expected = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=6)
+        parts, found = session.answer(messages[-1]["content"]), []
+        with suppress(KeyboardInterrupt):
+            found.extend(parts)
+        assert turn == 3 or "".join(found) == expected
+        messages.append({"role": "assistant", "content": "".join(found)})
+        whole.append(len(prompt))
+    assert [read[0], read[4]] == [whole[0], whole[4]]  # the fourth turn was interrupted
+    if family == "llama":
+        rest = [turn for turn in range(6) if turn not in (0, 4)]
+        assert all(read[i] <= whole[i] - whole[i - 1] for i in rest)
+    assert "".join(session.base_answer())
 
 
 def test_a_terminal(run, tlora_here, monkeypatch):

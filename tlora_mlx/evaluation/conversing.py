@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
 
 from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from tlora_mlx.adapters.loading import load_adapter
@@ -13,7 +16,43 @@ from tlora_mlx.data.chat_template import prompt_tokens
 from tlora_mlx.errors import UserError
 from tlora_mlx.invocation import suggested
 from tlora_mlx.method.layers import adapters_off
+from tlora_mlx.models.base_model import BaseModel
 from tlora_mlx.storage.files import is_unicode
+
+
+class _Reader:
+    """A model that remembers what it has read of a conversation, and reads only what is new."""
+
+    def __init__(self, base: BaseModel):
+        self._base = base
+        self._kept: tuple[list[Any], list[int]] | None = None
+
+    def answer(self, prompt: list[int], max_tokens: int, temp: float) -> Iterator[str]:
+        """The answer to a prompt of token ids, in parts."""
+        cache, read = self._begun(prompt)
+        unread, read = prompt[len(read) :], list(prompt)
+        options = {"sampler": make_sampler(temp), "prompt_cache": cache}
+        for part in stream_generate(
+            self._base.model, self._base.tokenizer, unread, max_tokens, **options
+        ):
+            # mlx-lm has fed a token to the model when it hands it out (generate_step).
+            read.append(part.token)
+            self._kept = cache, read
+            yield part.text
+            self._kept = None  # if this is interrupted, nobody knows what the cache has
+        self._kept = cache, read
+
+    def _begun(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
+        """The cache of the longest beginning of a prompt that was read; one token stays unread."""
+        if self._kept is not None:
+            (cache, read), self._kept = self._kept, None
+            pairs = zip(read, prompt[:-1], strict=False)
+            common = [mine for mine, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            surplus = len(read) - len(common)
+            if not surplus or can_trim_prompt_cache(cache):
+                trim_prompt_cache(cache, surplus)
+                return cache, common
+        return make_prompt_cache(self._base.model), []
 
 
 class ChatSession:
@@ -37,6 +76,7 @@ class ChatSession:
         if not self._base.tokenizer.has_chat_template:
             instead = suggested("generate", config.run, "--prompt", "TEXT")
             raise UserError(f"model {self._base.name} has no chat template; use {instead}")
+        self._adapted, self._plain = _Reader(self._base), _Reader(self._base)
         self._messages: list[dict[str, str]] = []
         self.restart()
 
@@ -56,7 +96,7 @@ class ChatSession:
         messages = [*self._messages, {"role": "user", "content": text}]
         parts = []
         try:
-            for part in self._parts(messages):
+            for part in self._parts(self._adapted, messages):
                 parts.append(part)
                 yield part
         finally:
@@ -73,16 +113,8 @@ class ChatSession:
         if not self._messages or self._messages[-1]["role"] != "assistant":
             raise UserError("ask something first; /base then shows the base model's answer")
         with adapters_off(self._base.model):
-            yield from self._parts(self._messages[:-1])
+            yield from self._parts(self._plain, self._messages[:-1])
 
-    def _parts(self, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-        tokenizer = self._base.tokenizer
-        options = {"sampler": make_sampler(self._config.temp)}
-        for part in stream_generate(
-            self._base.model,
-            tokenizer,
-            prompt_tokens(tokenizer, messages),
-            self._config.max_tokens,
-            **options,
-        ):
-            yield part.text
+    def _parts(self, reader: _Reader, messages: Sequence[dict[str, str]]) -> Iterator[str]:
+        prompt = prompt_tokens(self._base.tokenizer, messages)
+        return reader.answer(prompt, self._config.max_tokens, self._config.temp)
