@@ -3,6 +3,7 @@ import json
 import mlx.core as mx
 import pytest
 import torch
+from helpers.adapters import make_run
 from helpers.commands import assert_one_sentence, quick_train, val_losses
 from helpers.models import ROWS, save_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -276,3 +277,22 @@ def test_an_array_of_rows_and_the_default_directory(tlora_here, model_path, data
     assert "does not contain an array of rows" in tlora_here("evaluate", run, *flags).stderr
     data.write_text('["1?"]')
     assert f"error: {data}, row 1 is not a JSON" in tlora_here("evaluate", run, *flags).stderr
+
+
+def test_a_table_of_positions_is_not_left(tmp_path, tlora_here):
+    """MLX would read what lies behind it: long prompts are refused, answers end with the table."""
+    model = save_model(tmp_path / "model", "gpt2", max_position_embeddings=32)
+    run = make_run(tmp_path / "run", model, lambda i, shape: 2)
+    long = "return " * 40
+    refused = "tokens, and model "
+    assert_one_sentence(tlora_here("generate", run, "--prompt", long), 2, refused)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": long, "choices": ["a", "b"], "answer": 0}])
+    arguments = ("evaluate", run, "--data", tmp_path / "rows.jsonl", "--task")
+    assert_one_sentence(tlora_here(*arguments, "commonsense"), 2, refused)
+    base = load_adapter(run)
+    prompt = base.tokenizer.encode("return " * 9)
+    assert base.room(len(prompt), 100) == 32 - len(prompt)
+    assert tlora_here("generate", run, "--prompt", "return " * 9).returncode == 0
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": long}])
+    found = tlora_here(*arguments, "perplexity")
+    assert (found.returncode, found.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """``tlora check``: the data as the model will see it, with the tokenizer alone."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -136,6 +137,16 @@ def test_a_stray_weight_file_is_refused_everywhere(model_path, data_path, tmp_pa
     assert_one_sentence(tlora_here(*merge), 2, "has model.safetensors beside the weight files")
     (model / "model.safetensors").unlink()
     assert tlora_here(*merge).returncode == 0
+
+
+def test_samples_longer_than_the_model_was_made_for(tmp_path, tlora_here):
+    model = save_model(tmp_path / "model", max_position_embeddings=32)
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "return " * n} for n in (8, 40)])
+    said = " ".join(tlora_here("check", "--model", model, "--data", tmp_path).stdout.split())
+    longest = re.search(r"has samples of up to (\d+) tokens, and the model was made for 32;", said)
+    assert int(longest[1]) > 32
+    arguments = ("--model", model, "--data", tmp_path, "--max-seq-length", 32)
+    assert "was made for" not in tlora_here("check", *arguments).stdout
 
 
 def test_samples_beyond_a_table_of_positions(tmp_path, tlora_here):

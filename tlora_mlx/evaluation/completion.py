@@ -42,9 +42,11 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
     prompt: str | list[int] = text
     if base.tokenizer.has_chat_template:
         prompt = prompt_tokens(base.tokenizer, [{"role": "user", "content": text}])
+    tokens = base.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    max_tokens = base.room(len(tokens), config.max_tokens)
 
     def parts() -> Iterator[str]:
-        for part in stream_generate(base.model, base.tokenizer, prompt, config.max_tokens):
+        for part in stream_generate(base.model, base.tokenizer, prompt, max_tokens):
             yield part.text
 
     with adapters_off(base.model):

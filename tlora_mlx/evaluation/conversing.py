@@ -29,6 +29,7 @@ class _Reader:
 
     def answer(self, prompt: list[int], max_tokens: int, temp: float) -> Iterator[str]:
         """The answer to a prompt of token ids, in parts."""
+        max_tokens = self._base.room(len(prompt), max_tokens)
         cache, read = self._begun(prompt)
         unread, read = prompt[len(read) :], list(prompt)
         options = {"sampler": make_sampler(temp), "prompt_cache": cache}

@@ -22,7 +22,8 @@ def read(
     """
     where = rows[0].where.rsplit(" ", 1)[0]
     numbered = [(row.number, row.columns) for row in rows]
-    tokenizer = RowTokenizer(subject.base.tokenizer, max_seq_length, mask_prompt)
+    length = subject.base.room(0, max_seq_length)
+    tokenizer = RowTokenizer(subject.base.tokenizer, length, mask_prompt)
     split = tokenizer.split(numbered, where, subject.format)
     if not split.samples:
         raise UserError(f"no row of {where.rsplit(',', 1)[0]} has a token to predict")

@@ -108,7 +108,9 @@ class Subject:
                         self.base.model,
                         self.base.tokenizer,
                         [prompts[i] for i in chosen],
-                        max_tokens=self.max_tokens,
+                        max_tokens=[
+                            self.base.room(len(prompts[i]), self.max_tokens) for i in chosen
+                        ],
                         completion_batch_size=self.batch_size,
                         prefill_batch_size=self.batch_size,
                     ).texts
@@ -130,9 +132,9 @@ class Subject:
         samples = []
         for prompt, answer in pairs:
             tokens = self.encode([prompt])
-            samples.append(
-                Sample(tokens + encode(answer, add_special_tokens=False), max(len(tokens), 1))
-            )
+            whole = tokens + encode(answer, add_special_tokens=False)
+            self.base.room(len(whole))
+            samples.append(Sample(whole, max(len(tokens), 1)))
         with self.observer.stage(f"{self.title} weighs", len(samples)) as advance:
             losses = sample_losses(self.base.model, samples, self.batch_size, advance)
         return [-loss for loss, _ in losses]

@@ -20,7 +20,7 @@ from tlora_mlx.models.model_directory import (
     read_model_config,
     weight_files,
 )
-from tlora_mlx.models.tokenizer import read_tokenizer
+from tlora_mlx.models.tokenizer import learned_positions, read_tokenizer
 from tlora_mlx.storage.safetensors import TensorFile, check_safetensors
 
 if TYPE_CHECKING:
@@ -52,6 +52,22 @@ class BaseModel:
     def description(self) -> Description:
         """Its ``Description``, as ``describe_base_model`` returns it."""
         return Description(self.name, self.original, self.config["model_type"], self.model)
+
+    def room(self, tokens: int, wanted: int = 0) -> int:
+        """How many of the ``wanted`` tokens can follow so many others.
+
+        Raises:
+            UserError: there are more tokens than the model has positions, or none is left.
+        """
+        positions = learned_positions(self.config)
+        if positions is None:
+            return wanted
+        if tokens + min(wanted, 1) > positions:
+            raise UserError(
+                f"a text has {tokens:,} tokens, and model {self.name} has positions for "
+                f"{positions:,}; shorten it"
+            )
+        return min(wanted, positions - tokens)
 
     def fingerprint(self) -> str:
         """A digest of ``config.json`` and of 4 KiB from the middle of every weight tensor."""

@@ -27,13 +27,14 @@ class ModelTokenizer:
     Attributes:
         tokenizer: mlx-lm's wrapper, with the model's end tokens.
         embeddings: how many token ids the model has; None if its configuration does not say.
-        positions: how many tokens a text may have, if the model looks positions up in a table,
-            beyond which MLX reads other memory; else None.
+        positions: how many tokens a text may have (``learned_positions``); None: any number.
+        window: how many tokens the model was made for; None if its configuration does not say.
     """
 
     tokenizer: TokenizerWrapper
     embeddings: int | None
     positions: int | None = None
+    window: int | None = None
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> ModelTokenizer:
@@ -66,14 +67,19 @@ def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> ModelToken
         raise UserError(
             f"the tokenizer of model {name} cannot be loaded: {first_line(error)}"
         ) from error
-    positions = config.get("n_positions") if config["model_type"] in LEARNED_POSITIONS else None
-    return ModelTokenizer(tokenizer, _embeddings(config), positions)
+    embeddings, window = (_number(config, key) for key in ("vocab_size", "max_position_embeddings"))
+    return ModelTokenizer(tokenizer, embeddings, learned_positions(config), window)
 
 
-def _embeddings(config: dict[str, Any]) -> int | None:
-    """A model's number of embeddings, from its configuration or its language model's."""
+def learned_positions(config: dict[str, Any]) -> int | None:
+    """How long a model's table of positions is, beyond which MLX reads other memory, if any."""
+    return config.get("n_positions") if config["model_type"] in LEARNED_POSITIONS else None
+
+
+def _number(config: dict[str, Any], key: str) -> int | None:
+    """A whole number of a model's configuration, or of its language model's."""
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
-        if type(size := part.get("vocab_size")) is int:
-            return size
+        if type(number := part.get(key)) is int:
+            return number
     return None

@@ -116,6 +116,12 @@ def read_data(
             f"a sample has {longest:,} tokens, and the model {config.model} has positions for "
             f"{model.positions:,}; pass --max-seq-length {model.positions}"
         )
+    for split in data.values():
+        if model.window and (most := split.longest()) > model.window:
+            split.warnings.append(
+                f"{split.name()} has samples of up to {most:,} tokens, and the model was made for "
+                f"{model.window:,}; what comes later is learnt badly"
+            )
     for name, split in data.items():
         if text := _described(name, split, config.max_seq_length):
             observer.note(text)
