@@ -10,7 +10,7 @@ from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
 from tlora_mlx.data.conversation import has_empty_answer
 from tlora_mlx.data.reading import load_data
 from tlora_mlx.data.row_files import read_row_file
-from tlora_mlx.data.samples import Sample, draw_samples, split_off
+from tlora_mlx.data.samples import Sample, Split, draw_samples, split_off
 from tlora_mlx.errors import UserError
 
 TEMPLATE = (
@@ -65,6 +65,9 @@ def test_text(tmp_path, plain):
     (sample,) = split.samples
     assert (plain.decode(sample.tokens), sample.first_target) == ("some text<eos>", 1)
     assert split.left_out == [2]
+    both = {"text": "not this", "prompt": "this ", "completion": "one"}  # as in mlx-lm
+    (sample,) = load(tmp_path, [both], plain).samples
+    assert plain.decode(sample.tokens) == "this one<eos>"
     with pytest.raises(UserError, match="--mask-prompt needs rows with a prompt"):
         load(tmp_path, [{"text": "some text"}], plain, mask_prompt=True)
 
@@ -74,15 +77,27 @@ def test_a_completion_that_is_cut_away_whole_is_left_out_and_counted(tmp_path, p
         {"prompt": "p" * 30, "completion": "abc"},
         {"prompt": "p", "completion": "c" * 30},
         {"prompt": "p", "completion": ""},
+        {"prompt": "p" * 8, "completion": "abc"},
+        {"prompt": "", "completion": ""},  # an end token, which nothing predicts
+        {"prompt": "", "completion": "c"},
     ]
     split = load(tmp_path, rows, plain, max_seq_length=8)
-    assert (len(split), split.left_out, split.truncated) == (2, [1], [2])
-    assert [len(s.tokens) for s in split.samples] == [8, 2]
-    assert all(s.first_target < len(s.tokens) for s in split.samples)
+    assert (split.left_out, split.truncated) == ([1, 4, 5], [2])
+    assert [len(s.tokens) for s in split.samples] == [8, 2, 2]
+    assert all(1 <= s.first_target < len(s.tokens) for s in split.samples)
+
+
+def test_a_cut_within_a_gap_leaves_what_is_before_it():
+    split = Split()
+    split.add(Sample(list(range(12)), 2, 1, ((4, 11),)), 6)
+    split.add(Sample(list(range(12)), 4, 2, ((5, 8),)), 5)
+    assert [np.flatnonzero(s.counts()).tolist() for s in split.samples] == [[2, 3], [4]]
+    assert split.truncated == [1, 2]
 
 
 def test_splits_without_a_file_are_empty_and_blank_lines_are_passed_over(tmp_path, plain):
     (tmp_path / "train.jsonl").write_text("\ufeff" + json.dumps(ROWS[0]) + "\n\n")
+    (tmp_path / "train.json").write_text(json.dumps(ROWS))  # JSON lines come first
     data = load_data(str(tmp_path), plain, 100, None)
     assert {name: len(split) for name, split in data.items()} == {"train": 1, "valid": 0, "test": 0}
 

@@ -45,6 +45,8 @@ def test_rows_are_mixed_by_weight(tmp_path, plain):
     assert texts(splits["valid"], plain) == ["A0", "A1", "B0", "B1"]
     other = texts(load_data(data, plain, 100, None, seed=4)["train"], plain)
     assert [text for text in other if "b" in text] != halved
+    few = [str(tmp_path / "one"), f"{tmp_path / 'more.jsonl'}:0.1"]  # of three rows, one is left
+    assert len(load_data(few, plain, 100, None)["train"]) == 6 + 1
     place = splits["train"].place([splits["train"].samples[0], splits["train"].samples[-1]])
     assert place == f"{tmp_path}/one/train.jsonl, line 1; {file}, line 3"
 

@@ -218,6 +218,15 @@ def test_calls_that_the_template_does_not_show_are_refused(tmp_path):
             UserError, match="with certainty: the template does not show tool_calls"
         ):
             split_of(tmp_path, row, tokenizer_of(template))
+    first_only = CHATML.replace(
+        "m['content']",
+        "(m['tool_calls'][0]['function']['arguments'] | tojson if m['tool_calls'] else "
+        "m['content'])",
+    )
+    assert learnt(tmp_path, row, tokenizer_of(first_only))[0] == '{"a": 1, "b": 2}<|im_end|>'
+    call["tool_calls"] *= 2
+    with pytest.raises(UserError, match="the template does not show all tool_calls"):
+        split_of(tmp_path, row, tokenizer_of(first_only))
 
 
 def test_steps_whose_thinking_is_dropped_once_another_question_follows(tmp_path):
@@ -317,6 +326,10 @@ def test_what_cannot_be_located_is_refused_by_line(tmp_path):
     rows = [{"prompt": "a", "completion": "B"}, {"prompt": "a", "completion": "no"}]
     with pytest.raises(UserError, match=r"line 2 cannot be masked with certainty: the template"):
         split_of(tmp_path, rows, tokenizer_of(shouting))
+    backwards = tokenizer_of(CHATML.replace("in messages", "in messages | reverse"))
+    messages = [USER("Hi"), ASSISTANT("Ho"), USER("And?"), ASSISTANT("No.")]
+    with pytest.raises(UserError, match="two assistant turns overlap"):
+        split_of(tmp_path, {"messages": messages}, backwards)
 
 
 def test_without_a_mask_all_counts(tmp_path):
@@ -410,6 +423,20 @@ def test_a_second_beginning_token_is_dropped(tmp_path):
         assert tokenizer.decode(sample.tokens) == "<bos>Once upon a time<eos>"
 
 
+def test_an_end_token_that_the_tokenizer_adds_is_there_once(tmp_path):
+    """At the end, and not between prompt and completion."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    rows = [{"text": "Once upon a time"}], [{"prompt": "Once upon", "completion": " a time"}]
+    for row in rows:
+        (sample,) = split_of(tmp_path, row, TokenizerWrapper(tokenizer)).samples
+        assert tokenizer.decode(sample.tokens) == "Once upon a time<eos>"
+
+
 def test_a_template_without_an_end_gets_one_and_a_warning(tmp_path):
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     tokenizer = tokenizer_of(template + "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -419,6 +446,9 @@ def test_a_template_without_an_end_gets_one_and_a_warning(tmp_path):
     assert split.samples[0].counts()[-1]
     assert len(split.warnings) == 1
     assert "no token that stops generation; <eos> is added at the end" in split.warnings[0]
+    # What a user says after the last answer is no part of it.
+    texts = learnt(tmp_path, {"messages": messages[:3]}, tokenizer)
+    assert texts == ["Ho\n"]
 
 
 def test_an_end_that_does_not_stop_generation_is_warned_of(tmp_path):
@@ -432,7 +462,7 @@ def test_ids_beyond_the_models_embeddings_are_refused(tmp_path):
     tokenizer = named("chatml")
     token = tokenizer.convert_tokens_to_ids("<|im_end|>")
     with pytest.raises(UserError, match=r"line 1: token '<\|im_.*' has id \d+, and the model has"):
-        split_of(tmp_path, {"prompt": "a", "completion": "b"}, tokenizer, embeddings=token - 1)
+        split_of(tmp_path, {"prompt": "a", "completion": "b"}, tokenizer, embeddings=token)
     row = {"prompt": "a", "completion": "b"}
     assert len(split_of(tmp_path, row, tokenizer, embeddings=token + 1)) == 1
 

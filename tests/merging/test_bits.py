@@ -62,6 +62,25 @@ def test_nothing_of_that_size_costs_less(seed):
     assert len(sizes) > 4
 
 
+def test_a_step_that_does_not_fit_keeps_no_smaller_one_out():
+    weights = {"large": weight(8, 2), "small": weight(2, 2)}
+    costs = {"large": {2: 32.0, 4: 0.0}, "small": {2: 3.0, 4: 0.0}}
+    assert allocate(costs, weights, 5) == {"large": 2, "small": 4}
+
+
+def test_a_range_is_narrowed_from_both_ends():
+    """Two outliers that hardly matter are cut; a group of equal weights stays what it is."""
+    settings = {"mode": "affine", "bits": 3, "group_size": 32}
+    levels = np.linspace(-1.2, 1.2, 8)  # 0.4 of the outliers' range
+    row = np.concatenate([[-3.0, 3.0], np.resize(levels, 30), np.full(32, 0.7)])
+    target = row[None].astype(np.float32)
+    importance = np.ones(64, np.float32)
+    importance[:2] = 1e-6
+    found = narrowed(target, Grid(settings, mx.float32), importance)
+    assert found.dense()[0] == pytest.approx(row.clip(-1.2, 1.2), abs=1e-6)
+    assert np.isin(found.levels, range(8)).all()
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (4, 3), (8, 5), (3, 4), (4, 8), (5, 6)])
 def test_another_grid(before, after):
     """Levels are kept with more bits; with fewer, less is lost than by ``mx.quantize``."""

@@ -19,7 +19,7 @@ from tlora_mlx.merging.compensation import round_module
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.refitting import refitted, weighted_error
 from tlora_mlx.merging.rounding import compensated
-from tlora_mlx.method.curvature import Curvature, curvatures
+from tlora_mlx.method.curvature import Curvature, Tap, curvatures, summed
 from tlora_mlx.method.layers import dense_weight, replace_modules
 
 AFFINE = [
@@ -96,13 +96,20 @@ def test_the_best_of_the_candidates_is_stored():
     shape = (24, 128)
     parts, grid = quantized(random, AFFINE[2], shape)
     start = grid.take_apart(parts)
+    gradient = random.normal(size=shape).astype(np.float32)
     factors = curvature(factor(random, shape[1]), factor(random, shape[0]))
+    factors = factors._replace(gradient=mx.array(gradient))
 
     def stored(delta):
         target = mx.array(start.dense() + delta).astype(mx.bfloat16)
         nearest = mx.quantize(target, **AFFINE[2])
-        found = round_module(parts, nearest, delta.astype(np.float32), grid, grid, factors).parts
-        return found, [np.array(part.view(mx.uint8)) for part in nearest]
+        rounded = round_module(parts, nearest, delta.astype(np.float32), grid, grid, factors)
+        # The slopes are those of what is stored, too.
+        dtypes = zip(rounded.parts, (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)
+        read = grid.take_apart([mx.array(data).view(dtype) for data, dtype in dtypes])
+        along_error = (gradient * (read.dense() - start.dense() - delta)).sum()
+        assert rounded.slopes.along_error == pytest.approx(along_error, rel=1e-3)
+        return rounded.parts, [np.array(part.view(mx.uint8)) for part in nearest]
 
     assert all(map(np.array_equal, *stored(30 * random.normal(size=shape))))
     found, nearest = stored(0.3 * np.abs(start.scales).mean() * random.normal(size=shape))
@@ -254,6 +261,21 @@ def _seen(model, name, linear, tokens):
     model(tokens)
     replace_modules(model, {name: linear})
     return shifted.seen[0]
+
+
+def test_sums_of_a_half_precision_model(tmp_path):
+    """Beyond float16's range, and to float32's precision."""
+    model = load_base_model(str(save_model(tmp_path, dtype="float16"))).model
+    model.model.layers[1].input_layernorm.weight *= 100
+    name = "model.layers.1.self_attn.v_proj"
+    linear = target_linears(model)[name]
+    samples = [Sample(list(range(3, 3 + n)), 2) for n in (7, 12, 9)]
+    squares = Tap(linear, [mx.zeros(())], lambda x, delta: [(x * x).sum()])
+    _, sums = summed(model, {name: squares}, list(batches_in_order(samples, 2, 64)))
+    seen = [_seen(model, name, linear, mx.array([sample.tokens])) for sample in samples]
+    expected = sum(np.square(np.array(x).astype(np.float64)).sum() for x in seen)
+    assert expected > 1e6
+    assert sums[name][0].item() == pytest.approx(expected, rel=2e-3)
 
 
 def export(tlora_here, run, output, *more):

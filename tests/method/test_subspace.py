@@ -50,6 +50,9 @@ def test_scales_and_zero(shape):
     for scale in (1e-15, 1e30):
         a = task_subspace(weight, scale * covariance, 3)
         assert quality(weight, covariance, a)[0] > 0.9999
+    # C is in float32's range, W·C is not.
+    a = task_subspace(1e4 * weight, covariance / mx.abs(covariance).max() * 1e37, 3)
+    assert quality(weight, covariance, a)[0] > 0.9999
     a = task_subspace(weight, mx.zeros_like(covariance), 3)
     assert mx.abs(a @ a.T - mx.eye(3)).max().item() < 1e-5
 

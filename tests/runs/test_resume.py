@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from tlora_mlx import read_run
-from tlora_mlx.errors import RunError, UserError
+from tlora_mlx.errors import Interrupted, RunError, UserError
 from tlora_mlx.runs import checkpoint
 from tlora_mlx.storage import foreign
 
@@ -194,6 +194,26 @@ def test_interrupted_in_the_last_test(
     assert ["test_loss" in report for report in results(run)[2]].count(True) == 2
 
 
+def test_interrupted_right_after_a_validation(
+    model_path, data_path, tmp_path, tlora_here, monkeypatch
+):
+    """It is not made again, nor counted twice by ``--early-stop``."""
+    options = {"iters": 8, "steps_per_eval": 2, "early_stop": 2, "learning_rate": 0.5}
+    options |= {"lr_schedule": "constant", "warmup": 0.0}
+    whole = quick_train(model_path, data_path, tmp_path / "whole", **options)
+    calls, run = [], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        raise_in(
+            patch, "tlora_mlx.training.validation.end_stage", signal.SIGINT,
+            lambda: calls.append(1) is None and len(calls) == 4,
+        )  # fmt: skip
+        with pytest.raises(Interrupted, match="interrupted after iteration 6"):
+            quick_train(model_path, data_path, run, **options)
+    assert "val_loss" in results(run)[2][-1]
+    again = quick_train(model_path, data_path, run, **options, resume=True)
+    assert results(again) == results(whole)
+
+
 def test_a_signal_while_a_file_is_written(tmp_path):
     from tlora_mlx.cli import sigterm_as_ctrl_c
     from tlora_mlx.errors import Terminated
@@ -237,9 +257,16 @@ def unfinished(uncut, path):
     return path
 
 
-def test_killed_between_the_last_checkpoint_and_the_adapter(uncut, tmp_path, tlora_here):
+@pytest.mark.parametrize("left", [None, "35"])
+def test_killed_between_the_last_checkpoint_and_the_adapter(uncut, tmp_path, tlora_here, left):
+    """With no adapter there yet, or with that of an earlier interruption."""
     run = shutil.copytree(uncut, tmp_path / "run")
-    (run / "adapters.safetensors").unlink()
+    file = run / "adapters.safetensors"
+    tensors, metadata = mx.load(str(file), return_metadata=True)
+    file.unlink()
+    if left:
+        zeros = {name: mx.zeros_like(tensor) for name, tensor in tensors.items()}
+        mx.save_safetensors(str(file), zeros, metadata | {"iteration": left})
     assert tlora_here("train", "--adapter-path", run, "--resume").returncode == 0
     assert results(run) == results(uncut)
 
@@ -630,7 +657,7 @@ def test_a_loss_that_is_not_finite(tmp_path, tlora_here):
 
 def test_the_best_adapter_is_kept_and_training_stops_early(model_path, data_path, tmp_path):
     options = {"iters": 400, "learning_rate": 0.5, "steps_per_eval": 3, "early_stop": 2}
-    options |= {"save_every": 3, "lr_schedule": "constant", "warmup": 0.0}
+    options |= {"save_every": 3, "lr_schedule": "constant", "warmup": 0.0, "test": True}
     run = quick_train(model_path, data_path, tmp_path / "run", **options)
     reports = results(run)[2]
     losses = {r["iteration"]: r["val_loss"] for r in reports if "val_loss" in r}
@@ -639,6 +666,9 @@ def test_the_best_adapter_is_kept_and_training_stops_early(model_path, data_path
     assert max(losses) == best + 6 < 400
     state = json.loads((run / "checkpoints" / newest(run) / "state.json").read_text())["progress"]
     assert (state["best_iteration"], state["best_loss"]) == (best, losses[best])
+    assert state["finished"]
+    # Its loss on the same rows as test data, not that of the last adapter.
+    assert reports[-1]["test_loss"] == pytest.approx(losses[best], rel=1e-6)
     shorter = {**options, "iters": best, "early_stop": None, "save_every": 1000}
     alone = quick_train(model_path, data_path, tmp_path / "alone", **shorter)
     kept, last = read_run(run).tensors, read_run(alone).tensors

@@ -87,6 +87,12 @@ def test_evaluation_is_the_mean_over_tokens(model):
     assert evaluate(
         model, Split(SAMPLES), config(batch_size=1), "testing", limit=1
     ) == pytest.approx(only_first, rel=1e-5)
+    # Two of five, spread over the split: the first and the third.
+    spread = (sums[0][0] + sums[2][0]).item() / (sums[0][1] + sums[2][1]).item()
+    split = Split([SAMPLES[i] for i in (0, 1, 2, 1, 1)])
+    assert evaluate(model, split, config(batch_size=2), "validating", limit=1) == pytest.approx(
+        spread, rel=1e-5
+    )
 
 
 def test_epochs_count_every_sample(tmp_path, model_path, data_path):

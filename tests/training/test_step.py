@@ -1,5 +1,7 @@
 """Updates compared with torch's optimizers, over a whole run: schedule, clipping and decay too."""
 
+from itertools import islice
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,6 +19,7 @@ from tlora_mlx.method.layers import adapter_tensors, attach, linear_shape, resto
 from tlora_mlx.method.output_layer import summed_loss
 from tlora_mlx.runs.recorder import Recorder
 from tlora_mlx.training import loop
+from tlora_mlx.training import step as step_of_training
 from tlora_mlx.training.loop import Training, training_batches
 from tlora_mlx.training.step import Step, make_optimizer
 
@@ -128,7 +131,54 @@ def test_every_update_is_made_in_training_mode(model_path, monkeypatch):
     assert modes == [True] * 3
 
 
-def test_dropout_is_drawn_anew_for_each_update(model_path):
+def test_reports_are_of_the_updates_since_the_last(model_path):
+    """Three updates that change next to nothing, reported after the second and at the end."""
+    config = TrainConfig(
+        model="m", data="d", iters=3, batch_size=2, steps_per_report=2, learning_rate=1e-9
+    )
+    model, reports = adapted(model_path), []
+    batches = [collate(b, 2048) for b in islice(training_batches(SAMPLES, config, 0), 3)]
+    sums = [[x.item() for x in summed_loss(model, *batch[:2])] for batch in batches]
+
+    class Reports(Recorder):
+        def report(self, metrics):
+            reports.append(metrics)
+
+    optimizer = make_optimizer(config, model)
+    Training(model, optimizer, Split(SAMPLES), Split(), config, recorder=Reports()).fit()
+    assert [report["iteration"] for report in reports] == [2, 3]
+    losses, tokens = zip(*sums, strict=True)
+    expected = [sum(losses[:2]) / sum(tokens[:2]), losses[2] / tokens[2]]
+    assert [report["train_loss"] for report in reports] == pytest.approx(expected, rel=1e-5)
+    assert [report["trained_tokens"] for report in reports] == [sum(tokens[:2]), sum(tokens)]
+
+
+def test_early_stopping_counts_from_the_best(model_path, monkeypatch):
+    """Losses that fall, rise, fall again and rise twice: the first rise is forgotten."""
+    config = TrainConfig(model="m", data="d", iters=9, batch_size=2, steps_per_eval=1, early_stop=2)
+    losses = iter([9.0, 3.0, 4.0, 2.0, 5.0, 2.5, 1.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    model, data = adapted(model_path), Split(SAMPLES)
+    training = Training(model, make_optimizer(config, model), data, data, config)
+    training.fit()
+    found = training.progress
+    assert (found.iteration, found.best_iteration, found.best_loss) == (5, 3, 2.0)
+    assert (found.first_val_loss, found.stale) == (9.0, 2)
+
+
+def test_a_resumed_run_goes_on_where_the_data_was():
+    samples = [Sample([n, n + 1], 1, n) for n in range(12)]
+    for epochs in (3, None):
+        config = TrainConfig(model="m", data="d", batch_size=2, epochs=epochs)
+        whole = list(islice(training_batches(samples, config, 0), 18))
+        assert len({str(whole[i : i + 6]) for i in (0, 6, 12)}) == 3  # each epoch has its order
+        for start in range(18):
+            rest = training_batches(samples, config, start)
+            assert list(islice(rest, 18 - start)) == whole[start:]
+            assert (next(rest, None) is None) == bool(epochs)
+
+
+def test_dropout_is_drawn_anew_for_each_update(model_path, monkeypatch):
     """By the run's seed and the update's number alone, so that a resumed run draws the same."""
     model = adapted(model_path)
     for layer in model.layers:
@@ -143,6 +193,8 @@ def test_dropout_is_drawn_anew_for_each_update(model_path):
     first, second, again = losses(0, 0, 2, 0)
     assert first == again
     assert len({first, second, *losses(1, 0)}) == 3
+    monkeypatch.setattr(step_of_training, "rank", lambda: 1)  # another process of mlx.launch
+    assert len({first, second, *losses(0, 0, 1, 2)}) == 5
 
 
 def test_b_and_the_optimizers_state_stay_float32(tmp_path):

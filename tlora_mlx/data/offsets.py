@@ -65,8 +65,7 @@ def inside(tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) 
     for first, last in tokens:
         while at < len(spans) and spans[at][1] <= first:
             at += 1
-        start, stop = spans[at] if at < len(spans) else (last, last)
-        found.append(start < first < stop if first == last else last > start)
+        found.append(at < len(spans) and last > spans[at][0])
     return found
 
 
