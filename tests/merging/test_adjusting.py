@@ -1,5 +1,7 @@
 """Scales and biases moved to the adapter's loss: the gradient, the step, and how far it goes."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
-from tlora_mlx.merging.adjusting import Direction, Slopes, lowest, reaching
+from tlora_mlx.merging.adjusting import Direction, Slopes, adjusted, lowest, reaching
 from tlora_mlx.merging.grid import Grid, Grouped
 from tlora_mlx.method.curvature import Curvature, slopes
 from tlora_mlx.method.layers import replace_modules
@@ -125,6 +127,60 @@ def test_no_step_that_harms():
         assert reaching(0.5, 1.0, lambda _, loss=loss: loss) == 0
     for none in (0.0, -1.0):  # nothing between the two models
         assert lowest(none, lambda _: -2.0) == 0
+
+
+class _Quadratic:
+    """A task whose loss is a parabola in one module's scales and biases, with a slope beside it.
+
+    L(v) = adapted + c·(v − v*) + (v − v*)·H·(v − v*) / 2, H diagonal; it is checked by a line.
+    """
+
+    tokens, adapted, goal = 5, 3.0, 0.8
+
+    def __init__(self, best, slope, bend):
+        self.best, self.slope, self.bend = best, slope, bend
+
+    def merge(self, weights, files):
+        pass
+
+    def place(self, weight, parts):
+        self.at = np.stack([np.array(part, np.float64) for part in parts[1:]]) - self.best
+
+    def calibration_loss(self):
+        return self.adapted + (self.slope * self.at + self.bend * self.at**2 / 2).sum()
+
+    def check_loss(self):
+        return 1 + (self.slope * self.at).sum()
+
+    def slopes(self, moved, files):
+        (weight,) = moved.values()
+        self.place(weight, weight.read(files))
+        found = self.tokens * (self.slope + self.bend * self.at)
+        return self.calibration_loss(), {"m": [mx.array(part, mx.float32) for part in found]}
+
+
+@pytest.mark.parametrize("goal", [1.0, 0.8])
+def test_back_to_the_adapted_weights_and_on_to_the_goal(goal):
+    """Where the slope alone would lead elsewhere, and is more than the distance."""
+    random = np.random.default_rng(4)
+    shape = (2, 3, 2)  # scales and biases of three rows of two groups
+    best, bend = random.normal(size=shape), random.uniform(0.5, 2, size=shape)
+    before = best + random.normal(size=shape)
+    slope = 1.2 * (before - best) + 0.3 * random.normal(size=shape)
+    task = _Quadratic(best, slope, bend)
+    task.goal = goal
+    wanted = [mx.array(5 * part, mx.float32) for part in slope]
+    curved = [mx.array(part, mx.float32) for part in bend]
+    along_error = 5 * (slope * (before - best)).sum()
+    own = Slopes(*curved, mx.zeros(shape[1:]), wanted, along_error)
+    parts = [mx.zeros((3, 8), mx.uint32), *(mx.array(part, mx.float32) for part in before)]
+    weights = {"m": SimpleNamespace(read=lambda files: parts)}
+    found = adjusted(task, weights, {"m": own}, {})["m"]
+    step = slope / bend
+    expected = best - (1 - goal) / (slope * step).sum() * step
+    assert np.abs(np.stack(found[1:]) - expected).max() < 0.02 * np.abs(before - best).max()
+    assert found[0] is parts[0]
+    assert along_error / 5 > (bend * (before - best) ** 2).sum() / 2
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
