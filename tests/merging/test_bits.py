@@ -17,11 +17,14 @@ from helpers.models import save_model
 from mlx_lm.utils import compute_bits_per_weight
 
 from tlora_mlx import export_requantized, read_run
-from tlora_mlx.merging import task
-from tlora_mlx.merging.bits import BITS, allocate
+from tlora_mlx.merging import bits, task
+from tlora_mlx.merging.bits import BITS, affine_weights, allocate
+from tlora_mlx.merging.compensation import DAMPING
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.regridding import made_finer, narrowed
 from tlora_mlx.merging.task import read_task
+from tlora_mlx.method.curvature import Curvature
+from tlora_mlx.models.weights import ModelWeights
 from tlora_mlx.storage.files import write_json
 from tlora_mlx.storage.safetensors import write_tensors
 
@@ -110,6 +113,35 @@ def test_another_grid(before, after):
     equally = narrowed(target, onto, np.ones(128, np.float32)).dense()
     assert error < 0.99 * (importance * (equally - target) ** 2).sum()
     assert ((equally - target) ** 2).sum() < 0.99 * ((found.dense() - target) ** 2).sum()
+
+
+def test_both_costs_are_what_the_summed_loss_rises_by(trained):
+    """By the curvature as its definition in doubles, and by a loss that is known; then undone."""
+    base = ModelWeights(read_run(trained[0]).model)
+    weight = affine_weights(base)["model.layers.0.mlp.up_proj"]
+    random = np.random.default_rng(0)
+    roots = [random.normal(size=(size, size)) for size in (weight.shape[1], weight.shape[0])]
+    inputs, outputs = (root @ root.T for root in roots)
+    factors = Curvature(*(mx.array(m, mx.float32) for m in (inputs, outputs)), mx.zeros((1, 1)))
+    costs = bits._by_curvature(None, base, weight, factors)
+    assert set(costs) == {2, 3, 4}  # more make no difference without an adapter
+    target = weight.dense(base.file_of, 0, weight.rows)
+    means = [np.diag(matrix).mean() for matrix in (inputs, outputs)]
+    inputs += DAMPING * means[0] * np.eye(len(inputs))
+    damped = outputs + DAMPING * means[1] * np.eye(len(outputs))
+    for number in (2, 3, 4):
+        onto = weight.at(number).grid()
+        found = narrowed(target, onto, np.diag(inputs).astype(np.float32))
+        error = found.dense().astype(np.float64) - target if number < 4 else 0 * target
+        expected = np.trace(damped @ error @ inputs @ error.T) / (2 * np.trace(outputs))
+        assert costs[number] == pytest.approx(expected, rel=1e-3)
+    placed = []
+    known = SimpleNamespace(
+        tokens=7, adapted=1.0, calibration_loss=lambda: 0.5 + len(placed), memory=0,
+        place=lambda weight, parts: placed.append(parts),
+    )  # fmt: skip
+    assert bits._by_loss(base, weight, known) == {4: 0.0, 2: 7 * 0.5, 3: 7 * 1.5}
+    assert all(map(mx.array_equal, placed[-1], weight.read(base.file_of)))
 
 
 def export(tlora_here, run, output, *more):

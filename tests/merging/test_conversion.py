@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,8 +14,11 @@ from helpers.exports import export_dequantized, export_merged, export_requantize
 from helpers.logits import TOKENS, all_tensors, base_model, logits_of, mlx_lm_logits
 from helpers.models import save_model
 
-from tlora_mlx import UserError, load_adapter, read_run
+from tlora_mlx import Proof, RunError, UserError, load_adapter, read_run
+from tlora_mlx.adapters.registry import resolve_adapter
 from tlora_mlx.merging import dequantize
+from tlora_mlx.merging.conversion import read_conversion
+from tlora_mlx.merging.quantized_proof import part_bytes, prove_weight
 from tlora_mlx.method.layers import dense_weight
 from tlora_mlx.storage.files import write_json
 from tlora_mlx.storage.safetensors import write_tensors
@@ -132,6 +136,20 @@ def test_requantized(quantized_run, tmp_path, capsys):
     expected = run_logits(quantized_run)
     limit = (0.1 if fine else 0.6) * np.abs(expected).max()
     assert np.abs(mlx_lm_logits(out) - expected).max() < limit
+
+
+def test_what_the_task_rounded_is_compared_by_its_digests(quantized_run, tmp_path):
+    adapter = resolve_adapter(quantized_run)
+    base, weights = read_conversion(adapter, "--quantize")
+    for name, weight in weights.items():
+        parts = part_bytes(weight.read(base.file_of))
+        digests = [sha256(part).hexdigest() for part in parts]
+        arguments = adapter, base, weight, base.file_of
+        prove_weight(*arguments, {name: digests}, Proof(tmp_path))
+        for i in range(len(digests)):
+            others = [*digests[:i], sha256(b"other").hexdigest(), *digests[i + 1 :]]
+            with pytest.raises(RunError, match=f"what was written for {name}"):
+                prove_weight(*arguments, {name: others}, Proof(tmp_path))
 
 
 def test_a_lost_delta_is_reported(original, tmp_path, capsys):
