@@ -169,6 +169,21 @@ def test_a_lost_delta_is_reported(original, tmp_path, capsys):
     assert abs(float(re.search(r"relative error ([\d.e+-]+) ", said)[1])) > 0.9
 
 
+def test_a_delta_beyond_the_range_of_the_scales_is_refused(tmp_path):
+    original = save_model(
+        tmp_path / "original", dtype="float16", hidden_size=64, intermediate_size=128
+    )
+    path = tmp_path / "4bit"
+    mlx_lm.convert(str(original), str(path), quantize=True, q_bits=4, q_group_size=64)
+    run = make_run(tmp_path / "run", path, lambda i, shape: 2)
+    tensors = read_run(run).tensors
+    large = {k: 1e7 * v if k.endswith("_b") else v for k, v in tensors.items()}
+    write_tensors(run / "adapters.safetensors", large, {})
+    with pytest.raises(UserError, match=r"_proj with its delta is not finite once quantized"):
+        export_requantized(read_run(run), tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
+
+
 def test_into_the_full_precision_original(quantized_run, original, tmp_path, tlora_here):
     command = ("export", quantized_run, "--format", "merged", "--output", tmp_path / "merged")
     refused = tlora_here(*command)
