@@ -18,7 +18,7 @@ from tlora_mlx.method.allocation import ModulePlan, RankPlan
 from tlora_mlx.method.layers import adapter_tensors, attach, linear_shape, restore_b, target_linears
 from tlora_mlx.method.output_layer import summed_loss
 from tlora_mlx.runs.recorder import Recorder
-from tlora_mlx.training import loop
+from tlora_mlx.training import loop, session
 from tlora_mlx.training import step as step_of_training
 from tlora_mlx.training.loop import Training, training_batches
 from tlora_mlx.training.step import Step, make_optimizer
@@ -151,6 +151,16 @@ def test_reports_are_of_the_updates_since_the_last(model_path):
     expected = [sum(losses[:2]) / sum(tokens[:2]), losses[2] / tokens[2]]
     assert [report["train_loss"] for report in reports] == pytest.approx(expected, rel=1e-5)
     assert [report["trained_tokens"] for report in reports] == [sum(tokens[:2]), sum(tokens)]
+
+
+def test_the_test_loss_is_of_every_sample(model_path):
+    """However few ``--val-batches`` are."""
+    config = TrainConfig(model="m", data="d", batch_size=1, val_batches=1, test=True)
+    model, data = adapted(model_path), Split(SAMPLES)
+    sums = [summed_loss(model, *collate([sample], 2048)[:2]) for sample in SAMPLES]
+    expected = sum(loss.item() for loss, _ in sums) / sum(n.item() for _, n in sums)
+    training = Training(model, make_optimizer(config, model), data, Split(), config)
+    assert session._test_loss(training, data) == pytest.approx(expected, rel=1e-5)
 
 
 def test_early_stopping_counts_from_the_best(model_path, monkeypatch):
