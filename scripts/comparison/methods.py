@@ -30,6 +30,8 @@ class Method:
             share of the trained parameters; below 0, wide outputs get more ranks.
         floor: this share of the ranks is the same for all, the rest is by sensitivity.
         whitened: A's rows are scaled so that each gives A x the same variance on the samples.
+        weighted: A's rows are scaled, by the root of their standard deviation, the other way: what
+            varies more moves faster.
         rank: the base rank, instead of the comparison's.
         equal_parameters: the rank is chosen instead, for as many trained parameters as B has
             at the base rank everywhere.
@@ -43,6 +45,7 @@ class Method:
     price: float = 0.0
     floor: float = 0.0
     whitened: bool = False
+    weighted: bool = False
     rank: int | None = None
     equal_parameters: bool = False
 
@@ -90,6 +93,7 @@ METHODS = _and_at_equal_parameters(
         "task A trained, uniform": replace(_UNIFORM, train_a=True),
         "weight A, uniform": replace(_UNIFORM, a="weight"),
         "random A, allocated": Method("random"),
+        "task A weighted, uniform": replace(_UNIFORM, weighted=True),
         "task A whitened, uniform": replace(_UNIFORM, whitened=True),
     }
 )

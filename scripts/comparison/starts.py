@@ -76,11 +76,14 @@ class Starts:
                 a = _drawn(method.a, shape, mx.random.key(1000 * seed + number))
             else:
                 a = self._subspace(method.a, name, module.rank, seed).T
-            if method.whitened:
+            if method.whitened or method.weighted:
                 calibration, tokens = self._calibration(seed)
                 covariance = calibration.covariances[self._leaders[name]]
                 variance = (a * (covariance @ a)).sum(axis=0) / tokens
-                a = a / mx.sqrt(variance + 1e-6 * variance.max())
+                if method.whitened:
+                    a = a / mx.sqrt(variance + 1e-6 * variance.max())
+                else:
+                    a = a * variance**0.25 / mx.sqrt(mx.sqrt(variance).mean())
             tensors[f"{name}.lora_a"] = a
         return tensors
 

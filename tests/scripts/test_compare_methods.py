@@ -12,7 +12,10 @@ from tlora_mlx import load_base_model, target_linears
 from tlora_mlx.method.layers import linear_shape
 
 EQUAL = ["LoRA (equal parameters)", "TLoRA without scaling (equal parameters)"]
-UNIFORM = [f"{a}, uniform" for a in ("task A", "gradient A", "gradients A", "task A whitened")]
+UNIFORM = [
+    f"{a}, uniform"
+    for a in ("task A", "gradient A", "gradients A", "task A whitened", "task A weighted")
+]
 METHODS = ["LoRA", "TLoRA", "TLoRA without scaling, floor", *EQUAL, *UNIFORM]
 RATES = [1e-3, 1e-2, 1e3]
 
