@@ -7,7 +7,7 @@ from helpers.models import ROWS, tiny_tokenizer, write_jsonl
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tlora_mlx.data.batches import batches_in_order, collate, epoch_order
-from tlora_mlx.data.conversation import has_empty_answer
+from tlora_mlx.data.conversation import conversation_of, has_empty_answer
 from tlora_mlx.data.reading import load_data
 from tlora_mlx.data.row_files import read_row_file
 from tlora_mlx.data.samples import Sample, Split, draw_samples, split_off
@@ -296,4 +296,5 @@ def test_empty_answers_are_named(tmp_path, chat, plain):
 )
 def test_what_counts_as_an_empty_answer(turn, is_empty):
     user = {"role": "user", "content": ""}
-    assert has_empty_answer({"messages": [user, {"role": "assistant"} | turn]}) == is_empty
+    row = {"messages": [user, {"role": "assistant"} | turn]}
+    assert has_empty_answer(conversation_of(row)) == is_empty

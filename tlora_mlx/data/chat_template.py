@@ -22,13 +22,14 @@ class Tokenized:
         tokens: as the chat template renders them.
         counts: for each token, whether it is an assistant's: of the content or the end of a turn.
         ends: what ends each assistant turn: a special token's text; empty where nothing does.
-        unseen: what the template does not show, in sentences that follow the name of the row.
+        warnings: what the template does not show, or the row lacks, in sentences that follow the
+            name of the row.
     """
 
     tokens: list[int]
     counts: list[bool]
     ends: list[str]
-    unseen: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prompt_tokens(

@@ -101,12 +101,12 @@ def is_learnt(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def has_empty_answer(row: Mapping[str, Any]) -> bool:
-    """Whether a turn to learn says and calls nothing, in a row that ``conversation_of`` takes."""
+def has_empty_answer(conversation: Conversation) -> bool:
+    """Whether a turn that is learnt says nothing and calls nothing."""
     said = ("content", "tool_calls", *REASONING_FIELDS)
     return any(
         is_learnt(message) and not any(_is_filled(message.get(field)) for field in said)
-        for message in conversation_of(row).messages
+        for message in conversation.messages
     )
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tlora_mlx.data.chat_template import Tokenized, refusal
-from tlora_mlx.data.conversation import MalformedRowError, conversation_of, has_empty_answer
+from tlora_mlx.data.conversation import (
+    Conversation,
+    MalformedRowError,
+    conversation_of,
+    has_empty_answer,
+)
 from tlora_mlx.data.faults import Faults, first_numbers
 from tlora_mlx.data.formats import FORMATS, recognised_format, to_prompt
 from tlora_mlx.data.offsets import NotLocatedError, intervals
@@ -22,7 +28,9 @@ if TYPE_CHECKING:
 # create_dataset).
 _KEYS = (("prompt", "completion"), ("messages",), ("text",))
 
-_EMPTY = "an answer is empty, so the model learns to say nothing; delete it unless you mean that"
+_EMPTY = (
+    "an answer is empty, so the model learns to say nothing; delete the row unless you want that"
+)
 
 # A sample's token ids, and for each whether it is learnt; and what ends each turn of an assistant.
 _Process = Callable[[dict[str, Any]], Tokenized]
@@ -78,7 +86,7 @@ class RowTokenizer:
         mask_prompt = keys != ("text",) if self._mask_prompt is None else self._mask_prompt
         process, split = self._process(keys), Split(where=where)
         ends: set[str] = set()
-        unseen: dict[str, list[int]] = {}
+        warned: dict[str, list[int]] = {}
         for number, row in rows:
             if fault := _fault(row, keys):
                 faults.add(number, fault)
@@ -99,16 +107,14 @@ class RowTokenizer:
                 faults.add(number, fault)
                 continue
             ends |= set(made.ends)
-            if keys != ("text",) and has_empty_answer(row):
-                unseen.setdefault(_EMPTY, []).append(number)
-            for sentence in dict.fromkeys(made.unseen):
-                unseen.setdefault(sentence, []).append(number)
+            for sentence in dict.fromkeys(made.warnings):
+                warned.setdefault(sentence, []).append(number)
             made = self._stopped(made)
             split.add(_sample(made, number, mask_prompt), self._max_seq_length)
         faults.raise_if_any()
         split.warnings.extend(_warnings(ends, self._template, self.tokenizer))
         split.warnings.extend(
-            f"{where} {first_numbers(found)}: {sentence}" for sentence, found in unseen.items()
+            f"{where} {first_numbers(found)}: {sentence}" for sentence, found in warned.items()
         )
         return split
 
@@ -118,7 +124,7 @@ class RowTokenizer:
             return self._text
         template = self._template
         if template is not None:
-            return lambda row: template.tokenize(conversation_of(row))
+            return lambda row: _in_template(template, conversation_of(row))
         if keys == ("messages",):
             raise UserError(
                 "rows with 'messages' need a tokenizer with a chat template, and the model has "
@@ -147,7 +153,8 @@ class RowTokenizer:
         completion = self._plain.encode(row["completion"], add_special_tokens=False)
         completion = completion + ([] if self._end is None else [self._end])
         counts = [False] * len(prompt) + [True] * len(completion)
-        return Tokenized(prompt + completion, counts, [])
+        warnings = () if row["completion"].strip() else (_EMPTY,)
+        return Tokenized(prompt + completion, counts, [], warnings)
 
     def _once(self, tokens: list[int]) -> list[int]:
         """Without a second beginning token, where the text began with one already."""
@@ -231,6 +238,13 @@ def _fault(row: Any, keys: tuple[str, ...]) -> str | None:
         if not isinstance(row[key], kind):
             return f": '{key}' is not {name} but {json.dumps(row[key], default=str)[:40]}"
     return None
+
+
+def _in_template(template: ChatTemplate, conversation: Conversation) -> Tokenized:
+    made = template.tokenize(conversation)
+    if has_empty_answer(conversation):
+        made = replace(made, warnings=(*made.warnings, _EMPTY))
+    return made
 
 
 def _sample(made: Tokenized, row: int, mask_prompt: bool) -> Sample:

@@ -53,7 +53,7 @@ def find_model(name: str, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]
     path = _directory(name)
     if path is None:
         return name, _download(name, files)
-    return str(path.resolve()), path
+    return recorded_name(name), path
 
 
 def recorded_name(name: str) -> str:

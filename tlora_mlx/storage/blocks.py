@@ -112,7 +112,8 @@ def encode(values: np.ndarray, out: np.ndarray, scratch: Scratch) -> np.ndarray:
     return out
 
 
-# Entries processed at a time: more leave the cache, with fewer the threads wait for each other.
+# Entries processed at a time: more do not fit into a core's cache, and with fewer the threads
+# wait for each other more often.
 BLOCK = 1 << 19
 
 

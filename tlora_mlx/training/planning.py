@@ -135,18 +135,18 @@ def read_plan(path: str, targets: Mapping[str, Linear] | None = None) -> RankPla
     modules = data.get("modules") if isinstance(data, dict) else None
     if isinstance(modules, dict) and targets is not None:
         faults += _misfits(modules, targets)
-    if not faults:
-        faults = [
-            f"{name} has rank {module.rank} and scale 0, so it would learn nothing; set its rank "
-            "to 0 to leave it out"
-            for name, module in RankPlan.from_dict(data).adapted().items()
-            if not module.scale
-        ]
-    if not faults and not RankPlan.from_dict(data).adapted():
-        faults = ["no module has a rank above 0"]
     if faults:
         raise _invalid(path, faults)
-    return RankPlan.from_dict(data)
+    plan = RankPlan.from_dict(data)
+    idle = [
+        f"{name} has rank {module.rank} and scale 0, so it would learn nothing; set its rank to 0 "
+        "to leave it out"
+        for name, module in plan.adapted().items()
+        if not module.scale
+    ]
+    if idle or not plan.adapted():
+        raise _invalid(path, idle or ["no module has a rank above 0"])
+    return plan
 
 
 def _invalid(path: str, faults: Sequence[str]) -> UserError:

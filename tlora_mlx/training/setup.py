@@ -120,7 +120,7 @@ def read_data(
         if model.window and (most := split.longest()) > model.window:
             split.warnings.append(
                 f"{split.name()} has samples of up to {most:,} tokens, and the model was made for "
-                f"{model.window:,}; what comes later is learnt badly"
+                f"{model.window:,}; tokens beyond that are learnt badly"
             )
     for name, split in data.items():
         if text := _described(name, split, config.max_seq_length):
