@@ -4,9 +4,10 @@ The model is converted as mlx-lm does it (bfloat16 scales, the embeddings too), 
 trained on it at each rate, and merged: by mlx_lm.fuse, by ours to nearest, and by ours with
 compensation. Losses are those of the validation and test rows together, which nothing is trained or
 rounded by. --target-bpw adds bits by the task, for each size; --convert adds what mlx_lm.convert
-makes of the dense merged model with so many bits. On a CPU, training and losses use the dequantized
-weights in float32: the same model, much faster. --work DIR keeps what is finished, so that the same
-command goes on after a stop.
+makes of the dense merged model with so many bits; --elsewhere adds the losses on another task's
+validation and test rows. Training and losses use the dequantized weights in float32: the same
+model, much faster on a CPU. Seconds are the processor's, on a GPU the clock's. --work DIR keeps
+what is finished, so that the same command goes on after a stop.
 
     python scripts/benchmark_quantize.py --model examples/model --data examples/data --group-size 32
 """
@@ -19,7 +20,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ import tlora_mlx
 from tlora_mlx.config.data_options import DataConfig
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.merging.task import make_dense
-from tlora_mlx.method.layers import adapters_off
 from tlora_mlx.training.setup import read_data
 from tlora_mlx.training.validation import mean_loss
 
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--max-seq-length", type=int, default=2048)
     parser.add_argument("--target-bpw", type=float, nargs="+", default=[])
     parser.add_argument("--convert", type=int, nargs="+", default=[])
+    parser.add_argument("--elsewhere", help="another task's data: the losses on it too")
     parser.add_argument("--work", help="keep models, runs and figures here, and go on from them")
     args = parser.parse_args()
     print(f"{machine()}; MLX {mx.__version__}, {mlx_blas()}\n")
@@ -70,8 +70,11 @@ def main() -> None:
                 mlx_lm.convert(args.model, str(work / "quantized"), quantize=True, **settings)
                 write_dense(work / "quantized", work / "dense")
             for rate in args.rates:
-                found = Measurement(work, group_size, rate, args).row()
-                print(table_row([group_size, f"{rate:g}", *found]), flush=True)
+                measurement = Measurement(work, group_size, rate, args)
+                print(table_row([group_size, f"{rate:g}", *measurement.row()]), flush=True)
+                if args.elsewhere:
+                    losses = measurement.losses_elsewhere()
+                    print(table_row([group_size, "elsewhere", *losses]), flush=True)
 
 
 def write_dense(quantized: Path, output: Path) -> None:
@@ -95,6 +98,11 @@ def write_dense(quantized: Path, output: Path) -> None:
     mx.save_safetensors(str(output / "model.safetensors"), dense, {"format": "mlx"})
 
 
+def clock() -> float:
+    """Seconds of the processor, which other work does not disturb; on a GPU those that passed."""
+    return time.perf_counter() if mx.default_device() == mx.gpu else time.process_time()
+
+
 class Measurement:
     """One adapter, and its losses; figures that are in its file already are not measured again."""
 
@@ -104,28 +112,46 @@ class Measurement:
         self._file = work / f"figures-{rate:g}.json"
         self._figures = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def row(self) -> list[str]:
-        """Losses, the shares that each way of merging keeps, and seconds of the processor."""
-        training = self._figure("training", self._train)
-        data = DataConfig(
-            model=self._quantized, data=self._args.data, max_seq_length=self._args.max_seq_length
-        )
-        splits, _ = read_data(data)
-        self._samples = splits["valid"].samples + splits["test"].samples
-        before, after = (self._figure(name, self._unmerged) for name in ("base", "adapter"))
-        ways = {
+        self._ways = {
+            "base": self._base,
+            "adapter": self._adapter,
             "fused": self._fused,
             **{name: partial(self._exported, rounding=name) for name in ("nearest", "compensated")},
-            **{f"convert-{bits}": self._converted for bits in self._args.convert},
+            **{f"convert-{bits}": self._converted for bits in args.convert},
             **{
                 f"auto-{target:g}": partial(self._exported, bits="auto", target_bpw=target)
-                for target in self._args.target_bpw
+                for target in args.target_bpw
             },
         }
-        merged = [self._figure(name, measure) for name, measure in ways.items()]
+
+    def row(self) -> list[str]:
+        """Losses, the shares that each way of merging keeps, and seconds."""
+        training = self._figure("training", self._train)
+        before, after, *merged = self._losses(self._args.data)
         shares = [f"{(before - found) / (before - after):.3f}" for found in merged]
         seconds = training, self._figures["compensated seconds"]
         return [f"{before:.4f}", f"{after:.4f}", *shares, *(f"{s:.0f}" for s in seconds)]
+
+    def losses_elsewhere(self) -> list[str]:
+        """The losses of the same models on the other task's rows."""
+        return [f"{loss:.4f}" for loss in self._losses(self._args.elsewhere)]
+
+    def _losses(self, data: str) -> list[float]:
+        elsewhere = " elsewhere" if data == self._args.elsewhere else ""
+        config = DataConfig(
+            model=self._quantized, data=data, max_seq_length=self._args.max_seq_length
+        )
+        splits, _ = read_data(config)
+        samples = splits["valid"].samples + splits["test"].samples
+
+        def loss(name: str) -> float:
+            name = name.removesuffix(" elsewhere")
+            model = self._ways[name](name)
+            make_dense(model)
+            size, length = self._args.batch_size, self._args.max_seq_length
+            return mean_loss(model, batches_in_order(samples, size, length))
+
+        return [self._figure(name + elsewhere, loss) for name in self._ways]
 
     def _figure(self, name: str, measure: Callable[[str], float]) -> float:
         if name not in self._figures:
@@ -134,9 +160,9 @@ class Measurement:
         return self._figures[name]
 
     def _train(self, _: str) -> float:
-        """Seconds of the processor."""
+        """Seconds."""
         shutil.rmtree(self._run, ignore_errors=True)
-        start = time.process_time()
+        start = clock()
         tlora_mlx.train(
             model=str(self._work / "dense"),
             data=self._args.data,
@@ -150,49 +176,45 @@ class Measurement:
             val_batches=1,
             quiet=True,
         )
-        seconds = time.process_time() - start
+        seconds = clock() - start
         config = json.loads((self._run / "adapter_config.json").read_text())
         config["model"] = self._quantized
         (self._run / "adapter_config.json").write_text(json.dumps(config))
         return seconds
 
-    def _unmerged(self, name: str) -> float:
-        model = tlora_mlx.load_adapter(self._run).model
-        with adapters_off(model) if name == "base" else nullcontext():
-            return self._loss(model)
+    def _base(self, _: str) -> nn.Module:
+        return tlora_mlx.load_base_model(self._quantized).model
 
-    def _fused(self, _: str) -> float:
+    def _adapter(self, _: str) -> nn.Module:
+        return tlora_mlx.load_adapter(self._run).model
+
+    def _fused(self, _: str) -> nn.Module:
         fused = mlx_lm.load(self._quantized, adapter_path=str(self._run))[0]
         layers = [(name, m.fuse()) for name, m in fused.named_modules() if hasattr(m, "fuse")]
         fused.update_modules(tree_unflatten(layers))
-        return self._loss(fused)
+        return fused
 
-    def _exported(self, name: str, **options: Any) -> float:
-        output = self._output(name)
-        options |= {"format": "merged", "quantize": True, "quiet": True}
-        start = time.process_time()
-        tlora_mlx.export(run=str(self._run), output=str(output), **options)
-        self._figures[f"{name} seconds"] = time.process_time() - start
-        return self._loss(tlora_mlx.load_base_model(str(output)).model)
-
-    def _converted(self, name: str) -> float:
-        dense, output = self._output("dequantized"), self._output(name)
-        options = {"format": "merged", "dequantize": True, "quiet": True}
-        tlora_mlx.export(run=str(self._run), output=str(dense), **options)
-        settings = {"q_bits": int(name.rpartition("-")[2]), "q_group_size": self._group_size}
-        settings |= {"quantize": True, "dtype": "bfloat16"}
-        mlx_lm.convert(str(dense), str(output), **settings)
-        return self._loss(tlora_mlx.load_base_model(str(output)).model)
-
-    def _output(self, name: str) -> Path:
+    def _exported(self, name: str, **options: Any) -> nn.Module:
         output = self._work / f"{name}-{self._rate:g}"
-        shutil.rmtree(output, ignore_errors=True)
-        return output
+        if f"{name} seconds" not in self._figures:
+            shutil.rmtree(output, ignore_errors=True)
+            options |= {"format": "merged", "quantize": True, "quiet": True}
+            start = clock()
+            tlora_mlx.export(run=str(self._run), output=str(output), **options)
+            self._figures[f"{name} seconds"] = clock() - start
+        return tlora_mlx.load_base_model(str(output)).model
 
-    def _loss(self, model: nn.Module) -> float:
-        make_dense(model)
-        size, length = self._args.batch_size, self._args.max_seq_length
-        return mean_loss(model, batches_in_order(self._samples, size, length))
+    def _converted(self, name: str) -> nn.Module:
+        dense, output = (self._work / f"{part}-{self._rate:g}" for part in ("dequantized", name))
+        if not (output / "model.safetensors").exists():
+            for path in (dense, output):
+                shutil.rmtree(path, ignore_errors=True)
+            options = {"format": "merged", "dequantize": True, "quiet": True}
+            tlora_mlx.export(run=str(self._run), output=str(dense), **options)
+            settings = {"q_bits": int(name.rpartition("-")[2]), "q_group_size": self._group_size}
+            settings |= {"quantize": True, "dtype": "bfloat16"}
+            mlx_lm.convert(str(dense), str(output), **settings)
+        return tlora_mlx.load_base_model(str(output)).model
 
 
 if __name__ == "__main__":

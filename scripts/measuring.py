@@ -14,7 +14,15 @@ from typing import Any
 
 
 def machine() -> str:
-    """The machine's name, as far as the system tells it."""
+    """The machine's name, as far as the system tells it, and its GPU where MLX uses one."""
+    import mlx.core as mx  # not where this module is imported: by one side of some benchmarks alone
+
+    if mx.default_device() == mx.gpu:
+        return f"{_processor()}; {mx.device_info()['device_name']}"
+    return _processor()
+
+
+def _processor() -> str:
     cpus = Path("/proc/cpuinfo")  # Linux only
     for line in cpus.read_text().splitlines() if cpus.exists() else ():
         if line.startswith("model name"):
