@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from helpers.memory import peak_memory
 from tlora_mlx.models.differentiable import differentiable_operations
 
 
@@ -35,8 +36,5 @@ def assert_like_mlx_lm(outputs, arguments):
 def peak_of_gradients(loss, arrays):
     """Bytes that the loss's gradients by these arrays take at most, beside the arrays."""
     mx.eval(arrays)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(mx.grad(loss, argnums=list(range(len(arrays))))(*arrays))
-    return mx.get_peak_memory() - before
+    gradients = mx.grad(loss, argnums=list(range(len(arrays))))
+    return peak_memory(lambda: mx.eval(gradients(*arrays)))

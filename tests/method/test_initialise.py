@@ -5,6 +5,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.memory import peak_memory
 from helpers.paths import EXAMPLE
 from helpers.subspaces import quality
 from mlx_lm.models.llama import Model, ModelArgs
@@ -96,10 +97,7 @@ def test_peak_memory_of_each_way():
     arguments = (model, plan, targets, leaders, batches)
 
     def peak(run, *more):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        run(*arguments, *more)
-        return mx.get_peak_memory() - before
+        return peak_memory(lambda: run(*arguments, *more))
 
     # A covariance in the making, one scaled, and the activations of a batch.
     assert peak(initialise.grouped_subspaces, memory) < memory + 3 * largest < 0.7 * whole

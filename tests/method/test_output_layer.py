@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.loss import masked_cross_entropy
+from helpers.memory import peak_memory
 from helpers.models import save_model
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -192,10 +193,7 @@ def peak_growth(model, run):
         tokens = mx.array(np.arange(65 * sequences).reshape(sequences, 65))
         counts = mx.array(np.arange(65) >= 1) & (tokens >= 0)
         mx.eval(model.parameters(), tokens, counts)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        run(tokens, counts)
-        return mx.get_peak_memory() - before
+        return peak_memory(lambda: run(tokens, counts))
 
     limit = mx.set_memory_limit(0)
     try:
