@@ -1,10 +1,15 @@
 """``--sample-prompts``: answers at each validation, in the metrics and in the report."""
 
 import json
+import shutil
 
 import pytest
 from helpers.commands import arguments, assert_one_sentence, quick_train
+from helpers.models import save_model, write_jsonl
 from mlx_lm import generate, load
+
+from tlora_mlx import UserError, load_base_model
+from tlora_mlx.training.prompts import MAX_TOKENS, answers, tokenize_prompts
 
 PROMPTS = ["Add 1 and 2.", "Add <3> and 4."]
 
@@ -44,3 +49,32 @@ def test_faults_are_found_before_the_model_is_loaded(content, message, tmp_path,
     done = tlora_here(*options, "--sample-prompts", tmp_path / "prompts.txt")
     assert_one_sentence(done, 2, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_cannot_be_asked_stops_before_training(model_path, tmp_path, tlora_here):
+    model = shutil.copytree(model_path, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    refuses = "{% if 'weather' in messages[0]['content'] %}{{ raise_exception('no small talk') }}"
+    config["chat_template"] = refuses + "{% endif %}{{ messages[0]['content'] }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "prompts.txt").write_text("Add 1 and 2.\nHow is the weather?\n")
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "1 and 2 are 3"}] * 5)
+    options = arguments(model, tmp_path / "train.jsonl", tmp_path / "run")
+    done = tlora_here(*options, "--sample-prompts", tmp_path / "prompts.txt")
+    assert_one_sentence(done, 2, "--sample-prompts, prompt 2: the model's chat template refuses")
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_end_at_the_last_position(tmp_path):
+    """GPT-2 has a table of positions, and MLX reads other memory behind it."""
+    base = load_base_model(str(save_model(tmp_path / "model", "gpt2")))
+    positions = base.config["n_positions"]
+    short, *_ = tokenize_prompts(["1"], base)
+    assert short.room == min(MAX_TOKENS, positions - len(short.tokens))
+    almost = "1 " * (positions - 20)
+    (prompt,) = tokenize_prompts([almost], base)
+    assert prompt.room == positions - len(prompt.tokens) < MAX_TOKENS
+    (answer,) = answers(base.model, base.tokenizer, [prompt])
+    assert len(base.tokenizer.encode(answer["answer"])) <= prompt.room
+    with pytest.raises(UserError, match=f"--sample-prompts, prompt 1: .* for {positions:,}"):
+        tokenize_prompts(["1 " * (positions + 1)], base)

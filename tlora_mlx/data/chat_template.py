@@ -52,6 +52,23 @@ def prompt_tokens(
         raise UserError(f"the model's chat template refuses this conversation: {reason}") from None
 
 
+def question_tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Token ids of a text to be answered: a user's turn if there is a chat template, else as it is.
+
+    Args:
+        tokenizer: mlx-lm's wrapper of a tokenizer.
+        text: what is asked; a BOS at its beginning is not doubled (mlx_lm/generate.py,
+            stream_generate).
+
+    Raises:
+        UserError: the template refuses it.
+    """
+    if tokenizer.has_chat_template:
+        return prompt_tokens(tokenizer, [{"role": "user", "content": text}])
+    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer.encode(text, add_special_tokens=not begins)
+
+
 def refusal(messages: Iterable[Any], error: Exception) -> str:
     """What a template says, and what to do where it is the system message that it refuses."""
     said = first_line(error)

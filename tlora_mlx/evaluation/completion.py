@@ -9,7 +9,7 @@ from mlx_lm.generate import stream_generate
 
 from tlora_mlx.adapters.loading import load_adapter
 from tlora_mlx.config.usage_options import GenerateCommand
-from tlora_mlx.data.chat_template import prompt_tokens
+from tlora_mlx.data.chat_template import question_tokens
 from tlora_mlx.errors import UserError
 from tlora_mlx.method.layers import adapters_off
 from tlora_mlx.storage.files import is_unicode
@@ -39,11 +39,8 @@ def completions(config: GenerateCommand, stdin: TextIO) -> Iterator[tuple[str, I
         raise UserError("--prompt -: standard input is empty")
     if not is_unicode(text):
         raise UserError("--prompt is not UTF-8 text")
-    prompt: str | list[int] = text
-    if base.tokenizer.has_chat_template:
-        prompt = prompt_tokens(base.tokenizer, [{"role": "user", "content": text}])
-    tokens = base.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    max_tokens = base.room(len(tokens), config.max_tokens)
+    prompt = question_tokens(base.tokenizer, text)
+    max_tokens = base.room(len(prompt), config.max_tokens)
 
     def parts() -> Iterator[str]:
         for part in stream_generate(base.model, base.tokenizer, prompt, max_tokens):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.nn as nn
 
-from tlora_mlx.data.chat_template import prompt_tokens
+from tlora_mlx.data.chat_template import question_tokens
 from tlora_mlx.errors import UserError
 from tlora_mlx.storage.files import user_path
 from tlora_mlx.storage.foreign import read_file
@@ -15,7 +15,23 @@ from tlora_mlx.storage.foreign import read_file
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from tlora_mlx.models.base_model import BaseModel
+
 MAX_TOKENS = 100
+
+
+class Prompt(NamedTuple):
+    """A line of the file.
+
+    Attributes:
+        text: as it stands there.
+        tokens: its token ids, in the chat template.
+        room: how many tokens the answer may have.
+    """
+
+    text: str
+    tokens: list[int]
+    room: int
 
 
 def read_prompts(file: str | None) -> list[str]:
@@ -37,27 +53,42 @@ def read_prompts(file: str | None) -> list[str]:
     raise UserError(f"--sample-prompts {file} has no prompt; write one per line")
 
 
+def tokenize_prompts(texts: Sequence[str], base: BaseModel) -> list[Prompt]:
+    """The prompts as the model is asked them.
+
+    Args:
+        texts: from ``read_prompts``.
+        base: its chat template is used if there is one.
+
+    Raises:
+        UserError: the chat template refuses one, or it is too long for the model's positions.
+    """
+    found = []
+    for number, text in enumerate(texts, 1):
+        try:
+            tokens = question_tokens(base.tokenizer, text)
+            found.append(Prompt(text, tokens, base.room(len(tokens), MAX_TOKENS)))
+        except UserError as error:
+            raise UserError(f"--sample-prompts, prompt {number}: {error}") from None
+    return found
+
+
 def answers(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str]
+    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]
 ) -> list[dict[str, str]]:
-    """Each prompt with the model's answer, greedy, up to ``MAX_TOKENS`` tokens.
+    """Each prompt with the model's answer, greedy.
 
     Args:
         model: in evaluation mode.
-        tokenizer: its chat template is used if there is one.
-        prompts: from ``read_prompts``.
-
-    Raises:
-        UserError: the chat template refuses one.
+        tokenizer: the prompts were made with it.
+        prompts: from ``tokenize_prompts``.
     """
     from mlx_lm.generate import generate
 
-    found = []
-    for text in prompts:
-        prompt: str | list[int] = text
-        if tokenizer.has_chat_template:
-            turn = [{"role": "user", "content": text}]
-            prompt = prompt_tokens(tokenizer, turn)
-        answer = generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS)
-        found.append({"prompt": text, "answer": answer})
-    return found
+    return [
+        {
+            "prompt": prompt.text,
+            "answer": generate(model, tokenizer, prompt.tokens, max_tokens=prompt.room),
+        }
+        for prompt in prompts
+    ]

@@ -37,7 +37,7 @@ from tlora_mlx.storage.files import user_path
 from tlora_mlx.training.best import BestAdapter
 from tlora_mlx.training.loop import Training
 from tlora_mlx.training.planning import plan_from_first
-from tlora_mlx.training.prompts import answers, read_prompts
+from tlora_mlx.training.prompts import answers, read_prompts, tokenize_prompts
 from tlora_mlx.training.rate_search import search_rate
 from tlora_mlx.training.setup import Setup, prepare
 from tlora_mlx.training.start import check_start, find_start
@@ -139,7 +139,8 @@ def _train(
     if is_first():
         check_start(config)
     prompts = read_prompts(config.sample_prompts)
-    setup = replace(prepare(config, observer), prompts=prompts)
+    setup = prepare(config, observer)
+    setup = replace(setup, prompts=tokenize_prompts(prompts, setup.base))
     if config.test and not setup.data["test"].samples:
         raise UserError("--test needs test data: test.jsonl, or a split 'test'; there is none")
     if config.early_stop and not setup.data["valid"].samples:

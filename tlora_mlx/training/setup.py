@@ -25,6 +25,7 @@ from tlora_mlx.models.names import unexportable
 from tlora_mlx.models.tokenizer import ModelTokenizer, load_tokenizer
 from tlora_mlx.observer import SILENT, Observer
 from tlora_mlx.training.memory import limit_memory
+from tlora_mlx.training.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Setup:
     base: BaseModel
     data: dict[str, Split]
     targets: dict[str, Linear]
-    prompts: Sequence[str] = ()
+    prompts: Sequence[Prompt] = ()
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of the model and the tokenized samples, which must not change before a resume."""
