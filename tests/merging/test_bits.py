@@ -18,8 +18,8 @@ from mlx_lm.utils import compute_bits_per_weight
 
 from tlora_mlx import export_requantized, read_run
 from tlora_mlx.merging import bits, task
-from tlora_mlx.merging.bits import BITS, affine_weights, allocate
-from tlora_mlx.merging.compensation import DAMPING
+from tlora_mlx.merging.bits import BITS, Size, affine_weights, allocate
+from tlora_mlx.merging.compensation import COARSER_DAMPING
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.regridding import made_finer, narrowed
 from tlora_mlx.merging.task import read_task
@@ -127,8 +127,8 @@ def test_both_costs_are_what_the_summed_loss_rises_by(trained):
     assert set(costs) == {2, 3, 4}  # more make no difference without an adapter
     target = weight.dense(base.file_of, 0, weight.rows)
     means = [np.diag(matrix).mean() for matrix in (inputs, outputs)]
-    inputs += DAMPING * means[0] * np.eye(len(inputs))
-    damped = outputs + DAMPING * means[1] * np.eye(len(outputs))
+    inputs += COARSER_DAMPING * means[0] * np.eye(len(inputs))
+    damped = outputs + COARSER_DAMPING * means[1] * np.eye(len(outputs))
     for number in (2, 3, 4):
         onto = weight.at(number).grid()
         found = narrowed(target, onto, np.diag(inputs).astype(np.float32))
@@ -173,6 +173,22 @@ def test_the_command(trained, tmp_path, tlora_here):
     report = tlora_here("report", run, "--merged", tmp_path / "out", "--output", tmp_path / "r")
     assert report.returncode == 0, report.stderr
     assert f"{found:.2f} bits per weight" in (tmp_path / "r").read_text()
+
+
+def test_two_bits_only_where_three_do_not_fit(trained, tmp_path, tlora_here):
+    run, _ = trained
+    base = ModelWeights(read_run(run).model)
+    stored = affine_weights(base)
+    three = Size(base, {name: weight.at(3) for name, weight in stored.items()}).per_weight
+
+    def modules(target):
+        output = tmp_path / f"{target:.3f}"
+        assert export(tlora_here, run, output, "--target-bpw", target).returncode == 0
+        return json.loads((output / "survival.json").read_text())["bits"]["modules"]
+
+    assert modules(three) == {"3": len(stored)}
+    assert min(modules(three + 0.3)) == "3"
+    assert set(modules(three - 0.01)) == {"2", "3"}
 
 
 def test_in_groups_and_as_on_a_gpu(trained, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from helpers.models import ROWS, save_model, write_jsonl
 from tlora_mlx import load_base_model, read_run, target_linears
 from tlora_mlx.data.batches import batches_in_order
 from tlora_mlx.data.samples import Sample
-from tlora_mlx.merging import requantize, rounding, task
-from tlora_mlx.merging.compensation import round_module
+from tlora_mlx.merging import compensation, requantize, rounding, task
+from tlora_mlx.merging.compensation import COARSER_DAMPING, DAMPING, round_module
 from tlora_mlx.merging.grid import Grid
 from tlora_mlx.merging.refitting import refitted, weighted_error
 from tlora_mlx.merging.rounding import compensated
@@ -116,6 +116,32 @@ def test_the_best_of_the_candidates_is_stored():
     for i in (1, 2):
         assert not np.array_equal(found[i], nearest[i])
         assert not np.array_equal(found[i], np.array(parts[i].view(mx.uint8)))
+
+
+def test_with_fewer_bits_it_does_not_fit_the_samples_too_closely(monkeypatch):
+    """Factors of 60 samples, and errors by those of their whole distribution."""
+    random = np.random.default_rng(3)
+    shape, settings = (64, 128), {"mode": "affine", "bits": 4, "group_size": 64}
+    parts, grid = quantized(random, settings, shape)
+    target = grid.take_apart(parts).dense()
+    onto = Grid(settings | {"bits": 2}, mx.bfloat16)
+    nearest = mx.quantize(mx.array(target).astype(mx.bfloat16), group_size=64, bits=2)
+    whole = [factor(random, size, decay=40.0) for size in (shape[1], shape[0])]
+    drawn = [random.multivariate_normal(np.zeros(len(m)), m, 60).astype(np.float32) for m in whole]
+    samples = curvature(*(x.T @ x for x in drawn))
+
+    def error(damping):
+        monkeypatch.setattr(compensation, "COARSER_DAMPING", damping)
+        rounded = round_module(parts, nearest, 0 * target, grid, onto, samples)
+        dtypes = zip(rounded.parts, (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)
+        read = onto.take_apart([mx.array(data).view(dtype) for data, dtype in dtypes])
+        found = read.dense() - target
+        inputs, outputs, size = samples.damped(DAMPING)
+        reported = size * weighted_error(found, inputs, outputs)
+        assert rounded.outputs.error == pytest.approx(reported, rel=1e-3)
+        return weighted_error(found, *map(mx.array, whole))
+
+    assert error(COARSER_DAMPING) < 0.9 * error(DAMPING)
 
 
 def test_a_delta_that_nearest_rounding_loses_is_kept():

@@ -14,7 +14,7 @@ from tlora_mlx.adapters.adapter import Adapter
 from tlora_mlx.adapters.delta import adapter_delta
 from tlora_mlx.errors import UserError
 from tlora_mlx.evaluation.survival import ChosenBits
-from tlora_mlx.merging.compensation import DAMPING
+from tlora_mlx.merging.compensation import COARSER_DAMPING
 from tlora_mlx.merging.conversion import StoredWeight
 from tlora_mlx.merging.refitting import weighted_error
 from tlora_mlx.merging.regridding import made_finer, narrowed
@@ -128,7 +128,10 @@ def choose_bits(
     outside = [name for name in outside if not stored[name].modules]
     size = Size(base, {})
     limit = size.bits if target_bpw is None else target_bpw * size.weights
-    lowest = Size(base, {name: stored[name].at(BITS[0]) for name in (*inside, *outside)})
+    lowest, next_to_lowest = (
+        Size(base, {name: stored[name].at(bits) for name in (*inside, *outside)})
+        for bits in BITS[:2]
+    )
     if lowest.bits > limit:
         raise UserError(
             f"--target-bpw {target_bpw:g} is too small for {base.name}, which needs "
@@ -150,7 +153,15 @@ def choose_bits(
         for name in outside:
             costs[name] = _by_loss(base, stored[name], task)
             advance()
-    chosen = allocate(costs, stored, limit - size.bits)
+    # What 2 bits cost is more than the second order tells (docs/BENCHMARKS.md): they are for what 3
+    # bits everywhere would be too large for, not to pay for more bits elsewhere.
+    fits = next_to_lowest.bits <= limit
+    possible = {
+        name: {b: cost for b, cost in by_bits.items() if (b > 2 if fits else b < 4)}
+        for name, by_bits in costs.items()
+    }
+    possible = {name: by_bits for name, by_bits in possible.items() if by_bits}
+    chosen = allocate(possible, stored, limit - size.bits)
     after = {name: stored[name].at(bits) for name, bits in chosen.items()}
     changed = {n: w for n, w in after.items() if w.settings != stored[n].settings}
     weights = {name: after.get(name, weight) for name, weight in adapted.items()} | changed
@@ -189,7 +200,7 @@ def _by_curvature(
     target = start.dense()
     if weight.modules:
         target = target + adapter_delta(adapter, weight.name).product()
-    inputs, outputs, unit = curvature.damped(DAMPING)
+    inputs, outputs, unit = curvature.damped(COARSER_DAMPING)
     unit /= 2 * mx.diagonal(curvature.outputs).sum().item()
     importance = np.array(mx.diagonal(inputs))
     costs = {}

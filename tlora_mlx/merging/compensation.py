@@ -19,6 +19,9 @@ from tlora_mlx.method.curvature import Curvature
 # Added to a factor's diagonal, as a share of its mean: directions that the samples never show may
 # occur later. GPTQ's (mlx_lm/quant/gptq.py).
 DAMPING = 0.01
+# The same for a weight that gets fewer bits. Its errors are large, and what they do to other texts
+# counts: so the loss is lower even on other rows of the same task (docs/BENCHMARKS.md).
+COARSER_DAMPING = 1.0
 
 
 class OutputErrors(NamedTuple):
@@ -82,10 +85,11 @@ def round_module(
     """
     start = grid.take_apart(parts)
     target = start.dense() + delta
-    inputs, outputs, size = curvature.damped(DAMPING)
+    coarser = onto.bits < grid.bits
+    inputs, outputs, size = curvature.damped(COARSER_DAMPING if coarser else DAMPING)
     if onto.bits > grid.bits:
         start = made_finer(target, start, grid, onto)
-    elif onto.bits < grid.bits:
+    elif coarser:
         start = narrowed(target, onto, np.array(mx.diagonal(inputs)))
     found = compensated(target, start, onto, np.array(inputs), np.array(outputs))
     candidates = [(found, parts[1]), (onto.take_apart(nearest), nearest[1])]
@@ -98,7 +102,10 @@ def round_module(
     errors = [error_of(candidate) for candidate in candidates]
     best = int(np.argmin(errors))
     stored = onto.put_together(*candidates[best])
+    rounded, error = candidates[best][0], errors[best]
+    if coarser:  # what is reported is the task's alone
+        inputs, outputs, size = curvature.damped(DAMPING)
+        error = weighted_error(rounded.dense() - target, inputs, outputs)
     at_stake = weighted_error(delta, inputs, outputs)
-    rounded = candidates[best][0]
     slopes = Slopes.of(rounded, target, onto, curvature) if onto.is_affine else None
-    return Rounded(stored, OutputErrors(size * errors[best], size * at_stake), slopes)
+    return Rounded(stored, OutputErrors(size * error, size * at_stake), slopes)
