@@ -103,6 +103,11 @@ def clock() -> float:
     return time.perf_counter() if mx.default_device() == mx.gpu else time.process_time()
 
 
+def load(path: Path) -> nn.Module:
+    """The model in a directory."""
+    return tlora_mlx.load_base_model(str(path)).model
+
+
 class Measurement:
     """One adapter, and its losses; figures that are in its file already are not measured again."""
 
@@ -112,16 +117,15 @@ class Measurement:
         self._file = work / f"figures-{rate:g}.json"
         self._figures = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-        self._ways = {
-            "base": self._base,
-            "adapter": self._adapter,
+        exported = {name: {"rounding": name} for name in ("nearest", "compensated")}
+        autos = {f"auto-{size:g}": {"bits": "auto", "target_bpw": size} for size in args.target_bpw}
+        self._ways: dict[str, Callable[[], nn.Module]] = {
+            "base": partial(load, work / "quantized"),
+            "adapter": lambda: tlora_mlx.load_adapter(self._run).model,
             "fused": self._fused,
-            **{name: partial(self._exported, rounding=name) for name in ("nearest", "compensated")},
-            **{f"convert-{bits}": self._converted for bits in args.convert},
-            **{
-                f"auto-{target:g}": partial(self._exported, bits="auto", target_bpw=target)
-                for target in args.target_bpw
-            },
+            **{name: partial(self._exported, name, **how) for name, how in exported.items()},
+            **{f"convert-{bits}": partial(self._converted, bits) for bits in args.convert},
+            **{name: partial(self._exported, name, **how) for name, how in autos.items()},
         }
 
     def row(self) -> list[str]:
@@ -134,32 +138,27 @@ class Measurement:
 
     def losses_elsewhere(self) -> list[str]:
         """The losses of the same models on the other task's rows."""
-        return [f"{loss:.4f}" for loss in self._losses(self._args.elsewhere)]
+        return [f"{loss:.4f}" for loss in self._losses(self._args.elsewhere, " elsewhere")]
 
-    def _losses(self, data: str) -> list[float]:
-        elsewhere = " elsewhere" if data == self._args.elsewhere else ""
-        config = DataConfig(
-            model=self._quantized, data=data, max_seq_length=self._args.max_seq_length
-        )
-        splits, _ = read_data(config)
+    def _losses(self, data: str, where: str = "") -> list[float]:
+        size, length = self._args.batch_size, self._args.max_seq_length
+        splits, _ = read_data(DataConfig(model=self._quantized, data=data, max_seq_length=length))
         samples = splits["valid"].samples + splits["test"].samples
 
-        def loss(name: str) -> float:
-            name = name.removesuffix(" elsewhere")
-            model = self._ways[name](name)
+        def loss(make: Callable[[], nn.Module]) -> float:
+            model = make()
             make_dense(model)
-            size, length = self._args.batch_size, self._args.max_seq_length
             return mean_loss(model, batches_in_order(samples, size, length))
 
-        return [self._figure(name + elsewhere, loss) for name in self._ways]
+        return [self._figure(way + where, partial(loss, make)) for way, make in self._ways.items()]
 
-    def _figure(self, name: str, measure: Callable[[str], float]) -> float:
+    def _figure(self, name: str, measure: Callable[[], float]) -> float:
         if name not in self._figures:
-            self._figures[name] = measure(name)
+            self._figures[name] = measure()
             self._file.write_text(json.dumps(self._figures, indent=1))
         return self._figures[name]
 
-    def _train(self, _: str) -> float:
+    def _train(self) -> float:
         """Seconds."""
         shutil.rmtree(self._run, ignore_errors=True)
         start = clock()
@@ -182,13 +181,7 @@ class Measurement:
         (self._run / "adapter_config.json").write_text(json.dumps(config))
         return seconds
 
-    def _base(self, _: str) -> nn.Module:
-        return tlora_mlx.load_base_model(self._quantized).model
-
-    def _adapter(self, _: str) -> nn.Module:
-        return tlora_mlx.load_adapter(self._run).model
-
-    def _fused(self, _: str) -> nn.Module:
+    def _fused(self) -> nn.Module:
         fused = mlx_lm.load(self._quantized, adapter_path=str(self._run))[0]
         layers = [(name, m.fuse()) for name, m in fused.named_modules() if hasattr(m, "fuse")]
         fused.update_modules(tree_unflatten(layers))
@@ -202,19 +195,20 @@ class Measurement:
             start = clock()
             tlora_mlx.export(run=str(self._run), output=str(output), **options)
             self._figures[f"{name} seconds"] = clock() - start
-        return tlora_mlx.load_base_model(str(output)).model
+        return load(output)
 
-    def _converted(self, name: str) -> nn.Module:
-        dense, output = (self._work / f"{part}-{self._rate:g}" for part in ("dequantized", name))
+    def _converted(self, bits: int) -> nn.Module:
+        names = "dequantized", f"convert-{bits}"
+        dense, output = (self._work / f"{name}-{self._rate:g}" for name in names)
         if not (output / "model.safetensors").exists():
             for path in (dense, output):
                 shutil.rmtree(path, ignore_errors=True)
             options = {"format": "merged", "dequantize": True, "quiet": True}
             tlora_mlx.export(run=str(self._run), output=str(dense), **options)
-            settings = {"q_bits": int(name.rpartition("-")[2]), "q_group_size": self._group_size}
+            settings = {"q_bits": bits, "q_group_size": self._group_size}
             settings |= {"quantize": True, "dtype": "bfloat16"}
             mlx_lm.convert(str(dense), str(output), **settings)
-        return tlora_mlx.load_base_model(str(output)).model
+        return load(output)
 
 
 if __name__ == "__main__":

@@ -91,15 +91,6 @@ CASES = {
     "512-64-mixed-4bit": Case(512, 64, True, False, 16, layers=1, vocabulary=1024, bits=4),
     "512-64-one-4bit": Case(512, 64, False, False, 8, layers=1, vocabulary=1024, bits=4),
 }
-# For a GPU: a processor would take hours.
-LARGE = Case(2048, 512, True, False, 64, layers=16, vocabulary=32768, dtype="bfloat16")
-LARGE_CASES = {
-    "2048-512-mixed-bfloat16": LARGE,
-    "2048-512-mixed-masked-bfloat16": replace(LARGE, masked=True),
-    "2048-512-one-bfloat16": replace(LARGE, mixed=False),
-    "2048-512-mixed-4bit": replace(LARGE, bits=4),
-    "2048-512-one-4bit": replace(LARGE, mixed=False, bits=4),
-}
 
 
 def load_model(case: Case, model: Path) -> nn.Module:
@@ -295,7 +286,7 @@ def measure(side: str, name: str, args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Measure every case in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, *LARGE_CASES], default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs for each case")
     parser.add_argument("--epochs", type=int, default=2, help="epochs that are timed, after one")
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model", help="of the examples")
@@ -305,7 +296,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        case = (CASES | LARGE_CASES)[args.cases[0]]
+        case = CASES[args.cases[0]]
         if not case.hidden:
             case = replace(case, samples=args.samples)
         print(json.dumps(run_side(args.side, case, args)))

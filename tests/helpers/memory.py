@@ -8,9 +8,9 @@ from helpers.metal import on_the_cpu
 def peak_memory(run):
     """Bytes that ``run()`` takes at most, beyond the arrays that are there before it.
 
-    On the CPU, beside a GPU too. A GPU holds what an operation read until its commands are done,
-    those of up to ten command buffers, or of a CUDA graph of 1 GB (mlx/transforms.cpp,
-    mlx/backend/cuda/device.cpp), so that there the peak tells little of what is kept for long.
+    Measured on the CPU even where there is a GPU, which holds what an operation has read until its
+    commands are done: up to ten command buffers later, or after a CUDA graph of 1 GB
+    (mlx/transforms.cpp, mlx/backend/cuda/device.cpp). So its peak says little about what is kept.
     """
     mx.clear_cache()
     mx.reset_peak_memory()

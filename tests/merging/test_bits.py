@@ -123,7 +123,7 @@ def test_both_costs_are_what_the_summed_loss_rises_by(trained):
     roots = [random.normal(size=(size, size)) for size in (weight.shape[1], weight.shape[0])]
     inputs, outputs = (root @ root.T for root in roots)
     factors = Curvature(*(mx.array(m, mx.float32) for m in (inputs, outputs)), mx.zeros((1, 1)))
-    costs = bits._by_curvature(None, base, weight, factors)
+    costs = bits._by_curvature(None, base, weight, factors, BITS)
     assert set(costs) == {2, 3, 4}  # more make no difference without an adapter
     target = weight.dense(base.file_of, 0, weight.rows)
     means = [np.diag(matrix).mean() for matrix in (inputs, outputs)]
@@ -140,7 +140,7 @@ def test_both_costs_are_what_the_summed_loss_rises_by(trained):
         tokens=7, adapted=1.0, calibration_loss=lambda: 0.5 + len(placed), memory=0,
         place=lambda weight, parts: placed.append(parts),
     )  # fmt: skip
-    assert bits._by_loss(base, weight, known) == {4: 0.0, 2: 7 * 0.5, 3: 7 * 1.5}
+    assert bits._by_loss(base, weight, known, BITS) == {4: 0.0, 2: 7 * 0.5, 3: 7 * 1.5}
     assert all(map(mx.array_equal, placed[-1], weight.read(base.file_of)))
 
 

@@ -50,6 +50,12 @@ def quantized(random, settings, shape):
     return mx.quantize(weight, **settings), Grid(settings, mx.bfloat16)
 
 
+def stored_weight(grid, rounded):
+    """What a file has of it, in the affine mode with bfloat16 scales."""
+    dtypes = zip(rounded.parts, (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)
+    return grid.take_apart([mx.array(data).view(dtype) for data, dtype in dtypes]).dense()
+
+
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: f"{s['mode']}{s['bits']}")
 def test_what_is_on_the_grid_stays(settings):
     random = np.random.default_rng(0)
@@ -105,9 +111,8 @@ def test_the_best_of_the_candidates_is_stored():
         nearest = mx.quantize(target, **AFFINE[2])
         rounded = round_module(parts, nearest, delta.astype(np.float32), grid, grid, factors)
         # The slopes are those of what is stored, too.
-        dtypes = zip(rounded.parts, (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)
-        read = grid.take_apart([mx.array(data).view(dtype) for data, dtype in dtypes])
-        along_error = (gradient * (read.dense() - start.dense() - delta)).sum()
+        error = stored_weight(grid, rounded) - start.dense() - delta
+        along_error = (gradient * error).sum()
         assert rounded.slopes.along_error == pytest.approx(along_error, rel=1e-3)
         return rounded.parts, [np.array(part.view(mx.uint8)) for part in nearest]
 
@@ -133,9 +138,7 @@ def test_with_fewer_bits_it_does_not_fit_the_samples_too_closely(monkeypatch):
     def error(damping):
         monkeypatch.setattr(compensation, "COARSER_DAMPING", damping)
         rounded = round_module(parts, nearest, 0 * target, grid, onto, samples)
-        dtypes = zip(rounded.parts, (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)
-        read = onto.take_apart([mx.array(data).view(dtype) for data, dtype in dtypes])
-        found = read.dense() - target
+        found = stored_weight(onto, rounded) - target
         inputs, outputs, size = samples.damped(DAMPING)
         reported = size * weighted_error(found, inputs, outputs)
         assert rounded.outputs.error == pytest.approx(reported, rel=1e-3)

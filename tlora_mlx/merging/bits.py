@@ -137,6 +137,9 @@ def choose_bits(
             f"--target-bpw {target_bpw:g} is too small for {base.name}, which needs "
             f"{lowest.per_weight + 5e-3:.2f} at least"
         )
+    # 2 bits cost more than the second order tells (docs/BENCHMARKS.md). So they are only for models
+    # that are too large with 3 bits everywhere, and do not pay for more bits elsewhere.
+    possible = BITS[1:] if next_to_lowest.bits <= limit else BITS[:2]
     costs, kept = {}, {}
     groups = list(weight_groups({name: stored[name] for name in inside}, task.memory))
     for group in groups:
@@ -146,22 +149,15 @@ def choose_bits(
                 advance()
                 weight, curvature = stored[name], curvatures[name]
                 if mx.any(curvature.outputs).item():
-                    costs[name] = _by_curvature(adapter, base, weight, curvature)
+                    costs[name] = _by_curvature(adapter, base, weight, curvature, possible)
         if len(groups) == 1:
             kept = curvatures
     with observer.stage("weighing bits", len(outside)) as advance:
         for name in outside:
-            costs[name] = _by_loss(base, stored[name], task)
+            costs[name] = _by_loss(base, stored[name], task, possible)
             advance()
-    # What 2 bits cost is more than the second order tells (docs/BENCHMARKS.md): they are for what 3
-    # bits everywhere would be too large for, not to pay for more bits elsewhere.
-    fits = next_to_lowest.bits <= limit
-    possible = {
-        name: {b: cost for b, cost in by_bits.items() if (b > 2 if fits else b < 4)}
-        for name, by_bits in costs.items()
-    }
-    possible = {name: by_bits for name, by_bits in possible.items() if by_bits}
-    chosen = allocate(possible, stored, limit - size.bits)
+    costs = {name: by_bits for name, by_bits in costs.items() if by_bits}
+    chosen = allocate(costs, stored, limit - size.bits)
     after = {name: stored[name].at(bits) for name, bits in chosen.items()}
     changed = {n: w for n, w in after.items() if w.settings != stored[n].settings}
     weights = {name: after.get(name, weight) for name, weight in adapted.items()} | changed
@@ -189,9 +185,13 @@ def affine_weights(base: ModelWeights) -> dict[str, StoredWeight]:
 
 
 def _by_curvature(
-    adapter: Adapter, base: ModelWeights, weight: StoredWeight, curvature: Curvature
+    adapter: Adapter,
+    base: ModelWeights,
+    weight: StoredWeight,
+    curvature: Curvature,
+    possible: Collection[int],
 ) -> dict[int, float]:
-    """What each number of bits costs: half of tr(O·E·I·Eᵀ), for W + Δ rounded to nearest.
+    """What each possible number of bits costs: half of tr(O·E·I·Eᵀ), for W + Δ rounded to nearest.
 
     Without Δ, more bits than W has make no difference.
     """
@@ -204,7 +204,7 @@ def _by_curvature(
     unit /= 2 * mx.diagonal(curvature.outputs).sum().item()
     importance = np.array(mx.diagonal(inputs))
     costs = {}
-    for bits in BITS:
+    for bits in possible:
         if bits <= grid.bits or weight.modules:
             onto = weight.at(bits).grid()
             found = (
@@ -216,11 +216,14 @@ def _by_curvature(
     return costs
 
 
-def _by_loss(base: ModelWeights, weight: StoredWeight, task: AdaptedTask) -> dict[int, float]:
+def _by_loss(
+    base: ModelWeights, weight: StoredWeight, task: AdaptedTask, possible: Collection[int]
+) -> dict[int, float]:
     """The same for a weight without an adapter, by the loss with it alone rounded to nearest."""
-    costs = {weight.settings["bits"]: 0.0}
-    for bits in BITS:
-        if bits < weight.settings["bits"]:
+    present = weight.settings["bits"]
+    costs = {present: 0.0} if present in possible else {}
+    for bits in possible:
+        if bits < present:
             other = weight.at(bits)
             pieces = [
                 other.nearest(weight.dense(base.file_of, start, stop))

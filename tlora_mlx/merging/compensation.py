@@ -19,8 +19,8 @@ from tlora_mlx.method.curvature import Curvature
 # Added to a factor's diagonal, as a share of its mean: directions that the samples never show may
 # occur later. GPTQ's (mlx_lm/quant/gptq.py).
 DAMPING = 0.01
-# The same for a weight that gets fewer bits. Its errors are large, and what they do to other texts
-# counts: so the loss is lower even on other rows of the same task (docs/BENCHMARKS.md).
+# The same for a weight that gets fewer bits. Its errors are large, and by the samples alone they
+# would be large on other texts, and on other rows of the task (docs/BENCHMARKS.md).
 COARSER_DAMPING = 1.0
 
 

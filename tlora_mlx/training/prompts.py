@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
 
     Attributes:
         text: as it stands there.
-        tokens: its token ids, in the chat template.
+        tokens: as the model is asked it, in the chat template if there is one.
         room: how many tokens the answer may have.
     """
 
